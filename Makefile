@@ -1,0 +1,63 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON picks the interpreter.
+PYTHON ?= python3
+PYTHON_OLDEST ?= $(shell command -v python3.12 || command -v $(PYTHON))
+
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+# Two workers of one thread each: faster here than one worker of two threads, compiling is serial.
+WORKERS ?= 2
+PYTEST_FLAGS ?= -n $(WORKERS) --durations 10
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest lint types survey baseline bench gpu clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/stamp ## three models with backend="distr": report, accuracy, times (3 minutes)
+	$(BIN)/python examples/demo.py
+
+test: lint types ## lint, types and all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-oldest: $(OLDEST)/stamp ## all tests with the oldest supported torch
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/stamp ## ruff (lint, format) and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+types: $(VENV)/stamp ## mypy, strict
+	$(BIN)/mypy
+
+survey: $(VENV)/stamp ## the pass over the whole zoo of models; rewrites tests/survey/results.csv
+	$(BIN)/python -m tests.survey.survey
+
+baseline: $(VENV)/stamp ## measure anew the accuracies that tests/regression holds us to
+	OMP_NUM_THREADS=1 $(BIN)/python tests/regression/measure.py --write
+
+bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
+	$(BIN)/python benchmarks/cpu_attention.py
+	$(BIN)/python benchmarks/pass_time.py
+
+gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
+	$(BIN)/python benchmarks/gpu.py
+
+clean: ## remove the environments and everything generated
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[zoo,dev]'
+	touch $@
+
+$(OLDEST)/stamp: pyproject.toml
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' --editable '.[zoo,dev]'
+	touch $@

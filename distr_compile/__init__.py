@@ -1,0 +1,46 @@
+"""Make attention cheaper in models you already have: a ``torch.compile`` backend.
+
+    torch.compile(model, backend="distr", options={"policy": "distr.toml"})
+
+finds every softmax(QK^T)V in the model and computes it with DistrAttention (arXiv 2507.17245) where
+a policy says so; what it cannot or should not approximate stays exact, with a reason in the report.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distr_compile.explaining import explain
+    from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
+    from distr_compile.reporting import DistrWarning, Report, SiteRow, report
+
+__all__ = [
+    "DistrWarning",
+    "LayerPlan",
+    "Policy",
+    "PolicyError",
+    "Report",
+    "Rule",
+    "SiteRow",
+    "explain",
+    "report",
+]
+
+_HOMES = {
+    **dict.fromkeys(("LayerPlan", "Policy", "PolicyError", "Rule"), "policy"),
+    **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
+    "explain": "explaining",
+}
+
+
+# Lazy: TORCH_LOGS="+distr_compile" makes torch import this package while torch itself is loading.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

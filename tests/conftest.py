@@ -1,0 +1,7 @@
+"""Settings of PyTorch that all tests share."""
+
+import torch._dynamo
+
+# torch 2.11 on Python >= 3.12 frees such guards while dicts still point at them, and the process
+# aborts (pytorch/pytorch#183753). Off by default in later versions.
+torch._dynamo.config.use_recursive_dict_tags_for_guards = False
