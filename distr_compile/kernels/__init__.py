@@ -1,0 +1,1 @@
+"""The arithmetic of approximate attention; knows nothing of graphs or of the op."""

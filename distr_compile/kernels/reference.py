@@ -1,0 +1,252 @@
+"""The definition of DistrAttention in plain PyTorch, which every other implementation must match.
+
+Written to be read beside the paper (arXiv 2507.17245, section 3), not to be fast: the whole matrix
+of scores is materialised. Shapes use B batch, H query heads, H_k key heads, N query rows, M key
+rows, d head width, r = d / G the width left by groups of G (the paper's G*) columns, d_v value
+width.
+
+A call goes through four steps:
+
+1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
+2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
+3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
+   K becomes Khat (eq. 2).
+4. ``attention``: softmax(scale * Qhat Khat^T + mask) V.
+
+Works in any floating dtype, fp64 included. Steps 3 and 4 are evaluated in the dtype of the inputs,
+the hash in at least fp32, so that a low precision does not change which columns are grouped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import ESTIMATORS, auto_grouping_block
+
+NUM_PROJECTIONS = 16
+"""N' of section 3.2: bits per hash value."""
+
+PROJECTION_CHUNK = 1024
+"""Rows of the projection matrix that are drawn together, from a seed of their own."""
+
+PROJECTION_STEP = 1 / 32
+"""Projections are multiples of this: below 8 they are then exact in fp32, fp16 and bf16 alike."""
+
+
+@lru_cache(maxsize=256)  # 256 chunks of 64 KiB: 16 MiB at most
+def _projection_chunk(index: int, seed: int) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+    # The chunk outlives the call: as an inference tensor it could not be used under autograd later.
+    with torch.inference_mode(False):
+        gaussian = torch.randn(
+            PROJECTION_CHUNK,
+            NUM_PROJECTIONS,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        return gaussian.div_(PROJECTION_STEP).round_().mul_(PROJECTION_STEP)
+
+
+def projections(start: int, stop: int, *, seed: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of the random projection matrix of section 3.2.
+
+    The matrix belongs to ``seed`` alone: it is drawn on the CPU, in chunks that have a seed each,
+    because one longer ``torch.randn`` need not begin with the numbers of a shorter one. So a row is
+    the same on every device and for every block length; a short last block uses the first rows.
+
+    Returns:
+        ``(stop - start, 16)`` float32 on the CPU: standard Gaussian numbers rounded to multiples of
+        1/32, hence exact in bf16 and fp16. Must not be written to.
+    """
+    first, last = start // PROJECTION_CHUNK, max(stop - 1, start) // PROJECTION_CHUNK
+    chunks = [_projection_chunk(index, seed) for index in range(first, last + 1)]
+    table = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    offset = first * PROJECTION_CHUNK
+    return table[start - offset : stop - offset]
+
+
+def gray_position(code: Tensor) -> Tensor:
+    """Position of each 16-bit ``code`` in the sequence of Gray codes (integer tensor, any shape).
+
+    The inverse of ``position ^ (position >> 1)``.
+    """
+    position = code
+    for shift in (8, 4, 2, 1):
+        position = position ^ (position >> shift)
+    return position
+
+
+def order_of_projected(projected: Tensor) -> Tensor:
+    """Permutation of columns from their N' projected numbers: sign bits, Gray code, stable sort.
+
+    Bit 15 of the code belongs to the first projection. Columns are ordered by the *position* of
+    their code along the Gray sequence, where one step changes exactly one sign. The paper's text
+    reads the sequence the other way, as a table indexed by the code; sentence embeddings of a
+    trained model came out alike. Ties keep the order of the columns.
+
+    Args:
+        projected: ``(..., 16, d)``.
+
+    Returns:
+        ``(..., d)`` int64: ``result[..., i]`` is the column at place i of the order.
+    """
+    weights = 1 << torch.arange(NUM_PROJECTIONS - 1, -1, -1, device=projected.device)
+    code = ((projected > 0) * weights[:, None]).sum(-2)
+    return torch.sort(gray_position(code), dim=-1, stable=True).indices
+
+
+def group_columns(Q: Tensor, *, seed: int = 0) -> Tensor:
+    """Sort the columns of one grouping block of Q, similar ones side by side (section 3.2).
+
+    Args:
+        Q: ``(B, H_k, rep, l, d)``: l query rows of the ``rep`` query heads that share a key head.
+            They share one grouping: their rows are stacked token by token, so row ``i`` of head
+            ``h`` is multiplied by row ``i * rep + h`` of the projection matrix.
+        seed: names the projection matrix.
+
+    Returns:
+        ``(B, H_k, d)`` int64 permutation; places ``j*G`` to ``j*G + G - 1`` are the group G_j.
+    """
+    rep, rows = Q.shape[-3:-1]
+    stacked = Q.transpose(-3, -2).flatten(-3, -2)
+    stacked = stacked.to(torch.promote_types(Q.dtype, torch.float32))
+    P = projections(0, rows * rep, seed=seed).to(Q.device, stacked.dtype)
+    return order_of_projected(P.T @ stacked)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The two thin factors for query rows ``start`` to ``stop``: S is about Qhat Khat^T there.
+
+    Attributes:
+        start: first query row of the grouping block.
+        stop: one past its last row.
+        Qhat: ``(B, H, stop - start, r)``.
+        Khat: ``(B, H_k, M, r)``.
+    """
+
+    start: int
+    stop: int
+    Qhat: Tensor
+    Khat: Tensor
+
+
+def estimate(
+    Q: Tensor,
+    K: Tensor,
+    *,
+    rank: int,
+    estimator: str = "lsh-mean",
+    grouping_block: int = 0,
+    seed: int = 0,
+) -> list[Block]:
+    """Replace the width d of Q and K by ``rank`` (eq. 2), separately for each block of query rows.
+
+    In each group G_j, Qhat has one column q_j standing for all of the group's columns and Khat the
+    sum of the group's columns of K. The estimate q_j is the first of them in sorted order
+    (``lsh-sample``, the paper's choice) or their mean (``lsh-mean``).
+
+    Args:
+        Q: ``(B, H, N, d)``.
+        K: ``(B or 1, H_k, M, d)``, H_k divides H.
+        rank: r, a divisor of d.
+        estimator: "lsh-sample" or "lsh-mean".
+        grouping_block: l, query rows per grouping; 0 chooses by ``auto_grouping_block``.
+        seed: names the projection matrix.
+
+    Raises:
+        ValueError: unknown estimator, or a rank that does not divide d.
+    """
+    batch, heads, num_queries, head_dim = Q.shape
+    key_heads, num_keys = K.shape[1:3]
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
+    if rank < 1 or head_dim % rank:
+        raise ValueError(f"rank: got {rank} for head_dim {head_dim}; must divide head_dim")
+    group_size = head_dim // rank
+    block = grouping_block or auto_grouping_block(num_queries)
+    Q = Q.unflatten(1, (key_heads, heads // key_heads))
+    K = K.expand(batch, -1, -1, -1)
+
+    blocks = []
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        Q_block = Q[..., start:stop, :]
+        order = group_columns(Q_block, seed=seed)
+        columns = order[:, :, None, None, :].expand_as(Q_block)
+        Q_groups = Q_block.gather(-1, columns).unflatten(-1, (rank, group_size))
+        K_groups = K.gather(-1, order[:, :, None, :].expand(-1, -1, num_keys, -1))
+        Qhat = Q_groups[..., 0] if estimator == "lsh-sample" else Q_groups.mean(-1)
+        Khat = K_groups.unflatten(-1, (rank, group_size)).sum(-1)
+        blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
+    return blocks
+
+
+def masked_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row that is -inf everywhere sees nothing and becomes 0."""
+    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(sees_nothing, 0)
+
+
+def attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    rank: int,
+    estimator: str = "lsh-mean",
+    grouping_block: int = 0,
+    seed: int = 0,
+) -> Tensor:
+    """softmax(scale * Qhat Khat^T + mask) V, the scores of each grouping block from ``estimate``.
+
+    Args:
+        Q: ``(B, H, N, d)``.
+        K: ``(B or 1, H_k, M, d)``, H_k divides H; query head h uses key head ``h // (H / H_k)``.
+        V: ``(B or 1, H_k, M, d_v)``.
+        mask: broadcastable to ``(B, H, N, M)``; bool (True = attend) or floating (added as it is).
+        scale: multiplies the scores; it is the scale of the exact scores, of width d.
+        is_causal: row i sees keys ``j <= i + causal_offset``, counted from the top left.
+        causal_offset: see ``is_causal``.
+        rank: r, a divisor of d; ``rank == d`` is exact attention.
+        estimator: see ``estimate``.
+        grouping_block: see ``estimate``.
+        seed: see ``estimate``.
+
+    Returns:
+        ``(B, H, N, d_v)``; rows that see no key are 0.
+
+    Raises:
+        ValueError: see ``estimate``.
+    """
+    _, heads, num_queries, head_dim = Q.shape
+    rep, num_keys = heads // K.shape[1], K.shape[2]
+    if rank == head_dim:
+        blocks = [Block(0, num_queries, Q, K)]
+    else:
+        blocks = estimate(
+            Q, K, rank=rank, estimator=estimator, grouping_block=grouping_block, seed=seed
+        )
+    scores = torch.cat(
+        [b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).transpose(-1, -2) for b in blocks], dim=2
+    )
+    scores = scores * scale
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    if is_causal:
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=Q.device)
+        scores = scores.masked_fill(~visible.tril(causal_offset), -torch.inf)
+    return (masked_softmax(scores).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)
