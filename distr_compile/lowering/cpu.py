@@ -1,0 +1,274 @@
+"""DistrAttention in plain PyTorch calls, in bounded memory; written for CPUs, right on any device.
+
+The same function as ``kernels/reference.py`` in the order of FlashAttention: heads in chunks, query
+rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M scores exists.
+
+PyTorch's own CPU flash kernel is not used: it refuses Q and K narrower than V, and padding Qhat and
+Khat back to the width of V costs what exact attention costs. Measured by ``python
+benchmarks/cpu_attention.py --threads 1 --rounds 3`` at 8 heads x 4096 tokens x 64, G = 2, block
+auto, torch 2.15, AVX-512, on a machine that was busy with other work, as a multiple of SDPA's time:
+fp32 1.01 (padded SDPA 0.98), bf16 0.96 (0.97), fp16 0.57 (0.85).
+
+All arithmetic is fp32 for fp32, fp16 and bf16 inputs, because CPUs without fp16 arithmetic multiply
+fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import auto_grouping_block
+from distr_compile.kernels.reference import NUM_PROJECTIONS, order_of_projected, projections
+
+CHUNK = 1 << 20
+"""Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
+
+PANEL_ROWS = 2048
+"""Query rows that share one pass over the keys, so that Khat is made once for all of them."""
+
+KEY_ROWS = 4096
+"""Keys per step of the softmax; with ``CHUNK`` it leaves room for tiles of 256 query rows."""
+
+WORKSPACE_MIB = 24
+"""Most MiB of tensors alive beside inputs and output, for 4-byte arithmetic and d, d_v <= 256."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How one call is cut up: keys per step, tokens per panel and per tile, key heads at a time."""
+
+    keys: int
+    panel: int
+    tile: int
+    heads: int
+
+
+def _sizes(block: int, rep: int, num_keys: int, width: int) -> _Sizes:
+    keys = max(1, min(num_keys, KEY_ROWS, CHUNK // width))
+    panel = max(1, min(block, PANEL_ROWS // rep, CHUNK // (rep * width)))
+    tile = max(1, min(panel, CHUNK // (keys * rep)))
+    largest = max(tile * rep * keys, keys * width, panel * rep * width)
+    return _Sizes(keys, panel, tile, max(1, CHUNK // largest))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    rank: int,
+    estimator: str,
+    grouping_block: int = 0,
+    seed: int = 0,
+    out: Tensor,
+) -> Tensor:
+    """Approximate attention; arguments and result as in ``kernels.reference.attention``.
+
+    Every tensor may have any strides; those of batch or head size 1 and masks are read where they
+    are broadcast, never expanded. Inputs are trusted: the op has checked them.
+
+    Args:
+        q: ``(B, H, N, d)`` fp64, fp32, fp16 or bf16; k, v alike.
+        k: ``(B or 1, H_k, M, d)``.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        rank: r < d, a divisor of d.
+        estimator: "lsh-sample" or "lsh-mean".
+        grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
+        seed: names the projection matrix.
+        out: ``(B, H, N, d_v)``, any strides, is filled and returned.
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    key_heads, num_keys = k.shape[1:3]
+    rep = heads // key_heads
+    block = min(grouping_block or auto_grouping_block(num_queries), max(num_queries, 1))
+    sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]))
+    per_batch = min(key_heads, sizes.heads)
+    batches = max(1, sizes.heads // key_heads)
+    limit = causal_offset if is_causal else None
+
+    # Query heads are split into (key head, query head of it): a view for any strides.
+    q5, out5 = (t.unflatten(1, (key_heads, rep)) for t in (q, out))
+    mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
+    for b in range(0, batch, batches):
+        for h in range(0, key_heads, per_batch):
+            some = (slice(b, b + batches), slice(h, h + per_batch))
+            part = _Heads(
+                Q=q5[some],
+                K=k[some if k.shape[0] > 1 else (slice(None), some[1])],
+                V=v[some if v.shape[0] > 1 else (slice(None), some[1])],
+                mask=None if mask5 is None else _cut(mask5, *some),
+                out=out5[some],
+            )
+            for start in range(0, num_queries, block):
+                stop = min(start + block, num_queries)
+                A, B = _bases(part.Q[..., start:stop, :], rank, estimator, seed, sizes.panel)
+                for first in range(start, stop, sizes.panel):
+                    last = min(first + sizes.panel, stop)
+                    _attend_panel(part, first, last, A * scale, B, limit, sizes)
+    return out
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Views of the inputs and the output for the heads that are computed together.
+
+    Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, and the
+    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast.
+    """
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    mask: Tensor | None
+    out: Tensor
+
+
+def _split_mask_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
+    """The mask as ``(B, H_k, N, rep, M)``, size 1 kept where it is broadcast."""
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    split = (key_heads, rep) if mask.shape[1] > 1 else (1, 1)
+    split_mask: Tensor = mask.unflatten(1, split)
+    return split_mask.transpose(2, 3)
+
+
+def _cut(mask: Tensor, *ranges: slice) -> Tensor:
+    """Slice the leading dimensions of a mask, leaving alone those it is broadcast over."""
+    whole = slice(None)
+    return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=False))]
+
+
+def _stack(Q: Tensor) -> Tensor:
+    """``(b, h, rep, l, d)`` to ``(b h, l rep, d)``, rows token by token, in the working dtype."""
+    return _working(Q.transpose(2, 3)).reshape(-1, Q.shape[2] * Q.shape[3], Q.shape[4])
+
+
+def _working(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _bases(Q: Tensor, rank: int, estimator: str, seed: int, panel: int) -> tuple[Tensor, Tensor]:
+    """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
+
+    Column j of B has a one for every member of group j; A picks the first member or averages them.
+    As products they need no gather, take any strides, and cost d r per row: little next to the
+    scores.
+    """
+    rep, rows, head_dim = Q.shape[2:]
+    projected: Tensor | None = None
+    for first in range(0, rows, panel):
+        stacked = _stack(Q[..., first : first + panel, :])
+        start = first * rep
+        P = projections(start, start + stacked.shape[1], seed=seed).to(Q.device, stacked.dtype)
+        product = torch.matmul(P.T, stacked)
+        projected = product if projected is None else projected.add_(product)
+    if projected is None:  # no query rows, nothing to compute
+        projected = Q.new_zeros(Q.shape[0] * Q.shape[1], NUM_PROJECTIONS, head_dim)
+    order = order_of_projected(projected)
+
+    group_size = head_dim // rank
+    unit = torch.arange(order.shape[0], device=Q.device)[:, None]
+    group = torch.arange(rank, device=Q.device)
+    B = projected.new_zeros(order.shape[0], head_dim, rank)
+    B[unit, order, group.repeat_interleave(group_size)] = 1
+    if estimator == "lsh-mean":
+        return B / group_size, B
+    A = torch.zeros_like(B)
+    A[unit, order[:, ::group_size], group] = 1
+    return A, B
+
+
+def _attend_panel(
+    part: _Heads,
+    first: int,
+    last: int,
+    A: Tensor,
+    B: Tensor,
+    causal_offset: int | None,
+    sizes: _Sizes,
+) -> None:
+    """Fill ``part.out`` for query rows ``first`` to ``last``, one pass over the keys.
+
+    Where one chunk holds all keys and every row sees one, the softmax is PyTorch's. Else it is the
+    running softmax of FlashAttention: ``top`` is the largest score so far, ``total`` the sum of
+    exp(score - top), ``O`` the sum of exp(score - top) V. ``top`` starts at the lowest finite
+    number: a score of -inf then adds exp(-inf) = 0, and a row that sees no key ends as 0 without
+    any test.
+    """
+    b, h, rep, _, _ = part.Q.shape
+    num_keys, v_dim = part.V.shape[-2:]
+    Qhat = torch.bmm(_stack(part.Q[..., first:last, :]), A)
+    units, rows, _ = Qhat.shape
+    top = Qhat.new_full((units, rows, 1), torch.finfo(Qhat.dtype).min)
+    total = Qhat.new_zeros(units, rows, 1)
+    O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
+
+    end = num_keys if causal_offset is None else min(num_keys, last + causal_offset)
+    no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
+    at_once = end <= sizes.keys and no_empty_row
+    for key in range(0, end, sizes.keys):
+        key_stop = min(key + sizes.keys, end)
+        V = _units(part.V[..., key:key_stop, :], b)
+        Khat_t = torch.bmm(_units(part.K[..., key:key_stop, :], b), B).transpose(1, 2)
+        for token in range(first, last, sizes.tile):
+            token_stop = min(token + sizes.tile, last)
+            seen = key_stop if causal_offset is None else min(key_stop, token_stop + causal_offset)
+            if seen <= key:
+                continue
+            tile = slice((token - first) * rep, (token_stop - first) * rep)
+            S = torch.bmm(Qhat[:, tile], Khat_t[..., : seen - key])
+            view = S.view(b, h, token_stop - token, rep, seen - key)
+            if part.mask is not None:
+                whole = slice(None)
+                ranges = (whole, whole, slice(token, token_stop), whole, slice(key, seen))
+                _apply_mask(view, _cut(part.mask, *ranges))
+            if causal_offset is not None:
+                _apply_causal(view, token + causal_offset - key)
+
+            if at_once:
+                O[:, tile].baddbmm_(S.softmax(-1), V[:, : seen - key])
+                continue
+            new_top = torch.maximum(top[:, tile], S.amax(-1, keepdim=True))
+            rescale = (top[:, tile] - new_top).exp_()
+            P = S.sub_(new_top).exp_()
+            top[:, tile].copy_(new_top)
+            total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
+            O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
+    # A row that saw a key has a total of at least 1, from exp(top - top); the others stay 0.
+    O.div_(total.clamp_(min=1))
+    result = O.view(b, h, last - first, rep, v_dim).transpose(2, 3)
+    part.out[..., first:last, :].copy_(result)
+
+
+def _units(t: Tensor, batch: int) -> Tensor:
+    """``(b or 1, h, m, c)`` to ``(b h, m, c)`` in the working dtype."""
+    return _working(t).expand(batch, -1, -1, -1).flatten(0, 1)
+
+
+def _apply_mask(scores: Tensor, mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)
+
+
+def _apply_causal(scores: Tensor, diagonal: int) -> None:
+    """Let row i of ``(b, h, tokens, rep, keys)`` see ``j <= i + diagonal`` only.
+
+    Columns up to ``diagonal`` are seen by every row and are not touched.
+    """
+    tokens, keys = scores.shape[2], scores.shape[4]
+    common = min(max(diagonal + 1, 0), keys)
+    row = torch.arange(tokens, device=scores.device)[:, None, None]
+    column = torch.arange(common, keys, device=scores.device)
+    scores[..., common:].masked_fill_(column > row + diagonal, -torch.inf)

@@ -1,0 +1,436 @@
+"""The op ``torch.ops.distr.attention``: what it accepts, what it promises, what runs it.
+
+Importing this module registers the op. There is no arithmetic here: ``kernels/reference.py``
+defines the result, ``lowering/cpu.py`` computes it (with plain PyTorch calls, so on any device),
+and ``F.scaled_dot_product_attention`` computes what has to be exact.
+
+The op is opaque to the compiler. It is registered through ``torch.library.Library``, whose boundary
+costs about half as much host time a call as that of ``torch.library.custom_op``.
+
+Layout: the output is a ``(B, H, N, d_v)`` view of memory in the order B, N, H, d_v, whatever the
+strides of the inputs, because models go on with ``out.transpose(1, 2).reshape(B, N, H * d_v)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, auto_grouping_block
+from distr_compile.kernels.reference import NUM_PROJECTIONS
+from distr_compile.lowering import cpu
+
+SCHEMA = (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
+    "Tensor? basis_k=None, Tensor? sinks=None, *, float scale, bool is_causal=False, "
+    "SymInt? causal_offset=None, SymInt rank, str estimator, SymInt grouping_block, int rounds=1, "
+    "bool strict=False, SymInt min_seq_len=0, int seed=0, float softcap=0.0, float dropout_p=0.0, "
+    "int site=-1) -> Tensor"
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+NOT_YET = {
+    "basis_q": None,
+    "basis_k": None,
+    "sinks": None,
+    "rounds": 1,
+    "strict": False,
+    "softcap": 0.0,
+    "dropout_p": 0.0,
+}
+"""Arguments of the schema that have no implementation, with the only value they may have."""
+
+ExactSink = Callable[[int], None]
+
+_exact_sink: ContextVar[ExactSink | None] = ContextVar("distr_exact_sink", default=None)
+
+
+@contextmanager
+def count_exact_calls(sink: ExactSink) -> Iterator[None]:
+    """Call ``sink(site)`` whenever the op turns to exact attention at run time in this context.
+
+    That happens for short sequences (see ``attention``) and only in the thread or task that entered
+    the context. Contexts nest; the innermost sink is called.
+    """
+    token = _exact_sink.set(sink)
+    try:
+        yield
+    finally:
+        _exact_sink.reset(token)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    basis_q: Tensor | None = None,
+    basis_k: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int | None = None,
+    rank: int,
+    estimator: str,
+    grouping_block: int,
+    rounds: int = 1,
+    strict: bool = False,
+    min_seq_len: int = 0,
+    seed: int = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    site: int = -1,
+) -> Tensor:
+    """What ``torch.ops.distr.attention`` runs on real tensors.
+
+    Args:
+        q: ``(B, H, N, d)``, fp32, fp16, bf16 or fp64, any strides.
+        k: ``(B or 1, H_k, M, d)``; H_k divides H, query head h uses key head ``h // (H / H_k)``.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: broadcastable to ``(B, H, N, M)``; bool (True = attend), or any floating dtype (added
+            to the scaled scores).
+        basis_q: not supported yet.
+        basis_k: not supported yet.
+        sinks: not supported yet.
+        scale: multiplies Q K^T; give the scale of the original width d.
+        is_causal: row i sees keys ``j <= i + causal_offset``, from the top left as in SDPA.
+        causal_offset: 0 when None; only with ``is_causal``.
+        rank: columns left of the d: d itself (exact), or a divisor of d that is at least 16.
+        estimator: a name in ``estimators.ESTIMATORS``.
+        grouping_block: query rows per grouping; 0 for ``estimators.auto_grouping_block(N)``.
+        rounds: only 1 yet.
+        strict: only False yet.
+        min_seq_len: exact attention where ``min(N, M)`` is below it; always where N < 16.
+        seed: names the random projections of the LSH estimators.
+        softcap: only 0 yet.
+        dropout_p: only 0 yet.
+        site: number handed to ``count_exact_calls``.
+
+    Returns:
+        ``(B, H, N, d_v)`` in the dtype of q, memory in the order B, N, H, d_v. Rows that see no
+        key, by a bool mask, a float mask of -inf or causality, are 0.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+        NotImplementedError: an argument that is not supported yet has a value; a ``torch.func``
+            transform.
+        RuntimeError: gradients would be recorded.
+    """
+    _validate(
+        q,
+        k,
+        v,
+        mask,
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        rank=rank,
+        estimator=estimator,
+        grouping_block=grouping_block,
+        min_seq_len=min_seq_len,
+        not_yet=(basis_q, basis_k, sinks, rounds, strict, softcap, dropout_p),
+    )
+    num_queries, offset = q.shape[2], causal_offset or 0
+    short = _is_short(num_queries, k.shape[2], min_seq_len)
+    if short or rank == q.shape[3]:
+        sink = _exact_sink.get()
+        if short and sink is not None:
+            sink(site)
+        return _lay_out(_exact(q, k, v, mask, scale, is_causal, offset))
+    return cpu.attention(
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        causal_offset=offset,
+        rank=rank,
+        estimator=estimator,
+        grouping_block=grouping_block,
+        seed=seed,
+        out=_empty_output(q, v),
+    )
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    basis_q: Tensor | None = None,
+    basis_k: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int | None = None,
+    rank: int,
+    estimator: str,
+    grouping_block: int,
+    rounds: int = 1,
+    strict: bool = False,
+    min_seq_len: int = 0,
+    seed: int = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    site: int = -1,
+) -> Tensor:
+    _validate(
+        q,
+        k,
+        v,
+        mask,
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        rank=rank,
+        estimator=estimator,
+        grouping_block=grouping_block,
+        min_seq_len=min_seq_len,
+        not_yet=(basis_q, basis_k, sinks, rounds, strict, softcap, dropout_p),
+    )
+    return _empty_output(q, v)
+
+
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    batch, heads, num_queries, _ = q.shape
+    return q.new_empty(batch, num_queries, heads, v.shape[3]).transpose(1, 2)
+
+
+def _lay_out(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_short(num_queries: int, num_keys: int, min_seq_len: int) -> bool:
+    return num_queries < MIN_QUERIES or min(num_queries, num_keys) < min_seq_len
+
+
+def _exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    causal_offset: int,
+) -> Tensor:
+    """The same call by SDPA, whose ``is_causal`` knows no offset and stands beside no mask."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if is_causal and causal_offset >= num_keys - 1:
+        is_causal = False  # the first row sees every key already, as in a decode step
+    if is_causal and (causal_offset or mask is not None):
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+        visible = visible.tril(causal_offset)
+        if mask is None:
+            mask = visible
+        elif mask.dtype == torch.bool:
+            mask = mask & visible
+        else:
+            mask = mask.masked_fill(~visible, -torch.inf)
+        is_causal = False
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        # SDPA takes a mask wider than q only as fp32 beside a half type (of fp32 beside fp64 it
+        # makes garbage); a narrower cast could turn finfo.min into -inf.
+        mask = mask.to(torch.promote_types(q.dtype, torch.float32))
+    return F.scaled_dot_product_attention(
+        q,
+        k if k.shape[0] == q.shape[0] else k.expand(q.shape[0], -1, -1, -1),
+        v if v.shape[0] == q.shape[0] else v.expand(q.shape[0], -1, -1, -1),
+        mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    causal_offset: int | None,
+    rank: int,
+    estimator: str,
+    grouping_block: int,
+    min_seq_len: int,
+    not_yet: tuple[object, ...],
+) -> None:
+    """Refuse what the op cannot do; of symbolic sizes only relations are asked."""
+    for (name, only), value in zip(NOT_YET.items(), not_yet, strict=True):
+        if value is not None and value != only:
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(
+                f"{name}: got {got}; only {only!r} is supported yet: leave it out"
+            )
+    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "distr.attention: got an input that requires grad while gradients are recorded; the op "
+            "has no backward: call under torch.no_grad(), or use F.scaled_dot_product_attention"
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(
+                f"{name}: got {t.dim()} dimensions; must be (batch, heads, tokens, width): "
+                "add or flatten leading dimensions"
+            )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}; must have one dtype of "
+            f"{', '.join(map(str, DTYPES))}: cast them"
+        )
+    if any(t.device != q.device for t in tensors):
+        raise ValueError(
+            f"q, k, v, mask: got devices {', '.join(str(t.device) for t in tensors)}; must be one: "
+            "move them"
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
+    if causal_offset is not None and not is_causal:
+        raise ValueError("causal_offset: got a value without is_causal; set is_causal=True with it")
+    _validate_sizes(q, k, v, rank, grouping_block, min_seq_len)
+    if mask is not None:
+        _validate_mask(q, k, mask)
+
+
+def _validate_sizes(
+    q: Tensor, k: Tensor, v: Tensor, rank: int, grouping_block: int, min_seq_len: int
+) -> None:
+    batch, heads, _, head_dim = q.shape
+    k_batch, key_heads, num_keys, k_width = k.shape
+    v_batch, v_heads, v_tokens, _ = v.shape
+    for name, got in (("k", k_batch), ("v", v_batch)):
+        _require(
+            (got == batch) | (got == 1),
+            lambda name=name, got=got: (  # type: ignore[misc]
+                f"{name}: got batch size {got}; must be that of q, {batch}, or 1"
+            ),
+        )
+    _require(k_width == head_dim, lambda: f"k: got width {k_width}; must be that of q, {head_dim}")
+    _require(
+        (v_heads == key_heads) & (v_tokens == num_keys),
+        lambda: (
+            f"v: got {v_heads} heads of {v_tokens} tokens; must be as in k, {key_heads} heads of "
+            f"{num_keys}"
+        ),
+    )
+    _require(key_heads >= 1, lambda: "k: got 0 heads; must be at least 1")
+    _require(
+        heads % key_heads == 0,
+        lambda: f"k: got {key_heads} heads; must divide the {heads} heads of q",
+    )
+    _require(
+        (rank == head_dim) | ((rank >= MIN_RANK) & (head_dim % max(rank, 1) == 0)),
+        lambda: (
+            f"rank: got {rank} for head_dim {head_dim}; must be head_dim (exact) or a divisor of "
+            f"it that is at least {MIN_RANK}"
+        ),
+    )
+    _require(
+        grouping_block >= 0,
+        lambda: f"grouping_block: got {grouping_block}; must be rows >= 1, or 0 for auto",
+    )
+    _require(min_seq_len >= 0, lambda: f"min_seq_len: got {min_seq_len}; must be >= 0")
+
+
+def _validate_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(
+            f"mask: got {mask.dtype}; must be torch.bool (True = attend) or floating (added): "
+            "use mask.bool()"
+        )
+    full = (*q.shape[:3], k.shape[2])
+    fits: bool | torch.SymBool = mask.dim() <= 4
+    for got, wanted in zip(reversed(mask.shape), reversed(full), strict=False):
+        fits = fits & ((got == 1) | (got == wanted))
+    _require(
+        fits,
+        lambda: (
+            f"mask: got {tuple(mask.shape)}; must broadcast to (batch, heads, queries, keys) = "
+            f"{full}"
+        ),
+    )
+
+
+def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """Raise ValueError unless ``condition``; of symbols it becomes a guard on the relation."""
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
+def _autocast_rule(device: str, key: str) -> Callable[..., Tensor]:
+    """As for SDPA: floating inputs but fp64 go to the autocast dtype, a bool mask stays."""
+    autocast_key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        return t.to(torch.get_autocast_dtype(device))
+
+    def attention_autocast(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any, **options: Any
+    ) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(autocast_key):
+            op: Any = torch.ops.distr.attention.default
+            result: Tensor = op(cast(q), cast(k), cast(v), cast(mask), *rest, **options)
+            return result
+
+    return attention_autocast
+
+
+def _refuse_transforms(*_: Any, **__: Any) -> NoReturn:
+    # Without this, torch.func.grad and jvp silently return a derivative that leaves the op out.
+    raise NotImplementedError(
+        "distr.attention: got a call inside a torch.func transform (vmap, grad, jvp, ...); the op "
+        "has no rule for them: use F.scaled_dot_product_attention there"
+    )
+
+
+def _flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    *_: Any,
+    rank: int,
+    grouping_block: int,
+    min_seq_len: int = 0,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    """FLOPs of one call from the shapes: both products of attention, the hash, and the group sums.
+
+    A masked or causal call counts every score, as PyTorch's own formulas do.
+    """
+    batch, heads, num_queries, head_dim = q
+    key_heads, num_keys = k[1:3]
+    if _is_short(num_queries, num_keys, min_seq_len):
+        rank = head_dim
+    products = 2 * batch * heads * num_queries * num_keys * (rank + v[3])
+    if rank == head_dim:
+        return products
+    blocks = -(-num_queries // (grouping_block or auto_grouping_block(num_queries)))
+    hashing = 2 * NUM_PROJECTIONS * batch * heads * num_queries * head_dim
+    query_sums = batch * heads * num_queries * head_dim
+    key_sums = blocks * batch * key_heads * num_keys * head_dim
+    return products + hashing + query_sums + key_sums
+
+
+_library = torch.library.Library("distr", "FRAGMENT")
+# Any strides are fine, so the compiler need not copy an input into the layout it had in the trace.
+_library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+_library.impl("attention", attention, "CompositeExplicitAutograd")
+_library.impl("attention", _autocast_rule("cpu", "AutocastCPU"), "AutocastCPU")
+_library.impl("attention", _autocast_rule("cuda", "AutocastCUDA"), "AutocastCUDA")
+_library.impl("attention", _refuse_transforms, "FuncTorchDynamicLayerFrontMode")
+torch.library.register_fake("distr::attention", _attention_fake, lib=_library)
+register_flop_formula(torch.ops.distr.attention)(_flops)

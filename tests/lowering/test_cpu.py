@@ -1,0 +1,260 @@
+"""The blocked implementation against the definition, and its promises on memory and strides.
+
+The rule for every dtype: the error to the definition in fp64 is at most ``FACTOR`` times the error
+of the definition evaluated in the working precision, plus the rounding of the result.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distr_compile.kernels import reference
+from distr_compile.lowering import cpu
+
+FACTOR = 2.0
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
+    options.setdefault("estimator", "lsh-mean")
+    options.setdefault("scale", q.shape[-1] ** -0.5)
+    return cpu.attention(q, k, v, mask, out=out, **options)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Compare with the definition by the rule of this file; returns the result."""
+    options.setdefault("scale", q.shape[-1] ** -0.5)
+    got = run(q, k, v, mask, **options)
+    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def defined(dtype: torch.dtype) -> Tensor:
+        bias = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+        return reference.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias, **options).double()
+
+    exact = defined(torch.float64)
+    low_precision = (defined(working) - exact).abs().max().item()
+    rounding = torch.finfo(q.dtype).eps * max(exact.abs().max().item(), 1e-30)
+    error = (got.double() - exact).abs().max().item()
+    assert error <= FACTOR * low_precision + rounding
+    assert got.dtype == q.dtype
+    return got
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small inputs into many panels, tiles and key chunks."""
+    monkeypatch.setattr(cpu, "CHUNK", 2048)
+    monkeypatch.setattr(cpu, "PANEL_ROWS", 24)
+    monkeypatch.setattr(cpu, "KEY_ROWS", 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean"])
+@pytest.mark.parametrize("block", [0, 64])
+def test_dtypes(dtype: torch.dtype, estimator: str, block: int) -> None:
+    q, k, v = (draw(2, 3, 197, 64, seed=s, dtype=dtype) for s in range(3))
+    check(q, k, v, rank=32, estimator=estimator, grouping_block=block)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 197, 1000])
+@pytest.mark.parametrize(
+    ("width", "rank"),
+    [(32, 16), (40, 20), (64, 16), (72, 36), (72, 24), (80, 16), (96, 32), (192, 96), (192, 16)],
+)
+def test_odd_sizes(tokens: int, width: int, rank: int) -> None:
+    q, k, v = (draw(1, 2, tokens, width, seed=s) for s in range(3))
+    check(q, k, v, rank=rank, grouping_block=0 if tokens < 1000 else 300)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "Hk", "N", "M", "d", "dv", "kb", "vb"),
+    [
+        (2, 4, 4, 50, 70, 32, 48, 2, 2),
+        (2, 4, 2, 50, 30, 64, 32, 1, 2),
+        (3, 6, 1, 33, 65, 32, 16, 3, 1),
+        (1, 8, 2, 100, 100, 32, 32, 1, 1),
+    ],
+)
+def test_shapes_that_differ(
+    B: int,
+    H: int,
+    Hk: int,
+    N: int,
+    M: int,
+    d: int,
+    dv: int,
+    kb: int,
+    vb: int,
+    small_chunks: None,
+) -> None:
+    q, k, v = draw(B, H, N, d), draw(kb, Hk, M, d, seed=1), draw(vb, Hk, M, dv, seed=2)
+    for block in (0, 16, 31):
+        check(q, k, v, rank=16, grouping_block=block)
+        check(q, k, v, rank=16, grouping_block=block, is_causal=True, causal_offset=5)
+
+
+def masks(B: int, H: int, N: int, M: int) -> Iterator[Tensor]:
+    for shape in ((M,), (N, M), (1, 1, M), (B, 1, 1, M), (1, H, N, M), (B, H, 1, M), (B, H, N, 1)):
+        values = draw(*shape, seed=3)
+        yield values
+        yield values > -0.8
+        yield (values * 3).bfloat16()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+def test_masks(heads: tuple[int, int], small_chunks: None) -> None:
+    H, Hk = heads
+    q, k, v = draw(3, H, 40, 32), draw(3, Hk, 50, 32, seed=1), draw(3, Hk, 50, 24, seed=2)
+    for mask in masks(3, H, 40, 50):
+        check(q, k, v, mask, rank=16)
+
+
+@pytest.mark.parametrize("offset", [-60, -7, 0, 9, 49, 80])
+def test_causal_offsets(offset: int, small_chunks: None) -> None:
+    q, k, v = draw(2, 4, 57, 32), draw(2, 2, 50, 32, seed=1), draw(2, 2, 50, 32, seed=2)
+    got = check(q, k, v, rank=16, is_causal=True, causal_offset=offset)
+    assert (got[:, :, : max(-offset, 0)] == 0).all()
+    padding = torch.arange(50) < 41
+    check(q, k, v, padding, rank=16, is_causal=True, causal_offset=offset)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_rows_that_see_nothing_are_zero(small: bool, request: pytest.FixtureRequest) -> None:
+    if small:
+        request.getfixturevalue("small_chunks")
+    q, k, v = (draw(1, 2, 40, 32, seed=s) for s in range(3))
+    sees = torch.ones(40, 40, dtype=torch.bool)
+    sees[[0, 13, 39]] = False
+    for mask in (sees, torch.zeros(40, 40).masked_fill(~sees, -torch.inf)):
+        got = check(q, k, v, mask, rank=16)
+        assert (got[:, :, [0, 13, 39]] == 0).all()
+        assert (got[:, :, 1:13] != 0).all()
+
+
+def test_lowest_finite_mask_gives_the_mean_of_v() -> None:
+    """finfo.min everywhere in a row is no mask at all to a softmax: the scores drown in it."""
+    q, k, v = (draw(1, 2, 40, 32, seed=s) for s in range(3))
+    mask = torch.full((40, 40), torch.finfo(torch.float32).min)
+    got = run(q, k, v, mask, rank=16)
+    torch.testing.assert_close(got, v.mean(2, keepdim=True).expand_as(got))
+
+
+def test_no_keys_and_no_queries() -> None:
+    q, k = draw(1, 2, 20, 32), draw(1, 2, 0, 32)
+    assert (run(q, k, k, rank=16) == 0).all()
+    assert run(k, q, q, rank=16).shape == (1, 2, 0, 32)
+
+
+def test_strides_do_not_matter(small_chunks: None) -> None:
+    q, k, v = (draw(2, 4, 50, 32, seed=s) for s in range(3))
+    mask = draw(2, 4, 50, 50, seed=4)
+    wanted = run(q, k, v, mask, rank=16)
+
+    def interleaved(t: Tensor) -> Tensor:
+        return torch.stack([t, t + 1], -1)[..., 0]
+
+    def heads_last(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def width_first(t: Tensor) -> Tensor:
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    for layout in (interleaved, heads_last, width_first):
+        out = layout(torch.full_like(wanted, torch.nan))
+        cpu.attention(
+            *map(layout, (q, k, v, mask)), scale=32**-0.5, rank=16, estimator="lsh-mean", out=out
+        )
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+    one = k[:1, :1].expand(2, 4, 50, 32)
+    torch.testing.assert_close(
+        run(q, one, one, rank=16), run(q, one.clone(), one.clone(), rank=16), rtol=0, atol=1e-6
+    )
+
+
+def test_repeated_key_heads_are_grouped_head_by_head() -> None:
+    """With one query head per key head, heads are independent: batching them changes nothing."""
+    q, k, v = (draw(1, 6, 60, 32, seed=s) for s in range(3))
+    together = run(q, k, v, rank=16)
+    for h in range(6):
+        alone = run(*(t[:, h : h + 1] for t in (q, k, v)), rank=16)
+        torch.testing.assert_close(together[:, h : h + 1], alone, rtol=0, atol=1e-6)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that ops return, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in known and storage not in self._seen:
+                    self._seen.add(storage)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "tokens", "keys", "width", "options"),
+    [
+        (8, 8, 4096, 4096, 64, {}),
+        (64, 64, 512, 512, 64, {}),
+        (8, 1, 64, 40000, 256, {}),
+        (4, 4, 2048, 6000, 128, {"is_causal": True, "causal_offset": 4000}),
+        (2, 2, 1500, 9000, 256, {"grouping_block": 1400}),
+    ],
+)
+def test_memory_is_bounded(
+    heads: int, key_heads: int, tokens: int, keys: int, width: int, options: dict[str, Any]
+) -> None:
+    dtype = torch.float32 if heads == 8 else torch.bfloat16
+    q = torch.zeros(1, tokens, heads, width, dtype=dtype).transpose(1, 2)
+    k = torch.zeros(1, keys, key_heads, width, dtype=dtype).transpose(1, 2)
+    mask = torch.zeros(1, 1, tokens, keys, dtype=torch.bool) if heads == 2 else None
+    out = torch.empty_like(q)
+    reference.projections(0, tokens * heads // key_heads, seed=0)  # the cache is not workspace
+    with LiveBytes() as memory:
+        cpu.attention(
+            q, k, k, mask, scale=0.1, rank=width // 2, estimator="lsh-mean", out=out, **options
+        )
+    assert memory.peak / 2**20 <= cpu.WORKSPACE_MIB
+    assert memory.peak > 0
+
+
+def test_the_memory_counter_counts() -> None:
+    with LiveBytes() as memory:
+        a = torch.ones(1 << 20)
+        b = a + 1
+        b.view(2, -1).mul_(2)
+        del a, b
+        _ = torch.ones(1 << 18)
+    assert memory.peak == 8 << 20
+    assert memory.live == 1 << 20
