@@ -1,0 +1,204 @@
+"""Run the pass over one graph: match, resolve, decide, rewrite, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from distr_compile.passes import decide as decisions
+from distr_compile.passes import match
+from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.decide import Decision, decide
+from distr_compile.passes.rewrite import rewrite, rewrite_exact
+from distr_compile.passes.site import AttentionSite, RefusedError, Unmatched
+from distr_compile.passes.vocabulary import shape_of
+from distr_compile.policy import LayerPlan
+from distr_compile.reporting import NotAttention, Reason, SiteRow
+
+Found = AttentionSite | Unmatched
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One find and where it stands.
+
+    Attributes:
+        found: the find.
+        graph: the outer graph, or the body of a higher-order op (activation checkpointing, a nested
+            compile region, ...).
+        calls: the nodes that call this body; empty for the outer graph.
+    """
+
+    found: Found
+    graph: fx.Graph
+    calls: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Nodes that tell which layer it belongs to."""
+        if isinstance(self.found, AttentionSite):
+            interior = sorted(self.found.interior)
+            return [interior[0], self.found.anchor, interior[-1]]
+        return [self.found.anchor]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layer of a find, what the policy wants for it, and why it cannot have it.
+
+    Attributes:
+        name: of the layer.
+        plan: from the policy.
+        extra: reasons for exact that lie outside the site.
+        repeats: names of further layers that the same body of a higher-order op is called for.
+    """
+
+    name: str
+    plan: LayerPlan
+    extra: tuple[Reason, ...] = ()
+    repeats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the pass did with one graph."""
+
+    rows: tuple[SiteRow, ...]
+    not_attention: tuple[NotAttention, ...]
+    decides_at_run_time: bool
+
+
+def find_all(module: fx.GraphModule) -> list[Placed]:
+    """All attention of a graph and of the bodies of its higher-order ops."""
+    return [
+        Placed(found, body.graph, calls)
+        for body, calls in _bodies(module, ())
+        for found in match.find(body.graph)
+    ]
+
+
+def _bodies(
+    module: fx.GraphModule, calls: tuple[fx.Node, ...]
+) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node, ...]]]:
+    """A graph module and all it refers to, each once, with the nodes that call it."""
+    yield module, calls
+    references: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            references.setdefault(str(node.target), []).extend(node.users)
+    for target, callers in references.items():
+        body = _attribute(module, target)
+        if isinstance(body, fx.GraphModule):
+            yield from _bodies(body, tuple(callers))
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def apply(
+    placed: list[Placed], choose: Callable[[Placed], LayerChoice], *, change: bool
+) -> Outcome:
+    """Decide about every find and, if ``change``, rewrite its graph.
+
+    Args:
+        placed: from :func:`find_all`.
+        choose: the layer of a find and its plan.
+        change: False leaves the graphs as they are and reports what would be done.
+    """
+    rows: list[SiteRow] = []
+    others: list[NotAttention] = []
+    grad_mode = torch.is_grad_enabled()
+    decides_at_run_time = False
+    # Choices first: a rewrite takes out the nodes that tell the layer.
+    choices = [choose(place) for place in placed]
+    for place, choice in zip(placed, choices, strict=True):
+        found = place.found
+        names = (choice.name, *choice.repeats)
+        if isinstance(found, Unmatched):
+            for name in names:
+                if found.attention:
+                    rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
+                else:
+                    others.append(_not_attention(found, name))
+            continue
+        decision = decide(found, choice.plan, choice.extra, grad_mode)
+        is_sdpa = False
+        if change:
+            decision, is_sdpa = _rewrite(place.graph, found, decision, len(rows))
+        decides_at_run_time |= decision.is_distr and decision.min_seq_len > 0
+        decides_at_run_time |= decision.is_distr and not isinstance(found.num_queries, int)
+        for name in names:
+            rows.append(_row(found, name, decision, is_sdpa, len(rows)))
+    return Outcome(tuple(rows), tuple(others), decides_at_run_time)
+
+
+def _rewrite(
+    graph: fx.Graph, site: AttentionSite, decision: Decision, number: int
+) -> tuple[Decision, bool]:
+    if decision.is_distr:
+        try:
+            rewrite(graph, site, decision, number)
+        except RefusedError as refused:
+            reason = Reason(refused.code, refused.text)
+            return Decision("exact", (reason,), decision.rank, 0, decision.plan), False
+        return decision, False
+    is_sdpa = decision.plan.exact == "sdpa" and rewrite_exact(graph, site)
+    return decision, is_sdpa
+
+
+def _row(
+    site: AttentionSite, layer: str, decision: Decision, is_sdpa: bool, number: int
+) -> SiteRow:
+    plan = decision.plan
+    shapes = {
+        "q": _shape((site.batch, site.num_heads, site.num_queries, site.head_dim)),
+        "k": _shape((site.batch, site.num_key_heads, site.num_keys, site.head_dim)),
+        "v": _shape((site.batch, site.num_key_heads, site.num_keys, site.value_dim)),
+    }
+    return SiteRow(
+        layer=layer,
+        form=site.form,
+        shapes=shapes,
+        dtype=str(site.dtype).removeprefix("torch."),
+        mask=site.mask_kind,
+        decision=decision.decision,
+        group_size=plan.group_size if decision.is_distr else 1,
+        estimator=plan.estimator if decision.is_distr else None,
+        grouping_block=plan.grouping_block if decision.is_distr else None,
+        reasons=decision.reasons,
+        flops=decisions.flops(site),
+        site=number,
+        sdpa=is_sdpa,
+    )
+
+
+def _unmatched_row(found: Unmatched, layer: str, extra: tuple[Reason, ...], number: int) -> SiteRow:
+    value = voc.tensor_of(found.anchor)
+    return SiteRow(
+        layer=layer,
+        form=found.form,
+        shapes={"scores": _shape(shape_of(found.anchor))},
+        dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
+        mask="",
+        decision="exact",
+        reasons=(Reason(found.code, found.text), *extra),
+        flops=found.flops,
+        site=number,
+    )
+
+
+def _not_attention(found: Unmatched, layer: str) -> NotAttention:
+    reason = Reason(found.code, found.text)
+    return NotAttention(layer, found.kind, _shape(shape_of(found.anchor)), reason)
+
+
+def _shape(sizes: tuple[Any, ...]) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes)

@@ -1,0 +1,94 @@
+"""Write calls into a graph in front of a node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+
+def erase_idle(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out a node of which nothing comes (:func:`.vocabulary.is_idle`), and its readers."""
+    for user in list(node.users):
+        erase_idle(graph, user)
+    graph.erase_node(node)
+
+
+class Emitter:
+    """Inserts nodes before ``anchor``; they carry its layer and stack trace in their metadata."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self.graph, self._anchor = graph, anchor
+        self._made: list[fx.Node] = []
+        kept = ("nn_module_stack", "stack_trace", "source_fn_stack")
+        self._meta = {key: anchor.meta[key] for key in kept if key in anchor.meta}
+
+    def function(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_function`` node."""
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        return self._keep(node)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_method`` node."""
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.call_method(name, args, kwargs)
+        return self._keep(node)
+
+    def again(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        """``node`` once more, over another first argument."""
+        with self.graph.inserting_before(self._anchor):
+            copy = self.graph.node_copy(node, lambda n: n)
+        copy.args = (source, *copy.args[1:])
+        return self._keep(copy)
+
+    def thirds(self, x: fx.Node, dim: int = 0) -> list[fx.Node]:
+        """Three equal chunks."""
+        chunks = self.method("chunk", x, 3, dim)
+        return [self.function(operator.getitem, chunks, i) for i in range(3)]
+
+    def additive(
+        self, hidden: fx.Node, dtype: torch.dtype, value: float = float("-inf")
+    ) -> fx.Node:
+        """A float tensor that is ``value`` where ``hidden`` is True and 0 elsewhere."""
+        zeros = self.function(torch.zeros_like, hidden, dtype=dtype)
+        return self.method("masked_fill", zeros, hidden, value)
+
+    def undo(self) -> None:
+        """Take out everything written so far; nothing may read it yet."""
+        for node in reversed(self._made):
+            self.graph.erase_node(node)
+        self._made.clear()
+
+    def _keep(self, node: fx.Node) -> fx.Node:
+        node.meta.update(self._meta)
+        node.meta.pop("example_value", None)
+        value = _example_value(node)
+        if value is not None:
+            node.meta["example_value"] = value
+        self._made.append(node)
+        return node
+
+
+def _example_value(node: fx.Node) -> Any:
+    """The node's fake value, which Dynamo records for its own nodes; None if it is not known.
+
+    Without it AOTAutograd's cache refuses every graph that calls a method on the node.
+    """
+    inputs = {n: n.meta.get("example_value") for n in node.all_input_nodes}
+    # Their own mode: the one now in force is another, made for the backend.
+    modes = [x.fake_mode for x in tree_leaves(list(inputs.values())) if isinstance(x, FakeTensor)]
+    if not modes or any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
+    # The Python dispatcher, as in Dynamo: else SDPA's C++ parts make symbolic sizes constants.
+    with modes[0], enable_python_dispatcher():
+        if callable(node.target):
+            return node.target(*args, **kwargs)
+        return getattr(args[0], node.target)(*args[1:], **kwargs)

@@ -1,0 +1,743 @@
+"""Find every softmax(QK^T)V of a graph: back from the softmax to QK^T, forward to PV.
+
+No list of patterns: the walk goes through a small vocabulary (:mod:`.vocabulary`) and either
+arrives, or stops at a node it can name. Both ends are structure: the product of two activations
+whose last axis is the one the softmax runs over, and the product that contracts this axis with V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from distr_compile.passes import open_up
+from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.causal import is_causal_bias, is_causal_mask
+from distr_compile.passes.operands import (
+    common_dtype,
+    einsum_scores,
+    einsum_values,
+    operand,
+    take_scale,
+    taken_off,
+    unrepeated,
+)
+from distr_compile.passes.origin import BATCH, TOKEN, Flow, axis_origin
+from distr_compile.passes.site import (
+    AddStep,
+    AttentionSite,
+    Factor,
+    FillStep,
+    Level,
+    Operand,
+    RefusedError,
+    ScaleStep,
+    Step,
+    Unmatched,
+)
+from distr_compile.passes.vocabulary import (
+    hint,
+    read,
+    same_shape,
+    same_size,
+    shape_of,
+    target_name,
+)
+
+NO_CLAMP = 1.0e4
+"""Bounds at least this far out guard against overflow; they do not change ordinary scores."""
+
+_UNARY = voc.Fill | voc.Clamp | voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout
+
+
+def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
+    """All attention of one graph, in graph order: one entry per softmax or fused call."""
+    anchors = [(node, kind) for node in graph.nodes if (kind := voc.anchor_kind(node))]
+    if not anchors:
+        return []
+    flow = Flow(graph)
+    return [_read_anchor(node, kind, flow) for node, kind in anchors]
+
+
+def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
+    walk = _Walk(flow)
+    try:
+        if kind == "softmax":
+            return walk.softmax(node)
+        if kind == "sdpa":
+            return _sdpa(node, flow)
+        if kind == "mha":
+            return open_up.multi_head_site(node)
+        if kind == "encoder":
+            return open_up.encoder_layer_site(node)
+        raise RefusedError("flex", "flex_attention: its score function is left as it is")
+    except RefusedError as refused:
+        form = walk.form() if kind == "softmax" else target_name(node).strip("_")
+        flops = _flops(node, kind, flow) if refused.attention else 0
+        return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
+
+
+def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
+    """FLOPs of both products of an attention that was not read through, if one is seen."""
+    op = read(node)
+    if isinstance(op, voc.Softmax):
+        products = flow.chained[op.x] | flow.behind[op.x]
+        widths = [hint(shape_of(read(p).a)[-1]) for p in products if shape_of(read(p).a)]  # type: ignore[union-attr]
+        return 4 * _count(shape_of(node)) * max(widths, default=0)
+    if isinstance(op, voc.Sdpa):
+        return 4 * _count(shape_of(op.q)) * hint(shape_of(op.k)[-2])
+    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    axis = 0 if kind == "mha" else 1 if kind == "encoder" else -2
+    return 4 * _count(shape) * hint(shape[axis]) if len(shape) > 1 else 0
+
+
+def _count(shape: tuple[Any, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= max(hint(size), 0)
+    return count
+
+
+def _no_product(text: str = "the softmax is not fed by a product QK^T") -> RefusedError:
+    return RefusedError("no-qk-product", text, attention=False)
+
+
+def _is_cut_off(node: fx.Node) -> bool:
+    """Whether scores come into the graph as an input: the product is before a graph break."""
+    while node.op != "placeholder":
+        op = read(node)
+        if not isinstance(op, voc.Add | voc.Scale | _UNARY):
+            return False
+        node = op.x
+    return len(shape_of(node)) > 2
+
+
+def _weighs_values(softmax: fx.Node) -> bool:
+    """Whether the result of a softmax is multiplied with something, as P with V."""
+    node = softmax
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        op = read(node)
+        if isinstance(op, voc.Product):
+            return True
+        if not isinstance(op, _UNARY):
+            return False
+    return False
+
+
+def _swaps_matrix(op: voc.Permute) -> bool:
+    rank = len(op.dims)
+    return op.dims == (*range(rank - 2), rank - 1, rank - 2)
+
+
+@dataclass
+class _Walk:
+    """The state of one walk from a softmax: what was met between QK^T and PV."""
+
+    flow: Flow
+    backward: list[str] = field(default_factory=list)
+    forward: list[str] = field(default_factory=list)
+    interior: list[fx.Node] = field(default_factory=list)
+
+    def form(self) -> str:
+        return " ".join([*reversed(self.backward), *self.forward])
+
+    def softmax(self, node: fx.Node) -> AttentionSite:
+        op = read(node)
+        rank = len(shape_of(node))
+        if not isinstance(op, voc.Softmax) or rank == 0:
+            raise _no_product("the softmax's arguments are not known")
+        flow = self.flow
+        self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else "softmax")
+        candidates = flow.chained[op.x] | flow.behind[op.x]
+        if not candidates and _is_cut_off(op.x) and _weighs_values(node):
+            raise RefusedError("graph-break", "QK^T and the softmax are in different graphs")
+        if not candidates:
+            raise _no_product()
+        try:
+            if op.dim != rank - 1:
+                raise RefusedError(
+                    "softmax-axis", f"the softmax runs over axis {op.dim} of {rank}, not the last"
+                )
+            product, events, swapped = self._back(op.x, node)
+            q, k, product_op = self._product(product, swapped)
+            out, out_level, v, output_dims = self._forward(node)
+        except RefusedError as refused:
+            if not any(flow.is_scores(p) for p in candidates):
+                raise _no_product() from refused
+            raise
+        return self._assemble(
+            node, product, product_op, (q, k, v), events, out, out_level, output_dims
+        )
+
+    # -- back to QK^T ----------------------------------------------------------------------------
+
+    def _back(
+        self, start: fx.Node, reader: fx.Node
+    ) -> tuple[fx.Node, list[tuple[voc.Op, fx.Node]], bool]:
+        """From the softmax's input to the product. Events are (record, node), last one first."""
+        events: list[tuple[voc.Op, fx.Node]] = []
+        swapped = False
+        node, readers = start, {reader}
+        while not isinstance(op := read(node), voc.Product):
+            if not self.flow.chained[node]:
+                self._blocked(node)
+            self._read_by_us_only(node, readers)
+            self.interior.append(node)
+            self.backward.append(target_name(node).strip("_"))
+            readers = {node}
+            if isinstance(op, voc.Add):
+                if maximum := _row_maximum(op, node):
+                    readers |= maximum
+                    self.interior.extend(maximum - {node})
+                    node = op.x
+                    continue
+                scores, term, first = self._scores_side(op.x, op.y)
+                if not first and op.alpha != 1:
+                    raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
+                if voc.is_tensor(term):  # one number added to all scores changes nothing
+                    events.append((voc.Add(scores, term, op.alpha), node))
+                node = scores
+            elif isinstance(op, voc.Scale):
+                scores, factor, first = self._scores_side(op.x, op.factor)
+                if op.divide and not first:
+                    raise RefusedError("scores-edited", "a tensor is divided by the scores")
+                events.append((voc.Scale(scores, factor, op.divide), node))
+                node = scores
+            elif isinstance(op, voc.Clamp):
+                if (op.low is not None and op.low > -NO_CLAMP) or (
+                    op.high is not None and op.high < NO_CLAMP
+                ):
+                    raise RefusedError("scores-edited", "the scores are clamped")
+                node = op.x
+            elif isinstance(op, voc.Permute):
+                if not _swaps_matrix(op):
+                    raise RefusedError("layout", "the axes of the scores are permuted")
+                events.append((op, node))
+                swapped = not swapped
+                node = op.x
+            elif isinstance(op, voc.Fill | voc.Reshape):
+                events.append((op, node))
+                node = op.x
+            elif isinstance(op, voc.Cast | voc.Identity):
+                node = op.x
+            else:
+                raise RefusedError("scores-edited", f"{target_name(node)} before the softmax")
+        self._read_by_us_only(node, readers)
+        self.backward.append(target_name(node))
+        self.interior.append(node)
+        return node, events, swapped
+
+    def _scores_side(self, a: Any, b: Any) -> tuple[fx.Node, Any, bool]:
+        """Which operand carries QK^T: the one with a product of two activations."""
+        flow = self.flow
+        chains = [flow.chained[x] if isinstance(x, fx.Node) else frozenset() for x in (a, b)]
+        if bool(chains[0]) != bool(chains[1]):
+            first = bool(chains[0])
+        else:
+            real = [any(flow.is_scores(p) for p in chain) for chain in chains]
+            if real[0] == real[1]:
+                raise RefusedError("two-products", "the scores are a sum of two products")
+            first = real[0]
+        scores, other = (a, b) if first else (b, a)
+        if isinstance(other, fx.Node) and flow.behind[other] - flow.chained[scores]:
+            raise RefusedError("two-products", "a second product of activations is in the scores")
+        return scores, other, first
+
+    def _read_by_us_only(self, node: fx.Node, readers: Iterable[fx.Node]) -> None:
+        others = [
+            user
+            for user in node.users
+            if user not in readers
+            and not voc.reads_shape_only(user, node)
+            and not voc.is_idle(user)
+        ]
+        if not others:
+            return
+        if any(voc.written(user) is node for user in others):
+            raise RefusedError("in-place-write", "the scores are written in place")
+        if any(user.op == "output" for user in others):
+            raise RefusedError("weights-reused", "the scores are returned")
+        names = ", ".join(sorted({target_name(u) for u in others}))
+        raise RefusedError("weights-reused", f"the scores are also read by: {names}")
+
+    def _blocked(self, node: fx.Node) -> None:
+        """The walk cannot go on: find the node in the way and say what it means."""
+        flow = self.flow
+        while True:
+            op = read(node)
+            if isinstance(op, _UNARY):
+                node = op.x
+            elif isinstance(op, voc.Scale | voc.Add):
+                other = op.factor if isinstance(op, voc.Scale) else op.y
+                fed = [x for x in (op.x, other) if isinstance(x, fx.Node) and flow.behind[x]]
+                if not fed:
+                    break
+                node = fed[0]
+            else:
+                break
+        name = target_name(node) or node.op
+        self.backward.append(name.strip("_"))
+        if name in {"linear", "conv1d", "conv2d"} and flow.behind[node]:
+            raise RefusedError("cross-head-mix", f"{name} mixes the scores across heads")
+        if not flow.behind[node]:
+            raise _no_product()
+        if name == "tanh":
+            raise RefusedError("soft-cap", "the scores are soft-capped by tanh")
+        if name in {"cat", "concat"}:
+            parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
+            scored = [p for p in parts if isinstance(p, fx.Node) and flow.behind[p]]
+            if len(scored) == 1:
+                raise RefusedError("sinks", "a sink column is concatenated to the scores")
+            raise RefusedError("concat-scores", "one softmax runs over several score matrices")
+        if _is_banded(node):
+            raise RefusedError("banded", "the scores are cut to a band (a window of keys)")
+        raise RefusedError("scores-edited", f"the scores pass through {name} before the softmax")
+
+    # -- the product -----------------------------------------------------------------------------
+
+    def _product(self, node: fx.Node, swapped: bool) -> tuple[Operand, Operand, voc.Product]:
+        """Q as (..., N_q, d) and K as (..., N_k, d), at the rank of the scores."""
+        op = read(node)
+        assert isinstance(op, voc.Product)
+        rank = len(shape_of(node))
+        if op.equation is not None:
+            q, k = einsum_scores(op)
+        else:
+            q = operand(op.a, rank, transposed=False)
+            k = operand(op.b, rank, transposed=True)
+        if swapped:
+            q, k = k, q
+        if q.dims[-2] >= 0 and axis_origin(q.node, q.dims[-2], self.flow.axes) == BATCH:
+            raise RefusedError("batch-attention", "attention runs across the batch dimension")
+        for x in (q, k):
+            if x.dims[-1] >= 0 and axis_origin(x.node, x.dims[-1], self.flow.axes) == TOKEN:
+                raise RefusedError(
+                    "channel-attention",
+                    "channel attention: the product contracts over tokens, not over width",
+                )
+        return q, k, op
+
+    # -- forward to PV ---------------------------------------------------------------------------
+
+    def _forward(self, softmax: fx.Node) -> tuple[fx.Node, Level, Operand, tuple[int, ...]]:
+        """From the softmax to the product with V: output node, its level, V, the output's axes."""
+        node, transposed = softmax, False
+        shape = shape_of(softmax)
+        matrix = shape[-2:]
+        self.interior.append(softmax)
+        while True:
+            user = self._only_user(node)
+            op = read(user)
+            if isinstance(op, voc.Product):
+                break
+            self.forward.append(target_name(user).strip("_"))
+            self.interior.append(user)
+            if isinstance(op, voc.Dropout):
+                raise RefusedError("dropout", "the weights are dropped out: training")
+            if isinstance(op, voc.Permute):
+                if not _swaps_matrix(op):
+                    self._weights_edited(user)
+                transposed = not transposed
+            elif isinstance(op, voc.Reshape):
+                shape = shape_of(user)
+                if transposed or not same_shape(shape[-2:], matrix):
+                    raise RefusedError("layout", "the weights are reshaped over keys or queries")
+            elif not isinstance(op, voc.Cast | voc.Identity):
+                self._weights_edited(user)
+            node = user
+        self.forward.append(target_name(user))
+        self.interior.append(user)
+        if op.a is op.b:
+            raise RefusedError("weights-reused", "the weights are multiplied with themselves")
+        if op.addend is not None or op.alpha != 1:
+            raise RefusedError("weights-edited", "PV is scaled or added to in the same call")
+        if not user.users:
+            raise RefusedError("dead", "nothing reads the result of this attention")
+        rank = len(shape_of(user))
+        axes = tuple(range(rank))
+        if op.equation is not None:
+            v, axes = einsum_values(op, node, transposed)
+        elif op.a is node and not transposed:
+            v = operand(op.b, rank, transposed=False)
+        elif op.b is node and transposed:
+            v = operand(op.a, rank, transposed=True)
+            axes = (*axes[:-2], axes[-1], axes[-2])
+        else:
+            raise RefusedError("softmax-axis", "the weights are contracted over queries, not keys")
+        # The output may have more batch entries than the weights; an einsum permutes its axes.
+        lead = shape[:-2] if op.equation is not None else shape_of(user)[:-2]
+        return user, Level((*lead, *matrix)), v, axes
+
+    def _only_user(self, node: fx.Node) -> fx.Node:
+        users = [
+            user
+            for user in node.users
+            if not voc.reads_shape_only(user, node)
+            and (len(node.users) == 1 or not voc.is_idle(user))
+        ]
+        if not users:
+            raise RefusedError("dead", "nothing reads the result of this softmax")
+        if any(user.op == "output" for user in users):
+            raise RefusedError(
+                "weights-reused", "the weights leave the graph: returned, or read after a break"
+            )
+        if any(voc.written(user) is node for user in users):
+            raise RefusedError("weights-edited", "the weights are written in place")
+        if len(users) > 1:
+            names = ", ".join(sorted({target_name(u) for u in users}))
+            raise RefusedError("weights-reused", f"the weights are read more than once: {names}")
+        return users[0]
+
+    def _weights_edited(self, node: fx.Node) -> None:
+        name = target_name(node) or node.op
+        if name in {"linear", "conv2d", "conv1d", "permute", "movedim"}:
+            raise RefusedError("cross-head-mix", f"{name} mixes the weights across heads")
+        raise RefusedError("weights-edited", f"the weights pass through {name} after the softmax")
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def _assemble(
+        self,
+        anchor: fx.Node,
+        product: fx.Node,
+        op: voc.Product,
+        operands: tuple[Operand, Operand, Operand],
+        events: list[tuple[voc.Op, fx.Node]],
+        out: fx.Node,
+        out_level: Level,
+        output_dims: tuple[int, ...],
+    ) -> AttentionSite:
+        q, k, v = operands
+        rank = max(len(q.shape), len(k.shape))
+        lead = shape_of(product)[: rank - 2]
+        scores = Level((*lead, q.shape[-2], k.shape[-2]))
+        levels, steps = _replay(scores, events, op, product)
+        if not same_shape(levels[-1].shape[-2:], scores.shape[-2:]):
+            raise RefusedError("layout", "the softmax runs over reshaped keys")
+        if not same_size(v.shape[-2], scores.shape[-1]):
+            raise RefusedError("layout", "V is not as long as the keys")
+        plain = [lv for lv in levels if same_shape(lv.shape[-2:], scores.shape[-2:])]
+        canonical = min([*plain, out_level], key=_preference)
+        out_value = voc.tensor_of(out)
+        assert out_value is not None
+        q, k = common_dtype(q, k, v, product, out_value)
+        (q, q_factors), (k, k_factors) = take_scale(q), take_scale(k)
+        q, k = common_dtype(q, k, v, product, out_value)
+        if voc.is_tensor(op.alpha):
+            raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
+        alpha = () if op.alpha == 1 else (Factor(op.alpha),)
+        shared = _shared_heads(k, v)
+        for x, reader in ((q, product), (k, product), (v, out)):
+            _check_operand(self.flow, x, reader, out, self.interior)
+        for x, reader in zip(shared or (), (product, out), strict=False):
+            _check_operand(self.flow, x, reader, out, self.interior)
+        for step in steps:
+            for term in _tensors(step):
+                _check_writes(self.flow, term, step.reader, out, self.interior)
+        mask_kind, is_causal, steps = _mask_kind(steps)
+        terms = [t for s in steps for t in _tensors(s)]
+        return AttentionSite(
+            kind="softmax",
+            anchor=anchor,
+            form=self.form(),
+            output=out,
+            dtype=out_value.dtype,
+            device=out_value.device,
+            **_sizes(canonical, q, shared[0] if shared else k, v),
+            q=q,
+            k=k,
+            v=v,
+            shared_k=shared[0] if shared else None,
+            shared_v=shared[1] if shared else None,
+            factors=(*q_factors, *k_factors, *alpha),
+            steps=tuple(steps),
+            scores=scores,
+            canonical=canonical,
+            out=out_level,
+            output_dims=output_dims,
+            mask_kind=mask_kind,
+            is_causal=is_causal,
+            interior=tuple(self.interior),
+            requires_grad=_records_gradient(q.node, k.node, v.node, *terms),
+        )
+
+
+def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
+    """A call of ``F.scaled_dot_product_attention``."""
+    op = read(node)
+    if not isinstance(op, voc.Sdpa) or not all(map(voc.is_tensor, (op.q, op.k, op.v))):
+        raise RefusedError("scores-edited", "the arguments of SDPA are not known")
+    if not node.users:
+        raise RefusedError("dead", "nothing reads the result of this attention")
+    if isinstance(op.dropout_p, fx.Node) or op.dropout_p != 0:
+        raise RefusedError("dropout", "the weights are dropped out: training")
+    if not isinstance(op.is_causal, bool) or not isinstance(op.enable_gqa, bool):
+        raise RefusedError("scores-edited", "is_causal or enable_gqa is not a constant")
+    if voc.is_tensor(op.scale):
+        raise RefusedError("scores-edited", "the scale is a tensor")
+    out = voc.tensor_of(node)
+    assert out is not None
+    rank = len(out.shape)
+    q, k, v = (operand(x, rank, transposed=False) for x in (op.q, op.k, op.v))
+    q, k = common_dtype(q, k, v, node, out)
+    for x in (q, k, v):
+        _check_operand(flow, x, node, node, [])
+    is_causal, mask, mask_kind = op.is_causal, op.mask, "none"
+    if mask is not None:
+        value = voc.tensor_of(mask)
+        if value is None:
+            raise RefusedError("scores-edited", "SDPA's mask is not a tensor")
+        mask_kind = "bool" if value.dtype is torch.bool else "float"
+        recognise = is_causal_mask if value.dtype is torch.bool else is_causal_bias
+        if not is_causal and recognise(mask, q.shape[-2], k.shape[-2]):
+            is_causal, mask, mask_kind = True, None, "none"
+    kinds = [kind for kind, is_there in (("causal", is_causal), (mask_kind, mask)) if is_there]
+    level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))
+    shared = None if op.enable_gqa else _shared_heads(k, v)
+    for x in shared or ():
+        _check_operand(flow, x, node, node, [])
+    return AttentionSite(
+        kind="sdpa",
+        anchor=node,
+        form="scaled_dot_product_attention",
+        output=node,
+        dtype=out.dtype,
+        device=out.device,
+        **_sizes(level, q, shared[0] if shared else k, v),
+        q=q,
+        k=k,
+        v=v,
+        shared_k=shared[0] if shared else None,
+        shared_v=shared[1] if shared else None,
+        factors=() if op.scale is None else (Factor(op.scale),),
+        scores=level,
+        canonical=level,
+        out=level,
+        output_dims=tuple(range(rank)),
+        mask=mask,
+        mask_kind="+".join(kinds) or "none",
+        is_causal=is_causal,
+        interior=(node,),
+        requires_grad=_records_gradient(op.q, op.k, op.v, op.mask),
+    )
+
+
+# -- helpers ------------------------------------------------------------------------------------
+
+
+def _sizes(level: Level, q: Operand, k: Operand, v: Operand) -> dict[str, Any]:
+    batch: Any = 1
+    for size in level.lead[:-1]:
+        batch = batch * size
+    heads = level.lead[-1] if level.lead else 1
+    has_heads = len(k.shape) == len(level.shape) and len(k.shape) > 2
+    return {
+        "batch": batch,
+        "num_heads": heads,
+        "num_key_heads": k.shape[-3] if has_heads else heads,
+        "num_queries": q.shape[-2],
+        "num_keys": k.shape[-2],
+        "head_dim": q.shape[-1],
+        "value_dim": v.shape[-1],
+    }
+
+
+def _shared_heads(k: Operand, v: Operand) -> tuple[Operand, Operand] | None:
+    """K and V before ``repeat_kv``, where both were repeated by the same count."""
+    before_k, before_v = unrepeated(k), unrepeated(v)
+    if before_k is None or before_v is None or before_k[1] != before_v[1]:
+        return None
+    return before_k[0], before_v[0]
+
+
+def _tensors(step: Step) -> list[fx.Node]:
+    if isinstance(step, AddStep):
+        return [step.term]
+    if isinstance(step, FillStep):
+        return [step.condition]
+    return [step.factor] if voc.is_tensor(step.factor) else []  # type: ignore[list-item]
+
+
+def _records_gradient(*nodes: fx.Node | None) -> bool:
+    values = [voc.tensor_of(n) for n in nodes if n is not None]
+    return any(v is not None and v.requires_grad for v in values)
+
+
+def _preference(level: Level) -> tuple[int, int, int]:
+    """Four axes first (batch, heads, N, N), then more, then fewer; of two the less broadcast."""
+    rank = len(level.shape)
+    return (0 if rank == 4 else 1 if rank > 4 else 2, -rank, -_count(level.lead))
+
+
+def _reshape_args(node: fx.Node) -> tuple[Any, ...] | None:
+    """The sizes a ``view`` or ``reshape`` was called with."""
+    if target_name(node) not in {"view", "reshape"}:
+        return None
+    args = node.args[1:]
+    if len(args) == 1 and isinstance(args[0], list | tuple):
+        args = tuple(args[0])
+    return tuple(args) if len(args) == len(shape_of(node)) else None
+
+
+def _replay(
+    scores: Level, events: list[tuple[voc.Op, fx.Node]], op: voc.Product, product: fx.Node
+) -> tuple[list[Level], list[Step]]:
+    """Go over the events forwards: the shapes the scores take, and the steps at each shape."""
+    levels, level = [scores], scores
+    steps: list[Step] = []
+    if op.addend is not None:
+        if not isinstance(op.beta, int | float):
+            raise RefusedError("scores-edited", "baddbmm's beta is not a number")
+        steps.append(AddStep(op.addend, op.beta, level, product))
+    for event, node in reversed(events):
+        shape = shape_of(node)
+        if isinstance(event, voc.Reshape):
+            level = Level(shape, _reshape_args(node))
+            levels.append(level)
+        elif not same_shape(shape[:-2], level.lead):  # a bias has a batch that the scores lack
+            level = Level((*shape[:-2], *level.shape[-2:]))
+            levels.append(level)
+        if isinstance(event, voc.Scale):
+            steps.append(_scale_step(event, node, level, steps))
+        elif isinstance(event, voc.Add):
+            term = voc.tensor_of(event.y)
+            if term is None or term.dtype.is_complex:
+                raise RefusedError("scores-edited", "a complex tensor is added")
+            steps.append(AddStep(event.y, event.alpha, level, node))  # type: ignore[arg-type]
+        elif isinstance(event, voc.Fill):
+            steps.append(_fill_step(event, node, level))
+        elif isinstance(event, voc.Permute) and (len(levels) > 1 or any(map(_tensors, steps))):
+            raise RefusedError("layout", "the scores are transposed after a bias, mask or reshape")
+    return levels, steps
+
+
+def _scale_step(event: voc.Scale, node: fx.Node, level: Level, before: list[Step]) -> ScaleStep:
+    factor = event.factor
+    if voc.is_tensor(factor):
+        shape = shape_of(factor)  # type: ignore[arg-type]
+        if shape and not same_size(shape[-1], 1):
+            raise RefusedError("scores-edited", "the scores are scaled key by key")
+        if not voc.tensor_of(factor).dtype.is_floating_point:  # type: ignore[union-attr]
+            raise RefusedError("scores-edited", "the scores are scaled by integers")
+    elif not isinstance(factor, int | float | fx.Node):
+        raise RefusedError("scores-edited", "the scale is not a number")
+    hidden = [s.value for s in before if isinstance(s, FillStep)]
+    if hidden and not (isinstance(factor, int | float) and factor > 0):
+        raise RefusedError("scores-edited", "masked scores are scaled by a tensor")
+    for value in hidden:
+        if (value / factor if event.divide else value * factor) > voc.HIDDEN:  # type: ignore[operator]
+            raise RefusedError("scores-edited", "masked scores are scaled until seen again")
+    return ScaleStep(factor, event.divide, level, node)
+
+
+def _fill_step(event: voc.Fill, node: fx.Node, level: Level) -> FillStep:
+    value = voc.constant(event.value)
+    if value is None:
+        raise RefusedError("scores-edited", "the mask's fill value is not a constant")
+    if value > voc.HIDING:
+        raise RefusedError("scores-edited", f"scores are replaced by {value:g}: hides nothing")
+    condition, scores = voc.tensor_of(event.condition), voc.tensor_of(node)
+    if condition is None or condition.dtype is not torch.bool:
+        raise RefusedError("scores-edited", "the mask's condition is not boolean")
+    if value != voc.INFINITE and scores is not None and scores.dtype is torch.float16:
+        raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
+    return FillStep(event.condition, value, event.keep, level, node)
+
+
+def _mask_kind(steps: list[Step]) -> tuple[str, bool, list[Step]]:
+    """What hides or biases keys, for the report; whether it is all "causal"; the steps left."""
+    masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
+    if not masks:
+        return "none", False, steps
+    if len(masks) == 1:
+        only = masks[0]
+        rows, columns = only.level.shape[-2:]
+        if isinstance(only, FillStep):
+            causal = is_causal_mask(only.condition, rows, columns, hidden=not only.keep)
+        else:
+            causal = only.alpha == 1 and is_causal_bias(only.term, rows, columns)
+        if causal:
+            return "causal", True, [s for s in steps if s is not only]
+    is_bool = all(isinstance(s, FillStep) and s.value == voc.INFINITE for s in masks)
+    return ("bool" if is_bool else "float"), False, steps
+
+
+def _check_writes(
+    flow: Flow, node: fx.Node, start: fx.Node, out: fx.Node, interior: list[fx.Node]
+) -> None:
+    """Refuse where a tensor may change between the model's read (``start``) and ours (``out``)."""
+    for writer in flow.writes.get(voc.alias_root(node), ()):
+        is_between = flow.position[start] < flow.position[writer] < flow.position[out]
+        if is_between and writer not in interior:
+            raise RefusedError("in-place-write", "an operand is written in place during attention")
+
+
+def _check_operand(
+    flow: Flow, x: Operand, reader: fx.Node, out: fx.Node, interior: list[fx.Node]
+) -> None:
+    """Refuse where Q, K or V, or what was taken off it (a scale, a copy), may have been written."""
+    _check_built(flow, x.node)
+    for factor in reader.all_input_nodes:
+        path = [reader, factor]
+        while path[-1] is not x.node and (source := taken_off(path[-1])) is not None:
+            path.append(source)
+        if path[-1] is x.node:
+            for node in path[1:]:
+                _check_writes(flow, node, path[-2], out, interior)
+
+
+def _check_built(flow: Flow, node: fx.Node) -> None:
+    """Refuse an operand put together by slice writes: what it holds no walk over arguments sees.
+
+    A write to the whole tensor (``index_copy_`` of a static cache) names what it writes.
+    """
+    root = voc.alias_root(node)
+    if target_name(root) not in {"new_empty", "empty", "empty_like", "new_zeros", "zeros"}:
+        return
+    for writer in flow.writes.get(root, ()):
+        if target_name(writer) == "setitem" or voc.written(writer) is not root:
+            raise RefusedError("in-place-write", "an operand is put together by slice writes")
+
+
+def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
+    """``x - amax(x, -1)`` shifts rows, which softmax ignores: the nodes that read x for it."""
+    if op.alpha != -1 or not isinstance(op.y, fx.Node):
+        return set()
+    if not same_shape(shape_of(op.y), (*shape_of(op.x)[:-1], 1)):
+        return set()
+    node = op.y
+    readers = {node}
+    while target_name(node) in {"unsqueeze", "getitem", "detach"}:
+        if not isinstance(node.args[0], fx.Node):
+            return set()
+        node = node.args[0]
+        readers.add(node)
+    if target_name(node) not in {"amax", "max"} or node.args[0] is not op.x:
+        return set()
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    rank = len(shape_of(op.x))
+    if not isinstance(dim, int) or dim % rank != rank - 1:
+        return set()
+    is_ours = all(user in readers or user is reader for n in readers for user in n.users)
+    return readers if is_ours else set()
+
+
+def _is_banded(node: fx.Node) -> bool:
+    """Whether a window was cut out of the scores: as_strided, unfold or diagonal nearby."""
+    seen, stack = {node}, [node]
+    while stack and len(seen) < 64:
+        current = stack.pop()
+        if target_name(current) in {"as_strided", "unfold", "diagonal"}:
+            return True
+        near = [] if target_name(current) in {"linear", "softmax"} else current.all_input_nodes
+        near = near + [user for user in current.users if voc.written(user) is current]
+        for other in near:
+            if other not in seen:
+                seen.add(other)
+                stack.append(other)
+    return False

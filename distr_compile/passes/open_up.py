@@ -1,0 +1,235 @@
+"""Modules that stay one node in a Dynamo graph, opened up only where their attention is rewritten.
+
+``F.multi_head_attention_forward`` (``nn.MultiheadAttention``) and
+``torch._transformer_encoder_layer_fwd`` (``nn.TransformerEncoderLayer`` in eval mode) carry their
+weights as arguments. Their sizes are read here for the matcher; :func:`spell_out` writes the
+projections, the attention and what follows as plain calls. Where the attention stays exact the node
+is left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.emit import Emitter, erase_idle
+from distr_compile.passes.site import AttentionSite, RefusedError
+from distr_compile.passes.vocabulary import shape_of
+
+_MHA = inspect.signature(F.multi_head_attention_forward)
+_ENCODER_ARGS = (
+    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps "
+    "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 "
+    "ffn_bias_2 mask mask_type"
+).split()
+
+Attend = Callable[[fx.Node, fx.Node, fx.Node, fx.Node | None, bool], fx.Node]
+"""(q, k, v, mask, is_causal) -> output, all (B, H, N, d): writes the attention itself."""
+
+
+def _mha_arguments(node: fx.Node) -> dict[str, Any]:
+    bound = _MHA.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
+    arguments = dict.fromkeys(_ENCODER_ARGS)
+    arguments.update(zip(_ENCODER_ARGS, node.args, strict=False))
+    arguments.update(node.kwargs)
+    return arguments
+
+
+def multi_head_site(node: fx.Node) -> AttentionSite:
+    """The site of ``F.multi_head_attention_forward``, or ``RefusedError`` with the reason."""
+    a = _mha_arguments(node)
+    outputs = [user for user in node.users if not voc.is_idle(user)]
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
+        raise RefusedError("weights-reused", "the weights are returned (need_weights)")
+    if not outputs:
+        raise RefusedError("dead", "nothing reads the result of this attention")
+    if a["training"] and a["dropout_p"] != 0:
+        raise RefusedError("dropout", "the weights are dropped out: training")
+    if a["bias_k"] is not None or a["bias_v"] is not None or a["add_zero_attn"]:
+        raise RefusedError("extra-keys", "bias_k, bias_v or add_zero_attn append keys")
+    if a["static_k"] is not None or a["static_v"] is not None:
+        raise RefusedError("extra-keys", "static_k or static_v replace the keys")
+    query, key = shape_of(a["query"]), shape_of(a["key"])
+    if len(query) not in (2, 3) or not all(map(voc.is_tensor, (a["query"], a["key"], a["value"]))):
+        raise RefusedError("layout", "the query is not (N, E) or (N, B, E)")
+    heads = a["num_heads"]
+    batch = query[1] if len(query) == 3 else 1
+    masks = [a[name] for name in ("attn_mask", "key_padding_mask") if a[name] is not None]
+    kinds = ["bool" if voc.tensor_of(m).dtype is torch.bool else "float" for m in masks]  # type: ignore[union-attr]
+    is_causal = bool(a["is_causal"]) and a["key_padding_mask"] is None and not a["need_weights"]
+    mask_kind = (
+        "causal" if is_causal else "float" if "float" in kinds else "bool" if kinds else "none"
+    )
+    result = outputs[0]
+    out = voc.tensor_of(result)
+    assert out is not None
+    return AttentionSite(
+        kind="mha",
+        anchor=node,
+        form="multi_head_attention_forward",
+        output=node,
+        dtype=out.dtype,
+        device=out.device,
+        batch=batch,
+        num_heads=heads,
+        num_key_heads=heads,
+        num_queries=query[0],
+        num_keys=key[0],
+        head_dim=query[-1] // heads,
+        value_dim=query[-1] // heads,
+        mask_kind=mask_kind,
+        is_causal=is_causal,
+        interior=(node,),
+        requires_grad=_records_gradient(a),
+    )
+
+
+def encoder_layer_site(node: fx.Node) -> AttentionSite:
+    """The site of ``torch._transformer_encoder_layer_fwd``, or ``RefusedError`` with the reason."""
+    a = _encoder_arguments(node)
+    shape, out = shape_of(a["src"]), voc.tensor_of(node)
+    if len(shape) != 3 or out is None or out.is_nested:
+        raise RefusedError("layout", "the input is not (B, N, E)")
+    if a["mask"] is not None and a["mask_type"] not in (0, 1, 2):
+        raise RefusedError("layout", f"mask_type {a['mask_type']} is not known")
+    heads, width = a["num_heads"], a["embed_dim"]
+    return AttentionSite(
+        kind="encoder",
+        anchor=node,
+        form="transformer_encoder_layer_fwd",
+        output=node,
+        dtype=out.dtype,
+        device=out.device,
+        batch=shape[0],
+        num_heads=heads,
+        num_key_heads=heads,
+        num_queries=shape[1],
+        num_keys=shape[1],
+        head_dim=width // heads,
+        value_dim=width // heads,
+        mask_kind="none" if a["mask"] is None else "bool",
+        interior=(node,),
+        requires_grad=_records_gradient(a),
+    )
+
+
+def _records_gradient(arguments: dict[str, Any]) -> bool:
+    values = [voc.tensor_of(x) for x in arguments.values() if isinstance(x, fx.Node)]
+    return any(v is not None and v.requires_grad for v in values)
+
+
+def spell_out(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
+    """Write the module's arithmetic as plain calls around ``attend`` and replace its node."""
+    if site.kind == "mha":
+        _spell_out_multi_head(site, emit, attend)
+    else:
+        _spell_out_encoder(site, emit, attend)
+
+
+def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
+    a = _mha_arguments(site.anchor)
+    heads, is_batched = site.num_heads, len(shape_of(a["query"])) == 3
+    weights = [a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"]]
+    if not a["use_separate_proj_weight"]:
+        weights = emit.thirds(a["in_proj_weight"])
+    biases: list[Any] = [None] * 3 if a["in_proj_bias"] is None else emit.thirds(a["in_proj_bias"])
+
+    def split_heads(x: fx.Node) -> fx.Node:  # (N, [B,] E) -> (B, H, N, d)
+        x = emit.method("unflatten", x, -1, (heads, -1))
+        return emit.method(
+            "permute", x if is_batched else emit.method("unsqueeze", x, 1), 1, 2, 0, 3
+        )
+
+    q, k, v = (
+        split_heads(emit.function(F.linear, a[name], weight, bias))
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True)
+    )
+    mask = None if site.is_causal else _merged_mask(a, emit, heads)
+    out = attend(q, k, v, mask, site.is_causal)
+    out = emit.method("flatten", emit.method("permute", out, 2, 0, 1, 3), 2)  # (N, B, E)
+    if not is_batched:
+        out = emit.method("squeeze", out, 1)
+    out = emit.function(F.linear, out, a["out_proj_weight"], a["out_proj_bias"])
+    for user in list(site.anchor.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(out)
+        erase_idle(emit.graph, user)
+
+
+def _merged_mask(a: dict[str, Any], emit: Emitter, heads: int) -> fx.Node | None:
+    """The module's two masks (True hides) as one: bool (True attends) or additive float."""
+    mask, padding = a["attn_mask"], a["key_padding_mask"]
+    if mask is not None and len(shape_of(mask)) == 3:  # (B * H, N_q, N_k)
+        mask = emit.method("unflatten", mask, 0, (-1, heads))
+    if padding is not None and len(shape_of(padding)) == 2:  # (B, N_k); else (N_k,)
+        padding = emit.method("unsqueeze", padding, 1)
+        padding = emit.method("unsqueeze", padding, 1)
+    masks = [m for m in (mask, padding) if m is not None]
+    if not masks:
+        return None
+    is_bool = [
+        voc.tensor_of(original).dtype is torch.bool  # type: ignore[union-attr]
+        for original in (a["attn_mask"], a["key_padding_mask"])
+        if original is not None
+    ]
+    if all(is_bool):
+        hidden = masks[0] if len(masks) == 1 else emit.method("logical_or", *masks)
+        return emit.method("logical_not", hidden)
+    dtype = voc.tensor_of(a["query"]).dtype  # type: ignore[union-attr]
+    terms = [emit.additive(m, dtype) if b else m for m, b in zip(masks, is_bool, strict=True)]
+    return terms[0] if len(terms) == 1 else emit.function(torch.add, *terms)
+
+
+def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
+    a = _encoder_arguments(site.anchor)
+    heads, width = site.num_heads, a["embed_dim"]
+
+    def norm(x: fx.Node, which: int) -> fx.Node:
+        weight, bias = a[f"norm_weight_{which}"], a[f"norm_bias_{which}"]
+        return emit.function(F.layer_norm, x, (width,), weight, bias, a["eps"])
+
+    def self_attention(x: fx.Node) -> fx.Node:
+        qkv = emit.function(F.linear, x, a["qkv_weight"], a["qkv_bias"])
+        q, k, v = (
+            emit.method("transpose", emit.method("unflatten", part, -1, (heads, -1)), 1, 2)
+            for part in emit.thirds(qkv, dim=-1)
+        )
+        out = attend(q, k, v, _encoder_mask(a, emit), False)
+        out = emit.method("flatten", emit.method("transpose", out, 1, 2), 2)
+        return emit.function(F.linear, out, a["proj_weight"], a["proj_bias"])
+
+    def feed_forward(x: fx.Node) -> fx.Node:
+        x = emit.function(F.linear, x, a["ffn_weight_1"], a["ffn_bias_1"])
+        x = emit.function(F.gelu if a["use_gelu"] else F.relu, x)
+        return emit.function(F.linear, x, a["ffn_weight_2"], a["ffn_bias_2"])
+
+    x = a["src"]
+    if a["norm_first"]:
+        x = emit.function(torch.add, x, self_attention(norm(x, 1)))
+        x = emit.function(torch.add, x, feed_forward(norm(x, 2)))
+    else:
+        x = norm(emit.function(torch.add, x, self_attention(x)), 1)
+        x = norm(emit.function(torch.add, x, feed_forward(x)), 2)
+    site.anchor.replace_all_uses_with(x)
+
+
+def _encoder_mask(a: dict[str, Any], emit: Emitter) -> fx.Node | None:
+    """Non-zero hides: the kernel reads any mask as boolean, also an additive one of 0 and -inf."""
+    mask = a["mask"]
+    if mask is None:
+        return None
+    if a["mask_type"] == 1:  # (B, N)
+        mask = emit.method("unsqueeze", emit.method("unsqueeze", mask, 1), 1)
+    return emit.method("logical_not", emit.method("to", mask, torch.bool))

@@ -1,0 +1,643 @@
+"""What counts as a product, a softmax, a cast, a view: Dynamo nodes read as a few kinds of
+operation.
+
+Dynamo keeps the spelling of the source: ``q @ k``, ``torch.matmul``, ``Tensor.matmul`` and ``bmm``
+are four targets with one meaning. :func:`read` maps a node to one small record per meaning, or
+``None`` when the node is outside the vocabulary. Everything else in ``passes`` speaks in these
+records only.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+Scalar = int | float | fx.Node
+"""A number, or the node of a symbolic one."""
+
+INFINITE = -math.inf
+
+HIDING = -1.0e4
+"""A score this low (or lower) hides its key: after the softmax nothing of it is left."""
+
+ABSORBING = -1.0e30
+"""Added to a score of any precision but fp16, this leaves nothing of the score."""
+
+HIDDEN = -1.0e3
+"""Where such a score may end up after a division by sqrt(d)."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """``alpha * (a @ b) + beta * addend``; with ``equation`` the einsum ``equation(a, b)``."""
+
+    a: fx.Node
+    b: fx.Node
+    equation: str | None = None
+    alpha: Scalar = 1
+    addend: fx.Node | None = None
+    beta: Scalar = 1
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``softmax(x, dim)``, computed in ``dtype`` if given."""
+
+    x: fx.Node
+    dim: int
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``x * factor``, or ``x / factor`` if ``divide``; the factor is a number or a tensor node."""
+
+    x: fx.Node
+    factor: Scalar
+    divide: bool = False
+
+
+@dataclass(frozen=True)
+class Add:
+    """``x + alpha * y``; ``y`` may be a number."""
+
+    x: fx.Node
+    y: Scalar
+    alpha: Scalar = 1
+
+
+@dataclass(frozen=True)
+class Fill:
+    """``where(condition, value, x)``; with ``keep`` the condition says where ``x`` stays."""
+
+    x: fx.Node
+    condition: fx.Node
+    value: Any
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """``clamp(x, low, high)`` with bounds that are numbers, or ``None``."""
+
+    x: fx.Node
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The same values in another dtype (or on another device)."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements in the same order under another shape."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Output axis ``i`` is input axis ``dims[i]``."""
+
+    x: fx.Node
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The same values: ``contiguous``, ``clone``, a dropout that does not drop."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """A dropout that drops: training, ``p > 0`` (or ``p`` not known while compiling)."""
+
+    x: fx.Node
+    p: Scalar
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """A call of ``F.scaled_dot_product_attention``; fields as its arguments."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None = None
+    dropout_p: Scalar = 0.0
+    is_causal: Any = False
+    scale: Scalar | None = None
+    enable_gqa: Any = False
+
+
+Op = (
+    Product
+    | Softmax
+    | Scale
+    | Add
+    | Fill
+    | Clamp
+    | Cast
+    | Reshape
+    | Permute
+    | Identity
+    | Dropout
+    | Sdpa
+)
+
+
+def value_of(node: Any) -> Any:
+    """The fake value Dynamo kept for a node, if any; arguments that are no nodes are returned."""
+    if isinstance(node, fx.Node):
+        return node.meta.get("example_value")
+    return node
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, or ``None`` if its value is no tensor."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a node's tensor; ints or SymInts. ``()`` if it is no tensor."""
+    value = tensor_of(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+def hint(size: Any) -> int:
+    """A size as an int: itself, or the value a symbolic size had when the graph was traced."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    value = getattr(node, "hint", None) if node is not None else None
+    return int(value) if value is not None else -1
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same expression. Asks nothing that would add a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, int) or isinstance(b, int):
+        return False
+    return bool(a.node.expr == b.node.expr)
+
+
+def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes are equal, size by size."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_tensor(arg: Any) -> bool:
+    """Whether an argument is a node whose value is a tensor."""
+    return tensor_of(arg) is not None
+
+
+def constant(arg: Any) -> float | None:
+    """The number an argument stands for: a literal, or a tensor filled with one literal."""
+    if isinstance(arg, bool):
+        return None
+    if isinstance(arg, int | float):
+        return float(arg)
+    if not isinstance(arg, fx.Node):
+        return None
+    name = target_name(arg)
+    if name in {"tensor", "scalar_tensor", "as_tensor"} and arg.args:
+        return constant(arg.args[0])
+    if name == "full" and len(arg.args) > 1:
+        return constant(arg.args[1])
+    if name == "full" and "fill_value" in arg.kwargs:
+        return constant(arg.kwargs["fill_value"])
+    if name in {"full_like", "new_full"} and len(arg.args) > 1:
+        return constant(arg.args[-1])
+    if name in {"to", "type_as", "type", "float", "half"} and arg.args:
+        return constant(arg.args[0])
+    return None
+
+
+def target_name(node: fx.Node) -> str:
+    """The bare name of what a call node calls; ``""`` for other nodes."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", None)
+        return str(name if name is not None else node.target)
+    return ""
+
+
+def _option(node: fx.Node, name: str, default: Any = None) -> Any:
+    return node.kwargs.get(name, default)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+# -- readers: one per meaning; each gets the node and answers a record or None ------------------
+
+
+def _product(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    b = _option(node, "mat2", b) if b is None else b
+    return Product(a, b) if is_tensor(a) and is_tensor(b) else None
+
+
+def _einsum(node: fx.Node) -> Op | None:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    a, b = operands
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    equation = equation.replace(" ", "")
+    factors, _, out = equation.partition("->")
+    first, _, second = factors.partition(",")
+    if out and not set(first) & set(second) - set(out):
+        return None  # nothing is summed: an outer product, as of two masks
+    return Product(a, b, equation=equation)
+
+
+def _baddbmm(node: fx.Node) -> Op | None:
+    addend = _argument(node, 0, "input")
+    a, b = _argument(node, 1, "batch1"), _argument(node, 2, "batch2")
+    if not (isinstance(addend, fx.Node) and isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    alpha, beta = _option(node, "alpha", 1), _option(node, "beta", 1)
+    return Product(a, b, alpha=alpha, beta=beta, addend=None if beta == 0 else addend)
+
+
+def _softmax(node: fx.Node) -> Op | None:
+    x, dim = _argument(node, 0, "input"), _argument(node, 1, "dim")
+    dtype = _option(node, "dtype")
+    if dtype is None:
+        dtype = next((a for a in node.args[2:] if isinstance(a, torch.dtype)), None)
+    if not isinstance(x, fx.Node) or not isinstance(dim, int):
+        return None
+    return Softmax(x, dim % max(len(shape_of(x)), 1), dtype)
+
+
+def _multiply(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    if is_tensor(a):
+        return Scale(a, b)
+    return Scale(b, a) if is_tensor(b) else None
+
+
+def _divide(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    if not is_tensor(a) or _option(node, "rounding_mode") is not None:
+        return None
+    return Scale(a, b, divide=True)
+
+
+def _add(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    alpha = _option(node, "alpha", 1)
+    if is_tensor(a):
+        return Add(a, b, alpha)
+    return Add(b, a) if is_tensor(b) and alpha == 1 else None
+
+
+def _subtract(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    alpha = _option(node, "alpha", 1)
+    if not is_tensor(a) or isinstance(alpha, fx.Node):
+        return None
+    return Add(a, b, -alpha)
+
+
+def _masked_fill(node: fx.Node) -> Op | None:
+    x, condition = _argument(node, 0, "input"), _argument(node, 1, "mask")
+    if not is_tensor(x) or not is_tensor(condition):
+        return None
+    return Fill(x, condition, _argument(node, 2, "value"))
+
+
+def _where(node: fx.Node) -> Op | None:
+    condition, a, b = (_argument(node, i, n) for i, n in enumerate(("condition", "input", "other")))
+    if node.op == "call_method":  # x.where(condition, other)
+        a, condition = condition, a
+    if not is_tensor(condition):
+        return None
+    a_shape, b_shape = len(shape_of(a)) if is_tensor(a) else 0, 0
+    b_shape = len(shape_of(b)) if is_tensor(b) else 0
+    if a_shape >= 2 and constant(b) is not None:
+        return Fill(a, condition, b, keep=True)
+    if b_shape >= 2 and constant(a) is not None:
+        return Fill(b, condition, a)
+    if a_shape >= 2 and b_shape == 0:
+        return Fill(a, condition, b, keep=True)
+    if b_shape >= 2 and a_shape == 0:
+        return Fill(b, condition, a)
+    return None
+
+
+def _clamp(node: fx.Node) -> Op | None:
+    x = node.args[0]
+    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+    return _bounded(x, low, high)
+
+
+def _clamp_min(node: fx.Node) -> Op | None:
+    x, low = _argument(node, 0, "input"), _argument(node, 1, "other")
+    low = node.kwargs.get("min", low) if low is None else low
+    if low is None or (not is_tensor(low) and isinstance(low, int)):
+        return None  # max(x) or max(x, dim)
+    return _bounded(x, low, None)
+
+
+def _clamp_max(node: fx.Node) -> Op | None:
+    x, high = _argument(node, 0, "input"), _argument(node, 1, "other")
+    high = node.kwargs.get("max", high) if high is None else high
+    if high is None or (not is_tensor(high) and isinstance(high, int)):
+        return None
+    return _bounded(x, None, high)
+
+
+def _bounded(x: Any, low: Any, high: Any) -> Op | None:
+    bounds = [None if b is None else constant(b) for b in (low, high)]
+    if not is_tensor(x) or (low is not None and bounds[0] is None):
+        return None
+    if high is not None and bounds[1] is None:
+        return None
+    return Clamp(x, bounds[0], bounds[1])
+
+
+def _cast(node: fx.Node) -> Op | None:
+    source, result = tensor_of(node.args[0]), tensor_of(node)
+    if source is None or result is None:
+        return None
+    if not (source.dtype.is_floating_point and result.dtype.is_floating_point):
+        return None
+    return Cast(node.args[0]) if source.device == result.device else None  # type: ignore[arg-type]
+
+
+def _reshape(node: fx.Node) -> Op | None:
+    return Reshape(node.args[0]) if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
+
+
+def _view(node: fx.Node) -> Op | None:
+    if len(node.args) > 1 and isinstance(node.args[1], torch.dtype):
+        return None  # a reinterpretation of bits
+    return _reshape(node)
+
+
+def _identity(node: fx.Node) -> Op | None:
+    return Identity(node.args[0]) if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
+
+
+def _transpose(node: fx.Node) -> Op | None:
+    x, i, j = _argument(node, 0, "input"), _argument(node, 1, "dim0"), _argument(node, 2, "dim1")
+    rank = len(shape_of(x)) if is_tensor(x) else 0
+    if rank == 0 or not isinstance(i, int) or not isinstance(j, int):
+        return None
+    dims = list(range(rank))
+    dims[i % rank], dims[j % rank] = dims[j % rank], dims[i % rank]
+    return Permute(x, tuple(dims))
+
+
+def _permute(node: fx.Node) -> Op | None:
+    x: Any = node.args[0]
+    dims: list[Any] = list(node.args[1:])
+    if not dims and "dims" in node.kwargs:
+        dims = [node.kwargs["dims"]]
+    if len(dims) == 1 and isinstance(dims[0], list | tuple):
+        dims = list(dims[0])
+    rank = len(shape_of(x)) if is_tensor(x) else 0  # type: ignore[arg-type]
+    if rank == 0 or not all(isinstance(d, int) for d in dims):
+        return None
+    return Permute(x, tuple(d % rank for d in dims))
+
+
+def _matrix_transpose(node: fx.Node) -> Op | None:
+    rank = len(shape_of(node.args[0])) if is_tensor(node.args[0]) else 0  # type: ignore[arg-type]
+    if rank < 2:
+        return None
+    return Permute(node.args[0], (*range(rank - 2), rank - 1, rank - 2))  # type: ignore[arg-type]
+
+
+def _getattr(node: fx.Node) -> Op | None:
+    name = node.args[1] if len(node.args) > 1 else None
+    return _matrix_transpose(node) if name == "mT" else _plain_t(node) if name == "T" else None
+
+
+def _plain_t(node: fx.Node) -> Op | None:
+    """``x.T`` reverses all axes; of a matrix it is the transpose."""
+    rank = len(shape_of(node.args[0])) if is_tensor(node.args[0]) else 0  # type: ignore[arg-type]
+    return _matrix_transpose(node) if rank == 2 else None
+
+
+def _getitem(node: fx.Node) -> Op | None:
+    """Indexing that only inserts axes of size 1 (``x[:, None]``) or takes everything (``x[:]``)."""
+    x, index = node.args
+    if not is_tensor(x):
+        return None
+    entries = index if isinstance(index, tuple) else (index,)
+    whole = slice(None, None, None)
+    if all(e is None or e is Ellipsis or e == whole for e in entries):
+        return Reshape(x)  # type: ignore[arg-type]
+    return None
+
+
+def _dropout(node: fx.Node) -> Op | None:
+    x, p = _argument(node, 0, "input"), _argument(node, 1, "p", 0.5)
+    training = _argument(node, 2, "training", True)
+    if not is_tensor(x):
+        return None
+    if training is False or (isinstance(p, int | float) and p == 0):
+        return Identity(x)
+    return Dropout(x, p)
+
+
+def _sdpa(node: fx.Node) -> Op | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    defaults = (None, None, None, None, 0.0, False)
+    q, k, v, mask, dropout_p, is_causal = (
+        _argument(node, i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))
+    )
+    scale, gqa = _option(node, "scale"), _option(node, "enable_gqa", False)
+    return Sdpa(q, k, v, mask, dropout_p, is_causal, scale, gqa)
+
+
+Reader = Callable[[fx.Node], Op | None]
+
+METHODS: dict[str, Reader] = {
+    **dict.fromkeys(("matmul", "bmm", "__matmul__"), _product),
+    "baddbmm": _baddbmm,
+    **dict.fromkeys(("softmax",), _softmax),
+    **dict.fromkeys(("mul", "mul_", "multiply"), _multiply),
+    **dict.fromkeys(("div", "div_", "divide", "true_divide"), _divide),
+    **dict.fromkeys(("add", "add_"), _add),
+    **dict.fromkeys(("sub", "sub_", "subtract"), _subtract),
+    **dict.fromkeys(("masked_fill", "masked_fill_"), _masked_fill),
+    "where": _where,
+    **dict.fromkeys(("clamp", "clamp_", "clip"), _clamp),
+    "clamp_min": _clamp_min,
+    "clamp_max": _clamp_max,
+    **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16", "double"), _cast),
+    "view": _view,
+    **dict.fromkeys(
+        ("reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"),
+        _reshape,
+    ),
+    **dict.fromkeys(("contiguous", "clone", "detach"), _identity),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    "permute": _permute,
+}
+
+FUNCTIONS: dict[Any, Reader] = {
+    **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm), _product),
+    torch.functional.einsum: _einsum,
+    torch.einsum: _einsum,
+    torch.baddbmm: _baddbmm,
+    **dict.fromkeys((torch.softmax, F.softmax, torch.special.softmax), _softmax),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _multiply),
+    **dict.fromkeys(
+        (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide), _divide
+    ),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _add),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _subtract),
+    torch.masked_fill: _masked_fill,
+    torch.where: _where,
+    **dict.fromkeys((torch.clamp, torch.clip), _clamp),
+    **dict.fromkeys((torch.max, torch.maximum, torch.clamp_min), _clamp_min),
+    **dict.fromkeys((torch.min, torch.minimum, torch.clamp_max), _clamp_max),
+    **dict.fromkeys((torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze), _reshape),
+    **dict.fromkeys((torch.clone, torch.detach), _identity),
+    **dict.fromkeys((torch.transpose, torch.swapaxes, torch.swapdims), _transpose),
+    torch.permute: _permute,
+    getattr: _getattr,  # x.mT and x.T, as older torch spells them
+    torch.ops.aten.mT: _matrix_transpose,
+    torch.ops.aten.numpy_T: _plain_t,
+    operator.getitem: _getitem,
+    **dict.fromkeys((F.dropout, torch.dropout), _dropout),
+    F.scaled_dot_product_attention: _sdpa,
+}
+
+
+def read(node: Any) -> Op | None:
+    """What a node means in this vocabulary, or ``None``."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "call_method":
+        reader = METHODS.get(str(node.target))
+    elif node.op == "call_function":
+        reader = FUNCTIONS.get(node.target)
+    else:
+        return None
+    if reader is None or not (node.args or node.kwargs):
+        return None
+    return reader(node)
+
+
+# -- nodes that are attention, or may be, for the report ----------------------------------------
+
+SOFTMAX_METHODS = frozenset({"softmax"})
+SOFTMAX_FUNCTIONS = frozenset({torch.softmax, F.softmax, torch.special.softmax})
+ENCODER_LAYER = getattr(torch, "_transformer_encoder_layer_fwd", None)
+
+
+def anchor_kind(node: fx.Node) -> str | None:
+    """``"softmax"``, ``"sdpa"``, ``"mha"``, ``"encoder"`` or ``"flex"``: what a report counts."""
+    if node.op == "call_method":
+        return "softmax" if node.target in SOFTMAX_METHODS else None
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if target in SOFTMAX_FUNCTIONS:
+        return "softmax"
+    if target is F.scaled_dot_product_attention:
+        return "sdpa"
+    if target is F.multi_head_attention_forward:
+        return "mha"
+    if target is ENCODER_LAYER:
+        return "encoder"
+    return "flex" if target_name(node) in {"flex_attention", "flex_attention_hop"} else None
+
+
+_SHAPE_READERS = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+
+
+def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
+    is_reader = user.op == "call_method" and user.target in _SHAPE_READERS
+    return is_reader and user.args[0] is not node
+
+
+def is_idle(user: fx.Node) -> bool:
+    """Whether nothing comes of a node: it only looks, and so does whatever reads it."""
+    name = target_name(user)
+    only_looks = read(user) is not None or name in {"getitem", "expand", "broadcast_to"}
+    return only_looks and written(user) is None and all(is_idle(u) for u in user.users)
+
+
+# -- writes -------------------------------------------------------------------------------------
+
+_INPLACE_FUNCTIONS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow")
+)
+_INPLACE_METHODS = frozenset({f"__{f.__name__}__" for f in _INPLACE_FUNCTIONS} | {"__setitem__"})
+VIEW_METHODS = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze transpose swapaxes swapdims permute expand "
+    "expand_as narrow select slice chunk split unbind view_as t detach contiguous unfold "
+    "as_strided diagonal movedim to type_as float mT numpy_T".split()
+)
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The node whose tensor this node writes in place, or ``None``."""
+    if node.op == "call_method":
+        name = str(node.target)
+        if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_METHODS:
+            return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    elif node.op == "call_function":
+        if node.target is operator.setitem or node.target in _INPLACE_FUNCTIONS:
+            target = node.args[0]
+            return target if is_tensor(target) else None  # type: ignore[return-value]
+        out = node.kwargs.get("out")
+        if isinstance(out, fx.Node):
+            return out
+        if node.kwargs.get("inplace") is True or _is_inplace_function(node):
+            return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return None
+
+
+def _is_inplace_function(node: fx.Node) -> bool:
+    """``torch.relu_``, ``torch.ops.aten.add_.Tensor``; but not ``operator.and_``."""
+    name = target_name(node).partition(".")[0]
+    is_operator = getattr(node.target, "__module__", "") == operator.add.__module__
+    return name.endswith("_") and not name.endswith("__") and bool(node.args) and not is_operator
+
+
+def alias_root(node: fx.Node) -> fx.Node:
+    """The node that may own the memory of ``node``: back through everything that may be a view."""
+    while True:
+        if node.op == "call_method":
+            may_alias = node.target in VIEW_METHODS or written(node) is not None
+        else:
+            may_alias = node.op == "call_function" and (
+                node.target in (operator.getitem, getattr)
+                or node.target in _INPLACE_FUNCTIONS
+                or target_name(node) in VIEW_METHODS
+            )
+        if not may_alias or not isinstance(node.args[0], fx.Node):
+            return node
+        node = node.args[0]

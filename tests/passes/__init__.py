@@ -1,0 +1,1 @@
+"""Tests of the matcher and the rewriter, on graphs that Dynamo captures."""

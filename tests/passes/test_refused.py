@@ -1,0 +1,605 @@
+"""What must stay exact, each with its own reason, and with its output unchanged to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .capture import OP, Capture, run, run_exact
+from .inputs import KEYS, ROWS, VALUE_WIDTH, WIDTH, B, C, H, Shapes, eager, example_inputs
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A near miss of attention, and the reason code the report must give."""
+
+    name: str
+    code: str
+    function: Callable[..., Any]
+    shapes: Shapes
+    attention: bool
+
+
+REFUSALS: list[Refusal] = []
+
+
+def refuse(
+    name: str, code: str, *, attention: bool = True, **shapes: tuple[int, ...]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a near miss. ``attention`` False: it belongs into ``report.not_attention``."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        made = function().eval() if isinstance(function, type) else function
+        REFUSALS.append(Refusal(name, code, made, shapes, attention))
+        return function
+
+    return register
+
+
+# -- other mathematics ----------------------------------------------------------------------------
+
+
+@refuse("12: soft-capped scores", "soft-cap")
+def _(q, k, v, bias):
+    scores = torch.tanh(q @ k.mT * C / 50.0) * 50.0 + bias
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+@refuse("13: a sink column", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, bias, sink):
+    scores = q @ k.mT * C + bias
+    scores = torch.cat([scores, sink.expand(B, -1, ROWS, -1)], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1] @ v
+
+
+@refuse("18: a band of scores", "banded", q=(B, H, 17, WIDTH), k=(B, H, 17, WIDTH))
+def _(q, k, v):
+    scores = F.pad(q @ k.mT * C, (0, 1)).flatten(2)
+    band = scores.as_strided((B, H, 15, 3), (*scores.stride()[:2], 19, 1))
+    return band.softmax(-1) @ v[:, :, :3]
+
+
+@refuse("talking heads before the softmax", "cross-head-mix")
+class TalkingBefore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(H, H)
+
+    def forward(self, q, k, v):
+        scores = q @ k.transpose(-2, -1) * C
+        scores = self.mix(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return scores.softmax(dim=-1) @ v
+
+
+@refuse("talking heads after the softmax", "cross-head-mix")
+class TalkingAfter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(H, H)
+
+    def forward(self, q, k, v):
+        weights = (q @ k.transpose(-2, -1) * C).softmax(dim=-1)
+        weights = self.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return weights @ v
+
+
+@refuse("heads mixed by a convolution", "cross-head-mix")
+class MixedByConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(H, H, 1)
+
+    def forward(self, q, k, v):
+        return self.mix(q @ k.transpose(-2, -1) * C).softmax(dim=-1) @ v
+
+
+@refuse("channel attention (xcit)", "channel-attention")
+class CrossCovariance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * WIDTH, 3 * H * WIDTH)
+
+    def forward(self, x):
+        qkv = self.qkv(x).reshape(B, ROWS, 3, H, WIDTH).permute(2, 0, 3, 4, 1)
+        q, k, v = qkv.unbind(0)  # (B, H, WIDTH, ROWS)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return (q @ k.transpose(-2, -1) * 2.0).softmax(dim=-1) @ v
+
+
+@refuse("channel attention, the tokens last (davit)", "channel-attention")
+class ChannelAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * WIDTH, 3 * H * WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(B, ROWS, 3, H, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = ((k * C).transpose(-1, -2) @ v).softmax(dim=-1)
+        return (weights @ q.transpose(-1, -2)).transpose(-1, -2)
+
+
+@refuse("attention across the batch", "batch-attention", image=(32, 3, 5, 5))
+class AcrossBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv2d(3, 32, 1) for _ in range(3))
+
+    def forward(self, image):
+        q, k, v = (f(image).flatten(2).permute(2, 0, 1) for f in (self.q, self.k, self.v))
+        return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+
+@refuse("the softmax over the queries", "softmax-axis")
+def _(q, k, v):
+    return (q @ k.mT * C).softmax(dim=-2) @ v
+
+
+@refuse("the weights contracted over queries", "softmax-axis", q=(B, H, 33, WIDTH))
+def _(q, k, v):
+    return (q @ k.mT * C).softmax(dim=-1).mT @ v
+
+
+@refuse("the softmax over the heads", "softmax-axis")
+def _(q, k, v):
+    return torch.softmax(q @ k.mT * C, 1) @ v
+
+
+@refuse("two products in the scores", "two-products", p=(B, H, KEYS, WIDTH))
+def _(q, k, v, p):
+    scores = q @ k.mT * C
+    return (scores + q @ p.mT).softmax(-1) @ v
+
+
+@refuse("two products, one gathered (deberta)", "two-products")
+class Disentangled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(7, H * WIDTH)
+        self.project = nn.Linear(H * WIDTH, H * WIDTH)
+
+    def forward(self, q, k, v):
+        p = self.project(self.positions.weight).view(7, H, WIDTH).permute(1, 2, 0)
+        index = (torch.arange(ROWS)[:, None] - torch.arange(KEYS)[None, :]).clamp(-3, 3) + 3
+        to_position = torch.gather(q @ p, -1, index.expand(B, H, ROWS, KEYS))
+        return ((q @ k.mT + to_position) * C).softmax(-1) @ v
+
+
+@refuse("one softmax over local and global scores", "concat-scores", far=(B, H, 5, WIDTH))
+def _(q, k, v, far):
+    weights = torch.cat([q @ k.mT, q @ far.mT], -1).softmax(-1)
+    return weights @ torch.cat([v, far[..., :VALUE_WIDTH]], 2)
+
+
+@refuse("clamped scores", "scores-edited")
+def _(q, k, v):
+    return (q @ k.mT).clamp(-5, 5).softmax(-1) @ v
+
+
+@refuse("scores clamped from below", "scores-edited")
+def _(q, k, v):
+    return (q @ k.mT).clamp_min(0.0).softmax(-1) @ v
+
+
+@refuse("rectified scores", "scores-edited")
+def _(q, k, v):
+    return F.relu(q @ k.mT).softmax(-1) @ v
+
+
+@refuse("squared scores", "scores-edited")
+def _(q, k, v):
+    return ((q @ k.mT) ** 2).softmax(-1) @ v
+
+
+@refuse("scores times themselves", "two-products")
+def _(q, k, v):
+    scores = q @ k.mT
+    return (scores * scores).softmax(-1) @ v
+
+
+@refuse("scores subtracted from a bias", "scores-edited")
+def _(q, k, v, bias):
+    return (bias - q @ k.mT).softmax(-1) @ v
+
+
+@refuse("a bias divided by the scores", "scores-edited")
+def _(q, k, v, bias):
+    return (bias / (q @ k.mT)).softmax(-1) @ v
+
+
+@refuse("scores scaled key by key", "scores-edited", per_key=(KEYS,))
+def _(q, k, v, per_key):
+    return (q @ k.mT * per_key).softmax(-1) @ v
+
+
+@refuse("scores multiplied by a 0/1 mask", "scores-edited")
+def _(q, k, v, keep):
+    return (q @ k.mT * keep).softmax(-1) @ v
+
+
+@refuse("scores replaced by 0", "scores-edited")
+def _(q, k, v, keep):
+    return (q @ k.mT).masked_fill(~keep, 0.0).softmax(-1) @ v
+
+
+@refuse("scores replaced by an unknown number", "scores-edited")
+def _(q, k, v, keep, value):
+    return torch.where(keep, q @ k.mT, value).softmax(-1) @ v
+
+
+@refuse("scores hidden, then shrunk until they are seen", "scores-edited")
+def _(q, k, v, keep):
+    return ((q @ k.mT).masked_fill(~keep, -1e4) * 1e-4).softmax(-1) @ v
+
+
+@refuse("only the largest scores kept", "weights-reused")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    least = scores.topk(5, dim=-1).values[..., -1:]
+    return scores.masked_fill(scores < least, -torch.inf).softmax(-1) @ v
+
+
+@refuse("a maximum per key subtracted", "weights-reused", k=(B, H, ROWS, WIDTH), v=(B, H, 17, 40))
+def _(q, k, v):
+    scores = q @ k.mT * C
+    return (scores - scores.amax(-1).unsqueeze(-2)).softmax(-1) @ v
+
+
+@refuse("the axes of the scores permuted", "layout", q=(B, H, 17, 40), k=(B, H, 17, 40))
+def _(q, k, v):
+    return (q @ k.mT * C).permute(0, 2, 1, 3).softmax(-1) @ v.transpose(1, 2)[:, :17, :, :]
+
+
+REFUSALS[-1].shapes.update(v=(B, 17, 17, 24))
+
+
+@refuse("a row of scores cut off", "scores-edited")
+def _(q, k, v):
+    return (q @ k.mT * C)[..., 1:].softmax(-1) @ v[:, :, 1:]
+
+
+@refuse("scores pooled over queries", "scores-edited")
+def _(q, k, v):
+    return (q @ k.mT * C).mean(-2, keepdim=True).softmax(-1) @ v
+
+
+# -- the weights are needed -----------------------------------------------------------------------
+
+
+@refuse("weights returned", "weights-reused")
+def _(q, k, v):
+    weights = (q @ k.mT * C).softmax(-1)
+    return weights @ v, weights
+
+
+@refuse("scores returned", "weights-reused")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    return scores.softmax(-1) @ v, scores
+
+
+@refuse("the maximum returned", "weights-reused")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    maximum = scores.amax(-1, keepdim=True)
+    return (scores - maximum).softmax(-1) @ v, maximum
+
+
+@refuse("weights read by two products", "weights-reused")
+def _(q, k, v):
+    weights = (q @ k.mT * C).softmax(-1)
+    return weights @ v + weights @ v.cos()
+
+
+@refuse("weights squared", "weights-reused")
+def _(q, k):
+    weights = (q @ k.mT * C).softmax(-1)
+    return weights @ weights.mT
+
+
+@refuse("weights renormalised (convit)", "weights-edited")
+def _(q, k, v, keep):
+    weights = (q @ k.mT * C).softmax(-1) * keep
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@refuse("weights gated", "weights-edited")
+def _(q, k, v, bias):
+    return ((q @ k.mT * C).softmax(-1) * bias) @ v
+
+
+@refuse("weights masked after the softmax", "weights-edited")
+def _(q, k, v, keep):
+    return (q @ k.mT * C).softmax(-1).masked_fill(~keep, 0.0) @ v
+
+
+@refuse("a number added to the weights", "weights-edited")
+def _(q, k, v):
+    return ((q @ k.mT * C).softmax(-1) + 1e-3) @ v
+
+
+@refuse("the output added to in the same call", "weights-edited", q=(6, 17, 40), k=(6, 33, 40))
+def _(q, k, v, start):
+    return torch.baddbmm(start, (q @ k.mT * C).softmax(-1), v)
+
+
+REFUSALS[-1].shapes.update(v=(6, 33, 24), start=(6, 17, 24))
+
+
+@refuse("weights dropped out", "dropout")
+def _(q, k, v):
+    torch.manual_seed(0)
+    return F.dropout((q @ k.mT * C).softmax(-1), 0.5, training=True) @ v
+
+
+@refuse("weights dropped out by SDPA", "dropout")
+def _(q, k, v):
+    torch.manual_seed(0)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+
+@refuse("heads summed by the einsum", "weights-edited")
+def _(q, k, v):
+    return torch.einsum("bhqk,bhkd->bqd", (q @ k.mT * C).softmax(-1), v)
+
+
+@refuse("weights summed by an einsum", "weights-edited", v=(B, H, ROWS, VALUE_WIDTH))
+def _(q, k, v):
+    return torch.einsum("bhqk,bhqd->bhkd", (q @ k.mT * C).softmax(-1), v)
+
+
+# -- no attention at all --------------------------------------------------------------------------
+
+
+@refuse("a classifier", "no-qk-product", attention=False)
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(H * WIDTH, 5)
+
+    def forward(self, x):
+        return self.head(x).softmax(-1)
+
+
+@refuse("a router of experts behind attention", "no-qk-product", attention=False)
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(VALUE_WIDTH), nn.Linear(VALUE_WIDTH, 4)
+
+    def forward(self, q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v)
+        gates = self.gate(self.norm(out)).softmax(-1)
+        return out * gates.amax(-1, keepdim=True)
+
+
+@refuse("outlook attention", "no-qk-product", attention=False)
+class Outlook(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(H * WIDTH, H * 9)
+
+    def forward(self, x):
+        weights = self.scores(x).reshape(B, ROWS, H, 3, 3).permute(0, 2, 1, 3, 4).softmax(-1)
+        return weights @ x.reshape(B, ROWS, H, WIDTH).transpose(1, 2)[..., None, :].expand(
+            -1, -1, -1, 3, -1
+        )
+
+
+@refuse("factor attention: K alone (coat)", "no-qk-product", attention=False)
+class FactorAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * WIDTH, 3 * H * WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(B, ROWS, 3, H, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+        return q @ (k.softmax(dim=2).transpose(-1, -2) @ v)
+
+
+@refuse("scores of another graph", "graph-break", scores=(B, H, ROWS, KEYS))
+def _(scores, v):
+    return scores.softmax(-1) @ v
+
+
+# -- writes in place ------------------------------------------------------------------------------
+
+
+@refuse("a mask written into the scores, not rebound", "in-place-write")
+def _(q, k, v, keep):
+    scores = q @ k.mT * C
+    scores.masked_fill_(~keep, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@refuse("a bias added in place, not rebound", "in-place-write")
+def _(q, k, v, bias):
+    scores = q @ k.mT * C
+    scores.add_(bias)
+    return scores.softmax(-1) @ v
+
+
+@refuse("a bias added by torch.add(out=)", "in-place-write")
+def _(q, k, v, bias):
+    scores = q @ k.mT * C
+    torch.add(scores, bias, out=scores)
+    return scores.softmax(-1) @ v
+
+
+@refuse("scores set by an index", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    scores[..., -1] = -torch.inf
+    return scores.softmax(-1) @ v
+
+
+@refuse("scores written through a view", "weights-reused")
+def _(q, k, v, keep):
+    scores = q @ k.mT * C
+    scores.view(B, H, ROWS, KEYS).masked_fill_(~keep, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@refuse("weights written in place", "weights-edited")
+def _(q, k, v, keep):
+    weights = (q @ k.mT * C).softmax(-1)
+    weights.masked_fill_(~keep, 0.0)
+    return weights @ v
+
+
+@refuse("weights written by imul", "weights-edited")
+def _(q, k, v, bias):
+    weights = (q @ k.mT * C).softmax(-1)
+    weights *= bias
+    return weights @ v
+
+
+@refuse("Q written after the product", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    q.zero_()
+    return scores.softmax(-1) @ v
+
+
+@refuse("K written after the product, through a view", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    k[:, 0].mul_(2.0)
+    return scores.softmax(-1) @ v
+
+
+@refuse("Q written after it was scaled, not rebound", "in-place-write")
+def _(q, k, v, bias):
+    scaled = q * C
+    scaled.add_(1.0)
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
+@refuse("a copy of K written before the product", "in-place-write")
+def _(q, k, v):
+    key = k.mT.contiguous()
+    key.mul_(2.0)
+    return (q @ key * C).softmax(-1) @ v
+
+
+@refuse("repeated keys written before the product", "in-place-write", q=(B, 6, 17, 40))
+def _(q, k, v):
+    key, value = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    key[:, 1].mul_(2.0)
+    return (q @ key.mT * C).softmax(-1) @ value
+
+
+@refuse("a copy of K written before SDPA", "in-place-write")
+def _(q, k, v):
+    key = k.transpose(1, 2).contiguous()
+    key.mul_(2.0)
+    return F.scaled_dot_product_attention(q, key.transpose(1, 2), v)
+
+
+@refuse("Q written by an activation in place", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    F.relu(q, inplace=True)
+    return scores.softmax(-1) @ v
+
+
+@refuse("scores written by an activation in place", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    torch.relu_(scores)
+    return scores.softmax(-1) @ v
+
+
+@refuse("Q written between its scale and the product", "in-place-write")
+def _(q, k, v):
+    scaled = q * C
+    q.zero_()
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
+@refuse("K written after it was repeated", "in-place-write", q=(B, 6, 17, 40), k=(B, 3, 33, 40))
+def _(q, k, v):
+    key, value = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    k.zero_()
+    v.zero_()
+    return (q @ key.mT * C).softmax(-1) @ value
+
+
+@refuse("K written after it was copied by contiguous", "in-place-write")
+def _(q, k, v):
+    key = k.mT.contiguous()
+    k.zero_()
+    return (q @ key * C).softmax(-1) @ v
+
+
+@refuse("the mask written after it was added", "in-place-write")
+def _(q, k, v, bias):
+    scores = q @ k.mT * C + bias
+    bias.zero_()
+    return scores.softmax(-1) @ v
+
+
+@refuse("the boolean mask written after it was used", "in-place-write")
+def _(q, k, v, keep):
+    scores = (q @ k.mT * C).masked_fill(keep, -torch.inf)
+    keep.logical_not_()
+    return scores.softmax(-1) @ v
+
+
+@refuse("a factor per head written after it was used", "in-place-write", heads=(H, 1, 1))
+def _(q, k, v, heads):
+    scores = q @ k.mT * heads
+    heads.zero_()
+    return scores.softmax(-1) @ v
+
+
+@refuse("K put together by slice writes (deepseek_v3)", "in-place-write")
+def _(q, k, v):
+    key = k.new_empty(B, H, KEYS, WIDTH)
+    key[..., :20] = k[..., 20:]
+    key[..., 20:] = k[..., :20]
+    return (q @ key.mT * C).softmax(-1) @ v
+
+
+@refuse("the output written in place, read from the product", "in-place-write")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    q.relu_()
+    out = scores.softmax(-1) @ v
+    out += 1.0
+    return out, q
+
+
+# -- the tests ------------------------------------------------------------------------------------
+
+
+def _case(refusal: Refusal) -> tuple[list[Tensor], Any, Capture]:
+    inputs = example_inputs(refusal.function, refusal.shapes)
+    expected = eager(refusal.function, inputs)
+    return inputs, expected, run(refusal.function, [x.clone() for x in inputs])
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda r: r.name)
+def test_refused_with_its_reason_and_unchanged(refusal: Refusal) -> None:
+    _, expected, capture = _case(refusal)
+    torch.testing.assert_close(capture.output, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    refused = [row.reasons for row in capture.rows if row.decision == "exact"]
+    others = [entry.reason for entry in capture.not_attention]
+    codes = [r[0].code for r in refused] if refusal.attention else [r.code for r in others]
+    assert codes == [refusal.code]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda r: r.name)
+def test_refused_stays_as_it_is_when_exact(refusal: Refusal) -> None:
+    inputs = example_inputs(refusal.function, refusal.shapes)
+    expected = eager(refusal.function, inputs)
+    capture = run_exact(refusal.function, inputs)
+    torch.testing.assert_close(capture.output, expected, rtol=0, atol=0, equal_nan=True)
+    assert OP not in capture.targets()
+    assert not any(row.sdpa for row in capture.rows)
