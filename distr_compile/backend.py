@@ -1,0 +1,317 @@
+"""The Dynamo backend ``distr``: rewrite the graph, report, hand the rest to Inductor.
+
+Registered under the entry-point group ``torch_dynamo_backends``, so that ``backend="distr"`` works
+without importing this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from distr_compile import identity, reporting
+from distr_compile.lowering.op import count_exact_calls
+from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
+from distr_compile.policy import LayerPlan, Policy, PolicyError
+from distr_compile.reporting import GraphReport, Reason, SiteRow
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+OPTION_KEYS = ("policy", "mode", "compiler", "report")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(options=...)`` and ``mode=`` said.
+
+    Attributes:
+        policy: from a path, a :class:`Policy` or a dict; without one ``DISTR_POLICY`` or the
+            defaults.
+        compiler: what compiles the rewritten graph.
+        report: where the JSON report is written after each compiled graph; that of the compiled
+            object, so that submodules compiled one by one need a path each.
+        inductor: Inductor's configuration, those of ``mode`` included.
+    """
+
+    policy: Policy
+    compiler: str
+    report: Path | None
+    inductor: dict[str, Any]
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
+        """Check the options.
+
+        Raises:
+            ValueError: an unknown key or value (got, accepted, nearest).
+            PolicyError: the policy is wrong.
+        """
+        given = dict(options or {})
+        policy = Policy.from_any(given.pop("policy", None))
+        mode = given.pop("mode", None) or mode
+        compiler = given.pop("compiler", "inductor")
+        if compiler not in COMPILERS:
+            near = _nearest(str(compiler), COMPILERS)
+            raise ValueError(f"compiler: got {compiler!r}; accepted: {', '.join(COMPILERS)}{near}")
+        path = given.pop("report", None)
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise ValueError(f"report: got {path!r}; accepted: a path for a JSON file")
+        if compiler == "inductor":
+            inductor = _inductor_config(given, mode)
+        else:
+            inductor = {}
+            names = [*sorted(given), *(["mode"] if mode not in (None, "default") else [])]
+            if names:
+                raise ValueError(
+                    f"{', '.join(names)}: for Inductor, but compiler is {compiler!r}; leave it out "
+                    "or set compiler to 'inductor'"
+                )
+        return cls(policy, compiler, Path(path) if path is not None else None, inductor)
+
+
+def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
+    """Inductor's configuration of a mode and its own options, which override the mode's."""
+    from torch._inductor import config, list_mode_options
+
+    modes = ["default", *list_mode_options()]
+    if mode is not None and mode not in modes:
+        near = _nearest(str(mode), modes)
+        raise ValueError(f"mode: got {mode!r}; accepted: {', '.join(modes)}{near}")
+    try:
+        return dict(torch._TorchCompileInductorWrapper(mode, dict(given), None).config)
+    except RuntimeError as error:  # an unknown name or a wrong type
+        known = config.get_config_copy()
+        unknown = [key for key in given if key.replace("-", "_") not in known]
+        if not unknown:
+            raise ValueError(f"options: {error}") from None
+        near = _nearest(unknown[0], [*OPTION_KEYS, *known])
+        raise ValueError(
+            f"options: got unknown key {unknown[0]!r}; accepted: {', '.join(OPTION_KEYS)} "
+            f"and Inductor's options{near}"
+        ) from None
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def distr(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph with its attention rewritten.
+
+    Args:
+        gm: the graph, torch IR; changed.
+        example_inputs: fake or real inputs.
+        options: ``policy``, ``mode``, ``compiler``, ``report``, and Inductor's own; see
+            :class:`Options`.
+        mode: as in ``torch.compile``.
+        name: as in ``torch.compile``, where it has one: Inductor names the compiled code so.
+
+    Raises:
+        ValueError, PolicyError: wrong options or policy. Dynamo wraps them in
+            ``BackendCompilerFailed`` (``.inner_exception``).
+    """
+    parsed = Options.parse(options, mode)
+    result = run_pass(gm, parsed.policy, change=True)
+    compiled = _compile(gm, example_inputs, parsed, name)
+    if result is None:
+        return compiled
+    # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
+    reporting.publish(result.graph)
+    if result.owner is not None:
+        reporting.record(result.owner, result.graph, key=result.key, policy=parsed.policy)
+        if parsed.report is not None:
+            reporting.report(result.owner).to_json(parsed.report)
+    return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the pass did with one graph.
+
+    Attributes:
+        graph: its report.
+        owner: the compiled module or function it belongs to, if that is known.
+        key: names the graph among the owner's.
+        decides_at_run_time: some op of the graph may still choose exact when it is called.
+    """
+
+    graph: GraphReport
+    owner: Any
+    key: tuple[Any, ...]
+    decides_at_run_time: bool
+
+
+def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result | None:
+    """Match, decide and rewrite (if ``change``) one graph, inside a backend call.
+
+    Returns:
+        ``None`` for a graph that has nothing to report.
+    """
+    root = identity.find_root()
+    if root is not None and root.module is not None:
+        policy.check_layers(sorted({name for names in root.names.values() for name in names}))
+    placed = find_all(gm)
+    # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
+    frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
+    if not placed and not frame.limit_note():
+        return None
+    chooser = Chooser(policy, root, frame)
+    outcome = apply(placed, chooser, change=change)
+    check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
+    matched, unmatched = _use_of_rules(gm, policy, outcome, root)
+    graph = GraphReport(
+        index=0,
+        root=type(root.module).__name__ if root and root.module is not None else frame.function,
+        rows=outcome.rows,
+        not_attention=outcome.not_attention,
+        matched=matched,
+        unmatched=unmatched,
+        notes=tuple(dict.fromkeys(chooser.notes)),
+    )
+    owner = root.key if root is not None else None
+    return Result(graph, owner, _graph_key(gm, frame), outcome.decides_at_run_time)
+
+
+@dataclass
+class Chooser:
+    """Gives each find its layer and plan; collects notes for the report."""
+
+    policy: Policy
+    root: identity.Root | None
+    frame: identity.FrameModule
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = [self.frame.limit_note()] if self.frame.limit_note() else []
+
+    def __call__(self, place: Placed) -> LayerChoice:
+        """The layer of one find, its plan, and a reason if other layers share the graph."""
+        layer = None
+        if self.root is not None:
+            layer = identity.common_layer(place.nodes, self.root, self.frame)
+        if layer is None or self.root is None:
+            return LayerChoice("", self.policy.resolve(""))
+        plan = self._plan(layer.names)
+        sharers = identity.shared_by(layer, self.root, self.frame, place.calls)
+        repeats: tuple[str, ...] = ()
+        if len(place.calls) > 1:  # one body, called for several layers
+            repeats = tuple(name for name in sharers if name != layer.name)
+        if len(sharers) <= 1:
+            return LayerChoice(layer.name, plan)
+        why = "one body is called for all of them" if repeats else self.frame.reason
+        shared = f"graph shared by layers {', '.join(sharers)}"
+        self.notes.append(f"{shared}: {why}")
+        plans = {replace(self.policy.resolve(name), rule=()) for name in sharers}
+        if len(plans) == 1:
+            return LayerChoice(layer.name, plan, repeats=repeats)
+        reason = Reason("shared-graph", f"{shared}, whose plans differ: {why}")
+        return LayerChoice(layer.name, plan, (reason,), repeats)
+
+    def _plan(self, names: tuple[str, ...]) -> LayerPlan:
+        """A module with several names takes the plan of the first name that a rule knows."""
+        plans = [self.policy.resolve(name) for name in names]
+        return next((plan for plan in plans if plan.rule), plans[0])
+
+
+def check_group_sizes(policy: Policy, rows: tuple[SiteRow, ...], *, whole: bool) -> None:
+    """Refuse a rule whose group size none of its layers can take.
+
+    Args:
+        policy: the policy.
+        rows: of all graphs seen, if ``whole`` is to mean anything.
+        whole: whether these are all layers of the model; if not, nothing is concluded.
+    """
+    if not whole:
+        return
+    errors = []
+    for index, rule in enumerate(policy.rule):
+        if "group_size" not in dict(rule.fields):
+            continue
+        taken = [row for row in rows if rule.matches(row.layer)]
+        refused = [r for row in taken for r in row.reasons if r.code == "rank"]
+        if taken and len(refused) == len(taken):
+            errors.append(f"{policy.where(index)}: {refused[0].text}; no layer of {rule.layers!r}")
+    if errors:
+        raise PolicyError("\n".join(errors))
+
+
+def _is_whole(gm: fx.GraphModule, root: identity.Root | None, frame: identity.FrameModule) -> bool:
+    """Whether this graph is all of the compiled model: no graph break before or after it."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    broken = reason is None or getattr(reason, "graph_break", True)
+    return not broken and not frame.resumed and root is not None and frame.module is root.module
+
+
+def _use_of_rules(
+    gm: fx.GraphModule, policy: Policy, outcome: Outcome, root: identity.Root | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns that matched attention here, and those that matched other modules here only."""
+    layers = [row.layer for row in outcome.rows]
+    matched = tuple(r.layers for r in policy.rule if any(map(r.matches, layers)))
+    if root is None:
+        return matched, ()
+    ran = {
+        name
+        for node in gm.graph.nodes
+        for key in node.meta.get("nn_module_stack") or ()
+        for name in root.names.get(int(str(key).partition("@")[0]), ())
+    }
+    unmatched = tuple(
+        rule.layers
+        for rule in policy.rule
+        if rule.layers not in matched and any(map(rule.matches, ran))
+    )
+    return matched, unmatched
+
+
+def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ...]:
+    """Names a graph among those of one model: a graph compiled again replaces its report."""
+    inputs = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    # A symbol's name changes from compile to compile.
+    shapes = [
+        (tuple(s if isinstance(s, int) else "?" for s in v.shape), str(v.dtype))
+        for v in inputs
+        if isinstance(v, torch.Tensor)
+    ]
+    module = id(frame.module) if frame.module is not None else 0
+    return (frame.code_key, module, tuple(shapes))
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, name: str | None
+) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(example_inputs))
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _counting(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:
+    """Count, in the rows of ``graph``, the calls in which its ops decide for exact at run time."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        with count_exact_calls(graph.count_exact):
+            return compiled(*args)
+
+    return run

@@ -1,0 +1,669 @@
+"""The backend from end to end: what is compiled, what stays exact, and what the report says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+import distr_compile
+from distr_compile import DistrWarning, Policy, PolicyError, Report
+from distr_compile.kernels import reference
+
+WIDTH, HEADS, TOKENS = 64, 2, 32
+FORCED = {"default": {"min_seq_len": 0}}
+EXACT = {"default": {"group_size": 1}}
+DISTR = {"group_size": 2, "min_seq_len": 0}
+
+# Both are exact: only the order of the sums differs.
+SAME = {"rtol": 1e-4, "atol": 1e-5}
+# An approximation with G = 2 moves the outputs of these random layers by more than this.
+MOVED = 1e-3
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.merge(attend(*self.split(x))))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def approximate(attention: Attention, x: Tensor, group_size: int = 2) -> Tensor:
+    """``attention(x)`` with the reference of the default estimator in place of the softmax."""
+    q, k, v = attention.split(x)
+    head_dim = q.shape[-1]
+    return attention.out(
+        attention.merge(
+            reference.attention(q, k, v, scale=head_dim**-0.5, rank=head_dim // group_size)
+        )
+    )
+
+
+class Block(nn.Module):
+    """A graph break between the norm and the attention: all blocks resume in the same code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attn = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        torch._dynamo.graph_break()
+        return x + self.attn(y)
+
+
+class Broken(nn.Module):
+    """Equal blocks with a graph break in each; returns the output of every block."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outs = []
+        for block in self.blocks:
+            x = block(x)
+            outs.append(x)
+        return outs
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(Attention(), Attention()).eval()
+
+
+def tokens(batch: int = 2, length: int = TOKENS) -> Tensor:
+    return torch.randn(batch, length, WIDTH)
+
+
+def compiled(model: Any, policy: Any = FORCED, compiler: str = "eager", **options: Any) -> Any:
+    dynamic = options.pop("dynamic", None)
+    settings = {"policy": policy, "compiler": compiler, **options}
+    return torch.compile(model, backend="distr", dynamic=dynamic, options=settings)
+
+
+def decisions(report: Report) -> dict[str, str]:
+    return {row.layer: row.decision for row in report.rows}
+
+
+def codes(report: Report) -> list[list[str]]:
+    return [[reason.code for reason in row.reasons] for row in report.rows]
+
+
+def inner(error: pytest.ExceptionInfo[BackendCompilerFailed]) -> str:
+    return str(error.value.inner_exception)
+
+
+# --- a process that has never heard of us --------------------------------------------------------
+
+STRANGER = """
+    import json, sys, torch
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(64, 192)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+            return (q @ k.mT * 32**-0.5).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(2, 32, 64)
+    assert not any(name.startswith("distr_compile") for name in sys.modules)
+    with torch.no_grad():
+        exact = model(x)
+        compiled = torch.compile(model, backend="distr", options={"policy": sys.argv[1]})
+        error = ((compiled(x) - exact).norm() / exact.norm()).item()
+
+    from torch._dynamo.utils import counters
+    import distr_compile
+    row, = distr_compile.report(compiled).rows
+    print(json.dumps({
+        "error": error, "row": [row.layer, row.decision, row.group_size, row.estimator],
+        "counters": {k: v for k, v in counters["distr"].items()},
+        "fx_hit": counters["inductor"]["fxgraph_cache_hit"],
+        "fx_miss": counters["inductor"]["fxgraph_cache_miss"],
+        "aot_hit": counters["aot_autograd"]["autograd_cache_hit"],
+        "aot_miss": counters["aot_autograd"]["autograd_cache_miss"],
+    }))
+"""
+
+
+def run_stranger(folder: Path, policy: Path) -> dict[str, Any]:
+    """Compile with Inductor in a new process whose caches lie in ``folder``."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STRANGER), str(policy)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_second_process_hits_the_caches_and_still_has_its_report(tmp_path: Path) -> None:
+    policy = tmp_path / "distr.toml"
+    policy.write_text("[default]\nmin_seq_len = 0\n")
+    first = run_stranger(tmp_path / "cache", policy)
+    second = run_stranger(tmp_path / "cache", policy)
+    assert (first["fx_hit"], first["aot_hit"]) == (0, 0)
+    assert (first["fx_miss"], first["aot_miss"]) == (1, 1)
+    assert second["aot_hit"] == 1
+    assert second["aot_miss"] == second["fx_miss"] == 0
+    for run in (first, second):
+        assert run["row"] == ["", "distr", 2, "lsh-mean"]
+        assert run["counters"] == {"found": 1, "distr": 1, "exact": 0, "not_attention": 0}
+        assert run["error"] == first["error"]
+        assert MOVED < run["error"] < 0.5
+
+
+# --- ways to compile -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {},
+        {"dynamic": True},
+        {"fullgraph": True},
+        {"mode": "default"},
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune-no-cudagraphs"},
+        {"mode": "max-autotune"},
+    ],
+    ids=str,
+)
+def test_every_way_to_compile_with_inductor(
+    ways: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "distr.toml"
+    policy.write_text("[default]\nmin_seq_len = 0\n")
+    monkeypatch.setenv("DISTR_POLICY", str(policy))
+    model, x = Attention().eval(), tokens()
+    out = torch.compile(model, backend="distr", **ways)(x)
+    torch.testing.assert_close(out, approximate(model, x), **SAME)
+    assert decisions(distr_compile.report(model)) == {"": "distr"}
+
+
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
+def test_every_compiler_gives_the_reference_and_with_group_size_1_the_model(compiler: str) -> None:
+    model, x = Attention().eval(), tokens()
+    expected = {2: approximate(model, x), 1: model(x)}
+    for group_size, out in expected.items():
+        policy = {"default": {"min_seq_len": 0, "group_size": group_size}}
+        torch.testing.assert_close(compiled(model, policy, compiler)(x), out, **SAME)
+    assert (expected[2] - expected[1]).abs().max() > MOVED
+
+
+def test_mode_among_the_options() -> None:
+    model, x = Attention().eval(), tokens()
+    out = compiled(model, compiler="inductor", mode="max-autotune-no-cudagraphs")(x)
+    torch.testing.assert_close(out, approximate(model, x), **SAME)
+
+
+def test_module_compile() -> None:
+    model, x = two_layers(), tokens()
+    exact = model(x)
+    model.compile(backend="distr", options={"policy": FORCED, "compiler": "aot_eager"})
+    assert (model(x) - exact).abs().max() > MOVED
+    assert decisions(distr_compile.report(model)) == {"0": "distr", "1": "distr"}
+
+
+def test_submodules_one_by_one_report_with_their_parent() -> None:
+    model, x = two_layers(), tokens()
+    expected = approximate(model[1], approximate(model[0], x))
+    for layer in model:
+        layer.compile(backend="distr", options={"policy": FORCED, "compiler": "eager"})
+    torch.testing.assert_close(model(x), expected, **SAME)
+    assert decisions(distr_compile.report(model)) == {"0": "distr", "1": "distr"}
+    assert decisions(distr_compile.report(model[1])) == {"": "distr"}
+
+
+def test_submodules_replaced_by_compiled_ones() -> None:
+    model, x = two_layers(), tokens()
+    for i in range(2):
+        model[i] = compiled(model[i], FORCED if i else EXACT)
+    model(x)
+    assert decisions(distr_compile.report(model)) == {"0": "exact", "1": "distr"}
+
+
+def test_a_function_with_a_policy() -> None:
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 32)
+    function = compiled(attend)
+    expected = reference.attention(q, k, v, scale=32**-0.5, rank=16)
+    torch.testing.assert_close(function(q, k, v), expected, **SAME)
+    (row,) = distr_compile.report(function).rows
+    assert (row.layer, row.decision) == ("", "distr")
+    assert row.shapes == dict.fromkeys("qkv", (2, HEADS, TOKENS, 32))
+
+
+def test_nothing_was_compiled() -> None:
+    with pytest.raises(LookupError, match="nothing was compiled for it with backend='distr'"):
+        distr_compile.report(two_layers())
+
+
+def test_a_compile_with_a_name_where_torch_compile_takes_one() -> None:
+    takes_name = "name" in inspect.signature(torch.compile).parameters
+    model, x = Attention().eval(), tokens()
+    out = torch.compile(model, backend="distr", **({"name": "ours"} if takes_name else {}))(x)
+    torch.testing.assert_close(out, model(x), **SAME)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"polcy": "x"}, "got unknown key 'polcy'; accepted: policy, mode, .*mean 'policy'"),
+        ({"max_autotne": True}, "got unknown key 'max_autotne'.*mean 'max_autotune'"),
+        ({"max_autotune": "yes"}, "max_autotune, got str should be bool"),
+        ({"mode": "max-autotun"}, "mode: got 'max-autotun'; accepted: .*mean 'max-autotune'"),
+        ({"compiler": "inducter"}, "compiler: got 'inducter'; accepted: .*mean 'inductor'"),
+        ({"compiler": "eager", "max_autotune": True}, "max_autotune: .*compiler is 'eager'"),
+        ({"compiler": "eager", "mode": "max-autotune"}, "mode: for Inductor.*compiler is 'eager'"),
+        ({"report": 3}, "report: got 3; accepted: a path"),
+        ({"policy": 3}, "policy: got 3 "),
+    ],
+    ids=str,
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed) as error:
+        torch.compile(two_layers(), backend="distr", options=options)(tokens())
+    assert isinstance(error.value.inner_exception, ValueError)
+    assert re.search(message, inner(error))
+
+
+def test_mode_and_options_together_are_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match="Either mode or options can be specified"):
+        torch.compile(two_layers(), backend="distr", mode="default", options={"policy": {}})
+
+
+def test_options_of_inductor_reach_it() -> None:
+    seen: list[bool] = []
+
+    def look(graph: Any) -> None:
+        from torch._inductor import config
+
+        seen.append(config.fallback_random)
+
+    model, x = Attention().eval(), tokens()
+    compiled(model, compiler="inductor", fallback_random=True, post_grad_custom_pre_pass=look)(x)
+    assert seen == [True]
+
+
+def test_policy_as_path_policy_and_dict(tmp_path: Path) -> None:
+    policy = Policy(rule=[{"layers": "1", "group_size": 1}], **FORCED)
+    policy.save(tmp_path / "distr.toml")
+    given = [policy, str(tmp_path / "distr.toml"), tmp_path / "distr.toml", policy.to_dict()]
+    for one in given:
+        model = two_layers()
+        compiled(model, one)(tokens())
+        assert decisions(distr_compile.report(model)) == {"0": "distr", "1": "exact"}
+
+
+def test_policy_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Policy(rule=[{"layers": "0", "min_seq_len": 0}]).save(tmp_path / "distr.toml")
+    monkeypatch.setenv("DISTR_POLICY", str(tmp_path / "distr.toml"))
+    model = two_layers()
+    torch.compile(model, backend="distr", options={"compiler": "eager"})(tokens())
+    assert decisions(distr_compile.report(model)) == {"0": "distr", "1": "exact"}
+
+
+def test_report_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    model = two_layers()
+    compiled(model, report=path)(tokens())
+    read = Report.from_json(path.read_text())
+    assert decisions(read) == {"0": "distr", "1": "distr"}
+    assert read.to_dict() == distr_compile.report(model).to_dict()
+
+
+def test_counters() -> None:
+    compiled(two_layers(), {**FORCED, "rule": [{"layers": "1", "group_size": 1}]})(tokens())
+    assert dict(counters["distr"]) == {
+        "found": 2,
+        "distr": 1,
+        "exact": 1,
+        "not_attention": 0,
+        "reason: group-size-1": 1,
+    }
+
+
+# --- the policy against the model ----------------------------------------------------------------
+
+
+def test_a_rule_that_names_no_module_is_an_error_before_anything_compiles() -> None:
+    ran = []
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Attention()).eval()
+    model[0].register_forward_hook(lambda *_: ran.append(1))
+    policy = {"rule": [{"layers": "blocks.*", "group_size": 4}]}
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(model, policy)(tokens())
+    assert isinstance(error.value.inner_exception, PolicyError)
+    assert 'rule 1: layers: got "blocks.*", which names no module' in inner(error)
+    assert ran == []
+    assert "distr" not in counters or not counters["distr"]
+
+
+def test_a_rule_for_modules_without_attention_is_a_warning() -> None:
+    model = nn.Sequential(Attention(), nn.Linear(WIDTH, WIDTH)).eval()
+    policy = {**FORCED, "rule": [{"layers": "1", "group_size": 4}]}
+    with pytest.warns(DistrWarning, match="policy pattern '1' matches no attention of Sequential"):
+        compiled(model, policy)(tokens())
+    report = distr_compile.report(model)
+    assert report.unmatched == ("1",)
+    assert decisions(report) == {"0": "distr"}
+
+
+def test_a_group_size_that_no_layer_can_take_is_an_error() -> None:
+    policy = {**FORCED, "rule": [{"layers": "*", "group_size": 5}]}
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(two_layers(), policy)(tokens())
+    assert isinstance(error.value.inner_exception, PolicyError)
+    assert "rule 1: group_size: got 5 for head width 32" in inner(error)
+
+
+class Widths(nn.Module):
+    """Head widths 32 and 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for projection in (self.narrow, self.wide):
+            q = projection(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            outs.append(attend(q, q, q).sum())
+        return torch.stack(outs)
+
+
+def test_a_group_size_that_some_layers_cannot_take_leaves_those_exact() -> None:
+    model = Widths().eval()
+    compiled(model, {**FORCED, "default": {"min_seq_len": 0, "group_size": 4}})(tokens())
+    report = distr_compile.report(model)
+    assert [row.decision for row in report.rows] == ["exact", "distr"]
+    assert codes(report) == [["rank"], []]
+    assert "one of 1, 2" in report.rows[0].reasons[0].text
+
+
+# --- layers keep their identity ------------------------------------------------------------------
+
+
+def test_a_policy_for_one_of_12_equal_blocks_behind_graph_breaks() -> None:
+    model, x = Broken(12).eval(), tokens()
+    policy = {"default": {"group_size": 1}, "rule": [{"layers": "blocks.3.attn", **DISTR}]}
+    outs = compiled(model, policy)(x)
+    report = distr_compile.report(model)
+    expected = {f"blocks.{i}.attn": "distr" if i == 3 else "exact" for i in range(12)}
+    assert decisions(report) == expected
+    assert len(report.rows) == 12
+    for i, block in enumerate(model.blocks):
+        before = outs[i - 1] if i else x
+        if i == 3:
+            wanted = before + approximate(block.attn, block.norm(before))
+            assert (outs[i] - block(before)).abs().max() > MOVED
+        else:
+            wanted = block(before)
+        torch.testing.assert_close(outs[i], wanted, **SAME)
+
+
+def test_more_blocks_than_dynamo_recompiles_one_code() -> None:
+    depth = torch._dynamo.config.recompile_limit + 5
+    model = Broken(depth).eval()
+    rules = [{"layers": f"blocks.{i}.attn", **DISTR} for i in range(0, depth, 2)]
+    compiled(model, {"default": {"group_size": 1}, "rule": rules})(tokens())
+    report = distr_compile.report(model)
+    assert [row.decision for row in report.rows] == [
+        "exact" if i % 2 else "distr" for i in range(depth)
+    ]
+    assert report.notes == ()
+
+
+def test_a_module_called_twice() -> None:
+    layer = Attention()
+    model, x = nn.Sequential(layer, layer).eval(), tokens()
+    out = compiled(model, {**EXACT, "rule": [{"layers": "1", **DISTR}]})(x)
+    # The one module has two names; the rule for either of them is a rule for the module.
+    torch.testing.assert_close(out, approximate(layer, approximate(layer, x)), **SAME)
+    assert [row.decision for row in distr_compile.report(model).rows] == ["distr", "distr"]
+
+
+def test_one_module_under_two_parents() -> None:
+    shared = Block()
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(Block(), shared)})
+    function = compiled(model["b"], {**EXACT, "rule": [{"layers": "1.attn", **DISTR}]})
+    x = tokens()
+    out = function(x)
+    first = model["b"][0](x)
+    wanted = first + approximate(shared.attn, shared.norm(first))
+    torch.testing.assert_close(out, wanted, **SAME)
+    assert decisions(distr_compile.report(model["b"])) == {"0.attn": "exact", "1.attn": "distr"}
+    assert decisions(distr_compile.report(model)) == {"b.0.attn": "exact", "b.1.attn": "distr"}
+
+
+def attend_behind_a_break(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return attend(q, k, v)
+
+
+class Helped(Attention):
+    """Its attention is a frame of its own that knows no module, so it cannot be guarded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.merge(attend_behind_a_break(*self.split(x))))
+
+
+def test_a_graph_that_layers_share_stays_exact_where_their_plans_differ() -> None:
+    model, x = nn.Sequential(*(Helped() for _ in range(3))).eval(), tokens()
+    exact = model(x)
+    out = compiled(model, {**EXACT, "rule": [{"layers": "1", **DISTR}]})(x)
+    torch.testing.assert_close(out, exact, **SAME)
+    report = distr_compile.report(model)
+    assert {row.decision for row in report.rows} == {"exact"}
+    texts = [r.text for row in report.rows for r in row.reasons if r.code == "shared-graph"]
+    assert texts
+    assert all(text.startswith("graph shared by layers 0, 1, 2") for text in texts)
+
+
+def test_a_graph_that_layers_share_is_approximated_where_their_plans_agree() -> None:
+    model, x = nn.Sequential(*(Helped() for _ in range(3))).eval(), tokens()
+    out = compiled(model)(x)
+    wanted = x
+    for layer in model:
+        wanted = approximate(layer, wanted)
+    torch.testing.assert_close(out, wanted, **SAME)
+    assert any(n.startswith("graph shared by layers") for n in distr_compile.report(model).notes)
+
+
+def test_two_models_of_one_class_with_different_policies() -> None:
+    models, x = [two_layers() for _ in range(3)], tokens()
+    policies = [EXACT, FORCED, {**EXACT, "rule": [{"layers": "1", **DISTR}]}]
+    functions = [compiled(m, p) for m, p in zip(models, policies, strict=True)]
+    for _ in range(2):
+        outs = [function(x) for function in functions]
+    exact, forced, mixed = models
+    torch.testing.assert_close(outs[0], exact(x), **SAME)
+    torch.testing.assert_close(outs[1], approximate(forced[1], approximate(forced[0], x)), **SAME)
+    torch.testing.assert_close(outs[2], approximate(mixed[1], mixed[0](x)), **SAME)
+    got = [tuple(decisions(distr_compile.report(f)).values()) for f in functions]
+    assert got == [("exact", "exact"), ("distr", "distr"), ("exact", "distr")]
+
+
+def test_one_model_compiled_with_two_policies_reports_the_latest() -> None:
+    model, x = Attention().eval(), tokens()
+    exact, forced = compiled(model, EXACT), compiled(model, FORCED)
+    for _ in range(2):
+        torch.testing.assert_close(exact(x), model(x), **SAME)
+        torch.testing.assert_close(forced(x), approximate(model, x), **SAME)
+    assert decisions(distr_compile.report(model)) == {"": "distr"}
+    exact(tokens(batch=3))  # a new graph
+    (row,) = distr_compile.report(model).rows
+    assert row.decision == "exact"
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(0, []), (TOKENS, []), (TOKENS + 1, ["min-seq-len"]), ("auto", ["not-faster"])],
+)
+def test_min_seq_len(limit: int | str, expected: list[str]) -> None:
+    model, x = Attention().eval(), tokens()
+    out = compiled(model, {"default": {"min_seq_len": limit}})(x)
+    assert codes(distr_compile.report(model)) == [expected]
+    torch.testing.assert_close(out, model(x) if expected else approximate(model, x), **SAME)
+
+
+def test_fewer_than_16_queries_are_exact() -> None:
+    model = Attention().eval()
+    for length in (15, 16):
+        torch._dynamo.reset()
+        x = tokens(length=length)
+        out = compiled(model)(x)
+        is_exact = length == 15
+        torch.testing.assert_close(out, model(x) if is_exact else approximate(model, x), **SAME)
+    assert codes(distr_compile.report(model)) == [["decode"], []]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_a_symbolic_length_is_decided_at_run_time(compiler: str) -> None:
+    model = Attention().eval()
+    function = compiled(model, {"default": {"min_seq_len": 24}}, compiler, dynamic=True)
+    calls = 0
+    for length, is_exact in ((32, False), (20, True), (24, False), (23, True), (10, True)):
+        x = tokens(length=length)
+        wanted = model(x) if is_exact else approximate(model, x)
+        torch.testing.assert_close(function(x), wanted, **SAME)
+        calls += is_exact
+        (row,) = distr_compile.report(model).rows  # one graph for all lengths
+        assert row.decision == "distr"
+        assert row.runtime_exact_calls == calls
+    assert isinstance(row.shapes["q"][2], str)
+    assert counters["distr"]["found"] == 1
+
+
+def test_gradients_are_a_reason() -> None:
+    model, x = Attention().eval(), tokens()
+    function = compiled(model)
+    with torch.enable_grad():
+        out = function(x)
+        out.sum().backward()
+    torch.testing.assert_close(out, model(x), **SAME)
+    assert model.qkv.weight.grad is not None
+    (row,) = distr_compile.report(model).rows
+    assert [str(r) for r in row.reasons] == [
+        "gradients: gradients are recorded: call under torch.no_grad()"
+    ]
+    with torch.inference_mode():
+        torch.testing.assert_close(function(x), approximate(model, x), **SAME)
+
+
+# --- decoders ------------------------------------------------------------------------------------
+
+
+def llama() -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+)
+def test_generate_prefills_with_distr_and_decodes_exactly(cache: dict[str, Any]) -> None:
+    model, prompt = llama(), torch.randint(0, 97, (2, 40))
+
+    def generate() -> Tensor:
+        mask = torch.ones_like(prompt)
+        return model.generate(
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=4,
+            max_new_tokens=4,
+            **cache,
+        )
+
+    eager, forward = generate(), model.forward
+    model.forward = compiled(forward, EXACT)
+    assert torch.equal(generate(), eager)
+    torch._dynamo.reset()  # else the lengths seen are symbolic from the start
+    model.forward = compiled(forward, FORCED)
+    assert generate().shape == eager.shape
+    model.forward = forward
+
+    rows = distr_compile.report(model).rows
+    assert {row.layer for row in rows} == {f"model.layers.{i}.self_attn" for i in range(2)}
+    prefill = [row for row in rows if row.shapes["q"][2] == 40]
+    decode = [row for row in rows if row.shapes["q"][2] == 1]
+    assert len(prefill) + len(decode) == len(rows)
+    assert [row.decision for row in prefill] == ["distr", "distr"]
+    assert len(decode) >= 2
+    assert {(row.decision, *(r.code for r in row.reasons)) for row in decode} == {
+        ("exact", "decode")
+    }
+
+
+def test_sdpa_layers_too() -> None:
+    class Fused(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(*self.split(x))
+            return self.out(self.merge(out))
+
+    model, x = Fused().eval(), tokens()
+    torch.testing.assert_close(compiled(model)(x), approximate(model, x), **SAME)
