@@ -1,0 +1,77 @@
+"""Every example runs, says what it promises, and so does the README's tour."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> str:
+    """The output of one Python process, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_example(name: str) -> str:
+    """An example whose graphs are rewritten but not compiled by Inductor, which takes its time."""
+    code = f"import runpy; runpy.run_path('examples/{name}.py')['main'](compiler='eager')"
+    return run("-c", code)
+
+
+def test_timm_vit() -> None:
+    out = run_example("timm_vit")
+    assert "12 attentions in 1 graph; 11 distr, 1 exact; 91.7 %" in out
+    assert re.search(r"blocks\.\{1\.\.8\}\.attn +x8 .* distr +2 ", out)
+    assert re.search(r"blocks\.\{9\.\.11\}\.attn +x3 .* distr +4 ", out)
+
+
+def test_hf_encoder() -> None:
+    out = run_example("hf_encoder")
+    assert re.search(r"encoder\.layer\.\{0\.\.5\}\.attention\.self +x6 .* bool +distr", out)
+
+
+def test_hf_decoder_approximates_the_prompt_and_decodes_exactly() -> None:
+    out = run_example("hf_decoder")
+    assert re.search(r"x2 .* q \[1,4,64,32\] +float32 +causal +distr +2 ", out)
+    one_row = [line for line in out.splitlines() if "q [1,4,1,32]" in line]
+    assert one_row
+    assert all("decode" in line and " exact " in line for line in one_row)
+
+
+def test_own_module_keeps_one_layer_exact_across_graph_breaks() -> None:
+    out = run_example("own_module")
+    assert "4 attentions in 4 graphs; 3 distr, 1 exact; 75.0 %" in out
+    assert re.search(r"layers\.2 .* exact, sdpa +1 ", out)
+
+
+def test_demo() -> None:
+    out = run("examples/demo.py", "minilm", "--texts", "4", "--compiler", "eager")
+    cosines = {
+        name: float(cosine)
+        for name, cosine in re.findall(r"(lsh-\w+, block \w+) .* embeddings (\d\.\d+)", out)
+    }
+    assert len(cosines) == 4
+    assert 0.7 < cosines["lsh-sample, block auto"] < cosines["lsh-mean, block auto"] < 0.95
+
+
+def test_tour_of_the_readme(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tour,) = re.findall(r"<!-- tour -->\n+```python\n(.*?)```", text, re.DOTALL)
+    assert len(tour.splitlines()) <= 30
+    (tmp_path / "tour.py").write_text(tour, encoding="utf-8")
+    out = run("tour.py", cwd=tmp_path)
+    assert "distr, 1 exact" in out
