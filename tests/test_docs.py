@@ -1,0 +1,42 @@
+"""The documents and the code name the same things."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def codes_raised() -> Iterator[str]:
+    """First argument of every ``Reason("...")`` and ``RefusedError("...")`` in the package."""
+    for path in (ROOT / "distr_compile").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Name)
+                or not node.args
+            ):
+                continue
+            first = node.args[0]
+            if node.func.id in {"Reason", "RefusedError"} and isinstance(first, ast.Constant):
+                yield str(first.value)
+
+
+def test_every_reason_is_documented_and_no_other() -> None:
+    text = (ROOT / "docs" / "matching.md").read_text(encoding="utf-8")
+    reasons = text.partition("## Reasons")[2].partition("## Layers")[0]
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", reasons, re.MULTILINE)) == set(codes_raised())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_of_the_repository(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
+    missing = [t for t in targets if t and not (document.parent / t).exists()]
+    assert not missing
