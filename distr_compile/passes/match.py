@@ -358,6 +358,8 @@ class _Walk:
             raise RefusedError("weights-edited", "PV is scaled or added to in the same call")
         if not user.users:
             raise RefusedError("dead", "nothing reads the result of this attention")
+        if any(_scatters(reader, user) for reader in user.users):
+            raise RefusedError("in-place-write", "the output is written to rows chosen by a tensor")
         rank = len(shape_of(user))
         axes = tuple(range(rank))
         if op.equation is not None:
@@ -689,6 +691,14 @@ def _check_operand(
         if path[-1] is x.node:
             for node in path[1:]:
                 _check_writes(flow, node, path[-2], out, interior)
+
+
+def _scatters(writer: fx.Node, value: fx.Node) -> bool:
+    """Whether ``other[index] = value`` with an index that holds a tensor: queries were selected."""
+    if target_name(writer) != "setitem" or writer.args[2] is not value:
+        return False
+    index = writer.args[1]
+    return any(map(voc.is_tensor, index if isinstance(index, tuple) else (index,)))
 
 
 def _check_built(flow: Flow, node: fx.Node) -> None:
