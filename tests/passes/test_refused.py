@@ -567,6 +567,22 @@ def _(q, k, v):
     return (q @ key.mT * C).softmax(-1) @ v
 
 
+@refuse("K put together by copies into slices (deepseek_v3)", "in-place-write")
+def _(q, k, v):
+    key = k.new_empty(B, H, KEYS, WIDTH)
+    key[..., :20].copy_(k[..., 20:])
+    key[..., 20:].copy_(k[..., :20])
+    return (q @ key.mT * C).softmax(-1) @ v
+
+
+@refuse("the output written to chosen rows (informer)", "in-place-write")
+def _(q, k, v):
+    rows = q.norm(dim=-1).sum((0, 1)).argsort()
+    context = torch.zeros_like(q @ k.mT @ v)
+    context[:, :, rows] = (q @ k.mT * C).softmax(-1) @ v
+    return context
+
+
 @refuse("the output written in place, read from the product", "in-place-write")
 def _(q, k, v):
     scores = q @ k.mT * C
