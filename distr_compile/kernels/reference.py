@@ -11,7 +11,8 @@ A call goes through four steps:
 2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
    K becomes Khat (eq. 2).
-4. ``attention``: softmax(scale * Qhat Khat^T + mask) V.
+4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
+   has them.
 
 Works in any floating dtype, fp64 included. Steps 3 and 4 are evaluated in the dtype of the inputs,
 the hash in at least fp32, so that a low precision does not change which columns are grouped.
@@ -19,9 +20,7 @@ the hash in at least fp32, so that a low precision does not change which columns
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,45 +30,36 @@ from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 NUM_PROJECTIONS = 16
 """N' of section 3.2: bits per hash value."""
 
-PROJECTION_CHUNK = 1024
-"""Rows of the projection matrix that are drawn together, from a seed of their own."""
 
-PROJECTION_STEP = 1 / 32
-"""Projections are multiples of this: below 8 they are then exact in fp32, fp16 and bf16 alike."""
-
-
-@lru_cache(maxsize=256)  # 256 chunks of 64 KiB: 16 MiB at most
-def _projection_chunk(index: int, seed: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
-    # The chunk outlives the call: as an inference tensor it could not be used under autograd later.
-    with torch.inference_mode(False):
-        gaussian = torch.randn(
-            PROJECTION_CHUNK,
-            NUM_PROJECTIONS,
-            generator=generator,
-            dtype=torch.float32,
-            device="cpu",
-        )
-        return gaussian.div_(PROJECTION_STEP).round_().mul_(PROJECTION_STEP)
+def _fmix32(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser, on int64 tensors of numbers below 2^32."""
+    # A product may overflow int64; its low 32 bits are right all the same.
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ (h >> 16)
 
 
 def projections(start: int, stop: int, *, seed: int) -> Tensor:
     """Rows ``start`` to ``stop`` of the random projection matrix of section 3.2.
 
-    The matrix belongs to ``seed`` alone: it is drawn on the CPU, in chunks that have a seed each,
-    because one longer ``torch.randn`` need not begin with the numbers of a shorter one. So a row is
-    the same on every device and for every block length; a short last block uses the first rows.
+    Entry (row, p) is a hash of its place and the seed, so that a kernel makes it in registers
+    instead of reading a table, and a row is the same on every device and for every block length; a
+    short last block uses the first rows. With all arithmetic modulo 2^32::
+
+        u = fmix32((16 row + p) * 0x9E3779B9 + fmix32(seed + 1))
+        entry = (sum of the eight 4-bit digits of u) - 60
+
+    A sum of eight uniform digits is nearly Gaussian (Irwin-Hall), of mean 0 and variance 170 here.
+    The scale does not matter, as only the signs of the projected numbers are used.
 
     Returns:
-        ``(stop - start, 16)`` float32 on the CPU: standard Gaussian numbers rounded to multiples of
-        1/32, hence exact in bf16 and fp16. Must not be written to.
+        ``(stop - start, 16)`` float32 on the CPU: integers from -60 to 60, exact in every dtype.
     """
-    first, last = start // PROJECTION_CHUNK, max(stop - 1, start) // PROJECTION_CHUNK
-    chunks = [_projection_chunk(index, seed) for index in range(first, last + 1)]
-    table = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-    offset = first * PROJECTION_CHUNK
-    return table[start - offset : stop - offset]
+    place = torch.arange(start * NUM_PROJECTIONS, stop * NUM_PROJECTIONS, device="cpu")
+    offset = _fmix32(torch.tensor((seed + 1) & 0xFFFFFFFF, device="cpu"))
+    u = _fmix32((place * 0x9E3779B9 + offset) & 0xFFFFFFFF)
+    digits = torch.stack([u >> shift & 0xF for shift in range(0, 32, 4)])
+    return (digits.sum(0) - 60).float().view(-1, NUM_PROJECTIONS)
 
 
 def gray_position(code: Tensor) -> Tensor:
@@ -189,10 +179,25 @@ def estimate(
     return blocks
 
 
-def masked_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row that is -inf everywhere sees nothing and becomes 0."""
+def masked_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension; a row that is -inf everywhere sees nothing and becomes 0.
+
+    A sink is one more score in every row of its head: it has a share of the softmax and no value,
+    so that the weights of the row sum to less than 1.
+
+    Args:
+        scores: ``(B, H, N, M)``.
+        sinks: ``(H,)`` floating, in the units of the scores.
+
+    Returns:
+        ``(B, H, N, M)``, without the sinks' share.
+    """
     sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(sees_nothing, 0)
+    num_keys = scores.shape[-1]
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand_as(scores[..., :1])
+        scores = torch.cat([scores, column], dim=-1)
+    return scores.softmax(-1)[..., :num_keys].masked_fill(sees_nothing, 0)
 
 
 def attention(
@@ -208,6 +213,8 @@ def attention(
     estimator: str = "lsh-mean",
     grouping_block: int = 0,
     seed: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, the scores of each grouping block from ``estimate``.
 
@@ -223,6 +230,10 @@ def attention(
         estimator: see ``estimate``.
         grouping_block: see ``estimate``.
         seed: see ``estimate``.
+        softcap: c > 0 replaces the scaled scores s by ``c * tanh(s / c)``, before the mask; 0 does
+            not.
+        sinks: ``(H,)`` floating, one more score per row that has no key and no value, in the units
+            of the scaled scores; neither scaled nor capped.
 
     Returns:
         ``(B, H, N, d_v)``; rows that see no key are 0.
@@ -242,6 +253,8 @@ def attention(
         [b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).transpose(-1, -2) for b in blocks], dim=2
     )
     scores = scores * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = (
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -249,4 +262,4 @@ def attention(
     if is_causal:
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=Q.device)
         scores = scores.masked_fill(~visible.tril(causal_offset), -torch.inf)
-    return (masked_softmax(scores).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)
+    return (masked_softmax(scores, sinks).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)

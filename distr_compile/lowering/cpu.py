@@ -16,6 +16,7 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ def attention(
     estimator: str,
     grouping_block: int = 0,
     seed: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.reference.attention``.
@@ -86,6 +89,8 @@ def attention(
         estimator: "lsh-sample" or "lsh-mean".
         grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
         seed: names the projection matrix.
+        softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
+        sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
     """
     batch, heads, num_queries, head_dim = q.shape
@@ -100,6 +105,8 @@ def attention(
     # Query heads are split into (key head, query head of it): a view for any strides.
     q5, out5 = (t.unflatten(1, (key_heads, rep)) for t in (q, out))
     mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
+    sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
+    scale = scale / softcap if softcap else scale  # what tanh takes
     for b in range(0, batch, batches):
         for h in range(0, key_heads, per_batch):
             some = (slice(b, b + batches), slice(h, h + per_batch))
@@ -108,6 +115,8 @@ def attention(
                 K=k[some if k.shape[0] > 1 else (slice(None), some[1])],
                 V=v[some if v.shape[0] > 1 else (slice(None), some[1])],
                 mask=None if mask5 is None else _cut(mask5, *some),
+                sinks=None if sinks2 is None else sinks2[some[1]],
+                softcap=softcap,
                 out=out5[some],
             )
             for start in range(0, num_queries, block):
@@ -123,14 +132,16 @@ def attention(
 class _Heads:
     """Views of the inputs and the output for the heads that are computed together.
 
-    Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, and the
-    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast.
+    Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, the
+    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, and the sinks ``(h, rep)``.
     """
 
     Q: Tensor
     K: Tensor
     V: Tensor
     mask: Tensor | None
+    sinks: Tensor | None
+    softcap: float
     out: Tensor
 
 
@@ -140,6 +151,12 @@ def _split_mask_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
     split = (key_heads, rep) if mask.shape[1] > 1 else (1, 1)
     split_mask: Tensor = mask.unflatten(1, split)
     return split_mask.transpose(2, 3)
+
+
+def _split_sinks(sinks: Tensor, dtype: torch.dtype, key_heads: int) -> Tensor:
+    """The sinks as ``(H_k, rep)`` in the working dtype of Q's ``dtype``."""
+    split: Tensor = sinks.unflatten(0, (key_heads, -1))
+    return split.to(torch.promote_types(dtype, torch.float32))
 
 
 def _cut(mask: Tensor, *ranges: slice) -> Tensor:
@@ -157,6 +174,16 @@ def _working(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+@lru_cache(maxsize=64)
+def _projections(start: int, stop: int, seed: int) -> Tensor:
+    """One panel of the projection matrix, at most 128 KiB; every head and block uses the same.
+
+    For 2048 rows of width 64, one thread, making the panel takes 0.27 ms and hashing with it 0.06.
+    """
+    with torch.inference_mode(False):  # a tensor that outlives the call must serve autograd too
+        return projections(start, stop, seed=seed)
+
+
 def _bases(Q: Tensor, rank: int, estimator: str, seed: int, panel: int) -> tuple[Tensor, Tensor]:
     """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
 
@@ -169,7 +196,7 @@ def _bases(Q: Tensor, rank: int, estimator: str, seed: int, panel: int) -> tuple
     for first in range(0, rows, panel):
         stacked = _stack(Q[..., first : first + panel, :])
         start = first * rep
-        P = projections(start, start + stacked.shape[1], seed=seed).to(Q.device, stacked.dtype)
+        P = _projections(start, start + stacked.shape[1], seed).to(Q.device, stacked.dtype)
         product = torch.matmul(P.T, stacked)
         projected = product if projected is None else projected.add_(product)
     if projected is None:  # no query rows, nothing to compute
@@ -203,7 +230,7 @@ def _attend_panel(
     running softmax of FlashAttention: ``top`` is the largest score so far, ``total`` the sum of
     exp(score - top), ``O`` the sum of exp(score - top) V. ``top`` starts at the lowest finite
     number: a score of -inf then adds exp(-inf) = 0, and a row that sees no key ends as 0 without
-    any test.
+    any test. A sink is a first key whose V is 0: it starts ``top`` and ``total``.
     """
     b, h, rep, _, _ = part.Q.shape
     num_keys, v_dim = part.V.shape[-2:]
@@ -211,11 +238,16 @@ def _attend_panel(
     units, rows, _ = Qhat.shape
     top = Qhat.new_full((units, rows, 1), torch.finfo(Qhat.dtype).min)
     total = Qhat.new_zeros(units, rows, 1)
+    if part.sinks is not None:
+        sinks = part.sinks[None, :, None, :, None].expand(b, h, last - first, rep, 1)
+        sinks = sinks.reshape(units, rows, 1)
+        top = torch.maximum(top, sinks)
+        total = (sinks - top).exp_()
     O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
 
     end = num_keys if causal_offset is None else min(num_keys, last + causal_offset)
     no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
-    at_once = end <= sizes.keys and no_empty_row
+    at_once = end <= sizes.keys and no_empty_row and part.sinks is None
     for key in range(0, end, sizes.keys):
         key_stop = min(key + sizes.keys, end)
         V = _units(part.V[..., key:key_stop, :], b)
@@ -227,6 +259,8 @@ def _attend_panel(
                 continue
             tile = slice((token - first) * rep, (token_stop - first) * rep)
             S = torch.bmm(Qhat[:, tile], Khat_t[..., : seen - key])
+            if part.softcap:
+                S.tanh_().mul_(part.softcap)
             view = S.view(b, h, token_stop - token, rep, seen - key)
             if part.mask is not None:
                 whole = slice(None)
@@ -244,7 +278,8 @@ def _attend_panel(
             top[:, tile].copy_(new_top)
             total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
             O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
-    # A row that saw a key has a total of at least 1, from exp(top - top); the others stay 0.
+    # A row that saw a key, or has a sink, has a total of at least 1, from exp(top - top). Where no
+    # key was seen O is 0.
     O.div_(total.clamp_(min=1))
     result = O.view(b, h, last - first, rep, v_dim).transpose(2, 3)
     part.out[..., first:last, :].copy_(result)

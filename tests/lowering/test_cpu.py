@@ -152,6 +152,50 @@ def test_lowest_finite_mask_gives_the_mean_of_v() -> None:
     torch.testing.assert_close(got, v.mean(2, keepdim=True).expand_as(got))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 1.5, 50.0])
+def test_softcap_and_sinks(
+    softcap: float,
+    has_sinks: bool,
+    small: bool,
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
+) -> None:
+    if small:
+        request.getfixturevalue("small_chunks")
+    q = draw(3, 4, 40, 32, dtype=dtype)
+    k, v = (draw(3, 2, 50, 32, seed=s, dtype=dtype) for s in (1, 2))
+    sinks = torch.tensor([1.5, -30.0, 0.25, 40.0], dtype=dtype) if has_sinks else None
+    options: dict[str, Any] = {"rank": 16, "softcap": softcap, "sinks": sinks}
+    sees = draw(3, 1, 40, 50, seed=4) > -0.5
+    sees[:, :, [2, 39]] = False
+    check(q, k, v, **options)
+    check(q, k, v, is_causal=True, causal_offset=-3, **options)
+    check(q, k, v, draw(4, 40, 50, seed=5, dtype=dtype), is_causal=True, **options)
+    got = check(q, k, v, sees, **options)
+    assert (got[:, :, [2, 39]] == 0).all()
+
+
+def test_sinks_have_any_dtype_and_may_be_minus_infinity() -> None:
+    q, k, v = (draw(1, 4, 40, 32, seed=s, dtype=torch.float64) for s in (1, 2, 3))
+    sees = draw(40, 40, seed=4) > 0
+    sees[7] = False
+    sinks = torch.tensor([1.5, -30.0, 0.25, 40.0])
+    options: dict[str, Any] = {"scale": 0.2, "rank": 16}
+    wanted = reference.attention(q, k, v, sees, sinks=sinks, **options)
+    halves = [x.bfloat16() for x in (q, k, v)]  # rounded: their columns may be grouped otherwise
+    wanted_half = reference.attention(*(x.double() for x in halves), sees, sinks=sinks, **options)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        got = run(q, k, v, sees, sinks=sinks.to(dtype), **options)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+        half = run(*halves, sees, sinks=sinks.to(dtype), **options)
+        torch.testing.assert_close(half.double(), wanted_half, rtol=2**-8, atol=1e-5)
+    none = run(q, k, v, sees, sinks=torch.full((4,), -torch.inf), **options)
+    torch.testing.assert_close(none, run(q, k, v, sees, **options), rtol=0, atol=1e-15)
+
+
 def test_no_keys_and_no_queries() -> None:
     q, k = draw(1, 2, 20, 32), draw(1, 2, 0, 32)
     assert (run(q, k, k, rank=16) == 0).all()
@@ -240,7 +284,6 @@ def test_memory_is_bounded(
     k = torch.zeros(1, keys, key_heads, width, dtype=dtype).transpose(1, 2)
     mask = torch.zeros(1, 1, tokens, keys, dtype=torch.bool) if heads == 2 else None
     out = torch.empty_like(q)
-    reference.projections(0, tokens * heads // key_heads, seed=0)  # the cache is not workspace
     with LiveBytes() as memory:
         cpu.attention(
             q, k, k, mask, scale=0.1, rank=width // 2, estimator="lsh-mean", out=out, **options
