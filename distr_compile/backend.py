@@ -10,6 +10,7 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from distr_compile import identity, reporting
+from distr_compile.lowering.dispatch import best_sdpa
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
 from distr_compile.policy import LayerPlan, Policy, PolicyError
@@ -127,7 +129,8 @@ def distr(
     """
     parsed = Options.parse(options, mode)
     result = run_pass(gm, parsed.policy, change=True)
-    compiled = _compile(gm, example_inputs, parsed, name)
+    with _exact_kernels(result, example_inputs):
+        compiled = _compile(gm, example_inputs, parsed, name)
     if result is None:
         return compiled
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
@@ -289,6 +292,23 @@ def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ..
     ]
     module = id(frame.module) if frame.module is not None else 0
     return (frame.code_key, module, tuple(shapes))
+
+
+def _exact_kernels(
+    result: Result | None, example_inputs: Sequence[Any]
+) -> AbstractContextManager[None]:
+    """The device's fastest SDPA for exact attention of fixed sizes without a mask tensor.
+
+    Elsewhere PyTorch's choice stands: cuDNN compiles a kernel for every new length, and rows that a
+    mask hides altogether are its own affair.
+    """
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.is_cuda]
+    rows = [row for row in result.graph.rows if row.decision == "exact"] if result else []
+    is_plain = all(row.mask in ("none", "causal") for row in rows)
+    is_static = all(isinstance(n, int) for row in rows for s in row.shapes.values() for n in s)
+    if devices and rows and is_plain and is_static:
+        return best_sdpa(devices[0])
+    return nullcontext()
 
 
 def _compile(

@@ -78,6 +78,7 @@ class SiteRow:
         site: number of the site within its graph.
         sdpa: the exact site was rewritten to ``F.scaled_dot_product_attention``.
         calls: the live counter of the graph, filled in by ``GraphReport``.
+        failures: the live record of kernels that failed, likewise.
 
     Raises:
         ValueError: unknown decision, or an exact site without a reason.
@@ -98,6 +99,7 @@ class SiteRow:
     site: int = 0
     sdpa: bool = False
     calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
+    failures: Mapping[int, Reason] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.decision not in ("distr", "exact"):
@@ -107,8 +109,16 @@ class SiteRow:
 
     @property
     def runtime_exact_calls(self) -> int:
-        """Calls, up to now, in which this approximated site ran exactly (short inputs)."""
+        """Calls, up to now, in which this approximated site ran exactly.
+
+        Because the input was short or the kernel failed. Replays of a CUDA graph are not seen.
+        """
         return self.calls.get(self.site, 0)
+
+    @property
+    def runtime_reason(self) -> Reason | None:
+        """Why the kernel of this approximated site failed in the latest call in which it did."""
+        return self.failures.get(self.site)
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,7 @@ class GraphReport:
         unmatched: policy patterns that name modules of the model but no attention of this graph.
         notes: what else the user should know, such as "graph shared by layers 0, 1".
         calls: live counter, site -> calls that ran exactly; shared with the rows.
+        failures: live record, site -> why its kernel failed; shared with the rows.
 
     Raises:
         ValueError: two rows with the same site number.
@@ -154,6 +165,7 @@ class GraphReport:
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     calls: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    failures: dict[int, Reason] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sites = [row.site for row in self.rows]
@@ -161,11 +173,18 @@ class GraphReport:
             raise ValueError(f"graph {self.index}: site numbers must be unique, got {sites}")
         for site in sites:
             self.calls.setdefault(site, 0)
-        bound = tuple(replace(row, graph=self.index, calls=self.calls) for row in self.rows)
+        bound = tuple(
+            replace(row, graph=self.index, calls=self.calls, failures=self.failures)
+            for row in self.rows
+        )
         object.__setattr__(self, "rows", bound)
 
-    def count_exact(self, site: int) -> None:
+    def count_exact(self, site: int, failure: str | None = None) -> None:
         """Count one call in which ``site`` ran exactly; seen by every row of the site at once.
+
+        Args:
+            site: number of the site.
+            failure: what failed, where a kernel did; None for a short input.
 
         Raises:
             ValueError: no such site in this graph.
@@ -174,6 +193,8 @@ class GraphReport:
             if site not in self.calls:
                 raise ValueError(f"site: got {site}; graph {self.index} has {sorted(self.calls)}")
             self.calls[site] += 1
+            if failure is not None:
+                self.failures[site] = Reason("kernel-failed", failure)
 
     def _placed(self, index: int, prefix: str) -> GraphReport:
         """The same graph as number ``index`` of a parent that calls its root ``prefix``."""
@@ -378,10 +399,14 @@ def _sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: _Footno
             "decision": _decision_text(row, sum(rows[i].runtime_exact_calls for i in members)),
             "G": str(row.group_size),
             "estimator": _estimator_text(row),
-            "reasons": "\n".join(notes.cite(reason, len(members)) for reason in row.reasons),
+            "reasons": "\n".join(notes.cite(reason, len(members)) for reason in _reasons(row)),
         }
         lines.append({"graph": str(row.graph), **line} if with_graph else line)
     return _fitted(lines, "layer", width)
+
+
+def _reasons(row: SiteRow) -> tuple[Reason, ...]:
+    return row.reasons if row.runtime_reason is None else (*row.reasons, row.runtime_reason)
 
 
 def _decision_text(row: SiteRow, exact_calls: int) -> str:
@@ -401,7 +426,7 @@ def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
         *(row.form, tuple(row.shapes.items()), row.dtype, row.mask, row.decision, row.sdpa),
-        *(row.group_size, row.estimator, row.grouping_block, row.reasons),
+        *(row.group_size, row.estimator, row.grouping_block, _reasons(row)),
     )
 
 
@@ -544,12 +569,16 @@ def _ranges(numbers: Sequence[int]) -> str:
 # --- JSON --------------------------------------------------------------------------------------
 
 
+_LIVE = ("calls", "failures")
+
+
 def _plain(item: Any) -> Any:
     """Our dataclasses as plain data; a row's live counter becomes its number."""
     if isinstance(item, (SiteRow, GraphReport, NotAttention, Reason)):
-        data = {f.name: _plain(getattr(item, f.name)) for f in fields(item) if f.name != "calls"}
+        data = {f.name: _plain(getattr(item, f.name)) for f in fields(item) if f.name not in _LIVE}
         if isinstance(item, SiteRow):
             data["runtime_exact_calls"] = item.runtime_exact_calls
+            data["runtime_reason"] = _plain(item.runtime_reason)
         return data
     if isinstance(item, (tuple, list)):
         return [_plain(part) for part in item]
@@ -572,16 +601,19 @@ def _read_graph(data: Mapping[str, Any]) -> GraphReport:
             ),
             **{name: tuple(data[name]) for name in ("matched", "unmatched", "notes")},
             "calls": {row.site: row.runtime_exact_calls for row in rows},
+            "failures": {row.site: row.runtime_reason for row in rows if row.runtime_reason},
         }
     )
 
 
 def _read_row(data: Mapping[str, Any]) -> SiteRow:
     rest = dict(data)
-    calls = rest.pop("runtime_exact_calls")
+    calls = {rest["site"]: rest.pop("runtime_exact_calls")}
+    failure = rest.pop("runtime_reason")
+    failures = {} if failure is None else {rest["site"]: Reason(**failure)}
     rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
     rest["reasons"] = tuple(Reason(**reason) for reason in rest["reasons"])
-    return SiteRow(**rest, calls={rest["site"]: calls})
+    return SiteRow(**rest, calls=calls, failures=failures)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 """The op ``torch.ops.distr.attention``: what it accepts, what it promises, what runs it.
 
 Importing this module registers the op. There is no arithmetic here: ``kernels/reference.py``
-defines the result, ``lowering/cpu.py`` computes it (with plain PyTorch calls, so on any device),
-and ``F.scaled_dot_product_attention`` computes what has to be exact.
+defines the result, ``lowering/cuda.py`` computes it with Triton kernels, ``lowering/cpu.py`` with
+plain PyTorch calls (and fp64 on any device), and ``F.scaled_dot_product_attention`` computes what
+has to be exact.
 
 The op is opaque to the compiler. It is registered through ``torch.library.Library``, whose boundary
 costs about half as much host time a call as that of ``torch.library.custom_op``.
@@ -24,8 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, auto_grouping_block
+from distr_compile.kernels import reference
 from distr_compile.kernels.reference import NUM_PROJECTIONS
-from distr_compile.lowering import cpu
+from distr_compile.lowering import cpu, cuda
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -40,31 +42,37 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NOT_YET = {
     "basis_q": None,
     "basis_k": None,
-    "sinks": None,
     "rounds": 1,
     "strict": False,
-    "softcap": 0.0,
     "dropout_p": 0.0,
 }
 """Arguments of the schema that have no implementation, with the only value they may have."""
 
-ExactSink = Callable[[int], None]
+ExactSink = Callable[[int, str | None], None]
+"""Is given the number of a site, and what failed if the device could not run its kernel."""
 
 _exact_sink: ContextVar[ExactSink | None] = ContextVar("distr_exact_sink", default=None)
 
 
 @contextmanager
 def count_exact_calls(sink: ExactSink) -> Iterator[None]:
-    """Call ``sink(site)`` whenever the op turns to exact attention at run time in this context.
+    """Call ``sink(site, failure)`` whenever the op turns to exact attention at run time.
 
-    That happens for short sequences (see ``attention``) and only in the thread or task that entered
-    the context. Contexts nest; the innermost sink is called.
+    That happens for short sequences (``failure`` is None) and where a kernel does not compile or
+    start (a text), and is told only in the thread or task that entered this context, and not when a
+    recorded CUDA graph is replayed. Contexts nest; the innermost sink is called.
     """
     token = _exact_sink.set(sink)
     try:
         yield
     finally:
         _exact_sink.reset(token)
+
+
+def _tell_exact(site: int, failure: str | None) -> None:
+    sink = _exact_sink.get()
+    if sink is not None:
+        sink(site, failure)
 
 
 def attention(
@@ -100,7 +108,7 @@ def attention(
             to the scaled scores).
         basis_q: not supported yet.
         basis_k: not supported yet.
-        sinks: not supported yet.
+        sinks: ``(H,)`` floating: a logit per head that adds to the denominator of the softmax only.
         scale: multiplies Q K^T; give the scale of the original width d.
         is_causal: row i sees keys ``j <= i + causal_offset``, from the top left as in SDPA.
         causal_offset: 0 when None; only with ``is_causal``.
@@ -111,7 +119,7 @@ def attention(
         strict: only False yet.
         min_seq_len: exact attention where ``min(N, M)`` is below it; always where N < 16.
         seed: names the random projections of the LSH estimators.
-        softcap: only 0 yet.
+        softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
         dropout_p: only 0 yet.
         site: number handed to ``count_exact_calls``.
 
@@ -130,35 +138,45 @@ def attention(
         k,
         v,
         mask,
+        sinks,
         is_causal=is_causal,
         causal_offset=causal_offset,
         rank=rank,
         estimator=estimator,
         grouping_block=grouping_block,
         min_seq_len=min_seq_len,
-        not_yet=(basis_q, basis_k, sinks, rounds, strict, softcap, dropout_p),
+        softcap=softcap,
+        not_yet=(basis_q, basis_k, rounds, strict, dropout_p),
     )
-    num_queries, offset = q.shape[2], causal_offset or 0
-    short = _is_short(num_queries, k.shape[2], min_seq_len)
-    if short or rank == q.shape[3]:
-        sink = _exact_sink.get()
-        if short and sink is not None:
-            sink(site)
-        return _lay_out(_exact(q, k, v, mask, scale, is_causal, offset))
-    return cpu.attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        causal_offset=offset,
-        rank=rank,
-        estimator=estimator,
-        grouping_block=grouping_block,
-        seed=seed,
-        out=_empty_output(q, v),
-    )
+    softmax: dict[str, Any] = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "causal_offset": causal_offset or 0,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    short = _is_short(q.shape[2], k.shape[2], min_seq_len)
+    if short:
+        _tell_exact(site, None)
+        rank = q.shape[3]
+    if rank == q.shape[3] and _sdpa_can(softcap, sinks):
+        return _lay_out(_exact(q, k, v, mask, **softmax))
+    grouping: dict[str, Any] = {
+        "rank": rank,
+        "estimator": estimator,
+        "grouping_block": grouping_block,
+        "seed": seed,
+    }
+    out = _empty_output(q, v)
+    if _has_kernels(q):
+        try:
+            return cuda.attention(q, k, v, mask, **softmax, **grouping, out=out)
+        except cuda.KernelFailed as failure:
+            _tell_exact(site, str(failure))
+            rank = q.shape[3]
+    if rank == q.shape[3]:
+        return _lay_out(_exact(q, k, v, mask, **softmax))
+    return cpu.attention(q, k, v, mask, **softmax, **grouping, out=out)
 
 
 def _attention_fake(
@@ -189,13 +207,15 @@ def _attention_fake(
         k,
         v,
         mask,
+        sinks,
         is_causal=is_causal,
         causal_offset=causal_offset,
         rank=rank,
         estimator=estimator,
         grouping_block=grouping_block,
         min_seq_len=min_seq_len,
-        not_yet=(basis_q, basis_k, sinks, rounds, strict, softcap, dropout_p),
+        softcap=softcap,
+        not_yet=(basis_q, basis_k, rounds, strict, dropout_p),
     )
     return _empty_output(q, v)
 
@@ -213,17 +233,46 @@ def _is_short(num_queries: int, num_keys: int, min_seq_len: int) -> bool:
     return num_queries < MIN_QUERIES or min(num_queries, num_keys) < min_seq_len
 
 
+def _has_kernels(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float64
+
+
+def _sdpa_can(softcap: float, sinks: Tensor | None) -> bool:
+    return softcap == 0 and sinks is None
+
+
 def _exact(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    *,
     scale: float,
     is_causal: bool,
     causal_offset: int,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """The same call by SDPA, whose ``is_causal`` knows no offset and stands beside no mask."""
+    """The same call by SDPA, whose ``is_causal`` knows no offset and stands beside no mask.
+
+    Soft caps and sinks are beyond SDPA: there the scores are written out in fp32, as in the models
+    that have them. Such a call is short, or its kernel failed.
+    """
     num_queries, num_keys = q.shape[2], k.shape[2]
+    if not _sdpa_can(softcap, sinks):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return reference.attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_offset=causal_offset,
+            rank=q.shape[3],
+            softcap=softcap,
+            sinks=sinks,
+        ).to(q.dtype)
     if is_causal and causal_offset >= num_keys - 1:
         is_causal = False  # the first row sees every key already, as in a decode step
     if is_causal and (causal_offset or mask is not None):
@@ -256,6 +305,7 @@ def _validate(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     *,
     is_causal: bool,
     causal_offset: int | None,
@@ -263,6 +313,7 @@ def _validate(
     estimator: str,
     grouping_block: int,
     min_seq_len: int,
+    softcap: float,
     not_yet: tuple[object, ...],
 ) -> None:
     """Refuse what the op cannot do; of symbolic sizes only relations are asked."""
@@ -272,7 +323,7 @@ def _validate(
             raise NotImplementedError(
                 f"{name}: got {got}; only {only!r} is supported yet: leave it out"
             )
-    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    tensors = [t for t in (q, k, v, mask, sinks) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(
             "distr.attention: got an input that requires grad while gradients are recorded; the op "
@@ -291,14 +342,24 @@ def _validate(
         )
     if any(t.device != q.device for t in tensors):
         raise ValueError(
-            f"q, k, v, mask: got devices {', '.join(str(t.device) for t in tensors)}; must be one: "
-            "move them"
+            f"q, k, v, mask, sinks: got devices {', '.join(str(t.device) for t in tensors)}; "
+            "must be one: move them"
         )
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
     if causal_offset is not None and not is_causal:
         raise ValueError("causal_offset: got a value without is_causal; set is_causal=True with it")
+    if not softcap >= 0:
+        raise ValueError(f"softcap: got {softcap}; must be > 0, or 0 for none")
     _validate_sizes(q, k, v, rank, grouping_block, min_seq_len)
+    if sinks is not None:
+        _require(
+            sinks.dim() == 1 and sinks.is_floating_point() and sinks.shape[0] == q.shape[1],
+            lambda: (
+                f"sinks: got {tuple(sinks.shape)} of {sinks.dtype}; must be floating, one per head "
+                f"of q: ({q.shape[1]},)"
+            ),
+        )
     if mask is not None:
         _validate_mask(q, k, mask)
 

@@ -8,18 +8,12 @@ from typing import Any, Literal
 import torch
 
 from distr_compile.estimators import MIN_QUERIES, MIN_RANK, possible_group_sizes
+from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.dispatch import break_even
 from distr_compile.passes.site import AttentionSite
 from distr_compile.passes.vocabulary import hint
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
-
-FASTER_FROM: dict[str, int] = {}
-"""Device type -> the smallest min(N_q, N_k) from which approximating was measured to be faster.
-
-What ``min_seq_len = "auto"`` stands for; a device without an entry is never approximated by "auto".
-Empty: there is no GPU kernel yet, and a CPU gains too little to promise it
-(``python benchmarks/cpu_attention.py``).
-"""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -97,34 +91,37 @@ def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
         reasons.append(
             Reason("decode", f"N_q is {queries}; fewer than {MIN_QUERIES} rows are always exact")
         )
-    limit = _limit(site, plan)
+    limit, source = _limit(site, plan)
     if limit is None:
-        device = site.device.type
-        reasons.append(
-            Reason(
-                "not-faster",
-                f"min_seq_len is auto: not known to be faster on {device}; 0 forces it",
-            )
-        )
+        reasons.append(Reason("not-faster", f"min_seq_len is auto: {source}; 0 forces it"))
         return reasons
     known = [n for n in (queries, keys) if isinstance(n, int)]
     if known and min(known) < limit:
-        reasons.append(
-            Reason("min-seq-len", f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}")
-        )
+        text = f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}{source}"
+        reasons.append(Reason("min-seq-len", text))
     return reasons
 
 
-def _limit(site: AttentionSite, plan: LayerPlan) -> int | None:
-    if plan.min_seq_len == "auto":
-        return FASTER_FROM.get(site.device.type)
-    return plan.min_seq_len
+def _limit(site: AttentionSite, plan: LayerPlan) -> tuple[int | None, str]:
+    """The least length to approximate at, None for no length, and what that is known from."""
+    if plan.min_seq_len != "auto":
+        return plan.min_seq_len, ""
+    width, dtype = site.head_dim, str(site.dtype).removeprefix("torch.")
+    rank = width // plan.group_size if isinstance(width, int) else 0
+    found = break_even(site.device, site.dtype, head_dim=width, rank=rank)
+    if found is None:
+        name = site.device.type
+        if name == "cuda":
+            name = f"{architecture(site.device)} in {dtype} at width {width}, G = {plan.group_size}"
+        return None, f"not known to be faster on {name}"
+    limit = found.causal_tokens if site.is_causal else found.tokens
+    return limit, f" (auto, {found.source})"
 
 
 def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
     if all(isinstance(n, int) for n in (site.num_queries, site.num_keys)):
         return 0
-    return _limit(site, plan) or 0
+    return _limit(site, plan)[0] or 0
 
 
 def flops(site: AttentionSite) -> int:

@@ -7,6 +7,7 @@ whose last axis is the one the softmax runs over, and the product that contracts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from distr_compile.passes.operands import (
     einsum_scores,
     einsum_values,
     operand,
+    per_head,
     take_scale,
     taken_off,
     unrepeated,
@@ -52,6 +54,7 @@ NO_CLAMP = 1.0e4
 """Bounds at least this far out guard against overflow; they do not change ordinary scores."""
 
 _UNARY = voc.Fill | voc.Clamp | voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout
+_ON_SCORES = _UNARY | voc.Tanh | voc.Append
 
 
 def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
@@ -110,7 +113,7 @@ def _is_cut_off(node: fx.Node) -> bool:
     """Whether scores come into the graph as an input: the product is before a graph break."""
     while node.op != "placeholder":
         op = read(node)
-        if not isinstance(op, voc.Add | voc.Scale | _UNARY):
+        if not isinstance(op, voc.Add | voc.Scale | _ON_SCORES):
             return False
         node = op.x
     return len(shape_of(node)) > 2
@@ -142,6 +145,7 @@ class _Walk:
     backward: list[str] = field(default_factory=list)
     forward: list[str] = field(default_factory=list)
     interior: list[fx.Node] = field(default_factory=list)
+    sink: voc.Append | None = None
 
     def form(self) -> str:
         return " ".join([*reversed(self.backward), *self.forward])
@@ -181,7 +185,7 @@ class _Walk:
     ) -> tuple[fx.Node, list[tuple[voc.Op, fx.Node]], bool]:
         """From the softmax's input to the product. Events are (record, node), last one first."""
         events: list[tuple[voc.Op, fx.Node]] = []
-        swapped = False
+        swapped = capped = False
         node, readers = start, {reader}
         while not isinstance(op := read(node), voc.Product):
             if not self.flow.chained[node]:
@@ -192,6 +196,7 @@ class _Walk:
             readers = {node}
             if isinstance(op, voc.Add):
                 if maximum := _row_maximum(op, node):
+                    self._refuse_shift(capped)
                     readers |= maximum
                     self.interior.extend(maximum - {node})
                     node = op.x
@@ -199,7 +204,9 @@ class _Walk:
                 scores, term, first = self._scores_side(op.x, op.y)
                 if not first and op.alpha != 1:
                     raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
-                if voc.is_tensor(term):  # one number added to all scores changes nothing
+                if capped or not voc.is_tensor(term):
+                    self._refuse_shift(capped)
+                else:
                     events.append((voc.Add(scores, term, op.alpha), node))
                 node = scores
             elif isinstance(op, voc.Scale):
@@ -220,6 +227,18 @@ class _Walk:
                 events.append((op, node))
                 swapped = not swapped
                 node = op.x
+            elif capped and isinstance(op, voc.Fill):
+                raise RefusedError("soft-cap", "the scores are masked inside the soft cap's tanh")
+            elif isinstance(op, voc.Tanh):
+                if capped:
+                    raise RefusedError("soft-cap", "the scores pass through tanh twice")
+                capped = True
+                events.append((op, node))
+                node = op.x
+            elif isinstance(op, voc.Append):
+                self._take_sink(op, events)
+                events.append((op, node))
+                node = op.x
             elif isinstance(op, voc.Fill | voc.Reshape):
                 events.append((op, node))
                 node = op.x
@@ -230,7 +249,25 @@ class _Walk:
         self._read_by_us_only(node, readers)
         self.backward.append(target_name(node))
         self.interior.append(node)
+        if op.addend is not None and capped:
+            self._refuse_shift(capped)
         return node, events, swapped
+
+    def _take_sink(self, op: voc.Append, events: list[tuple[voc.Op, fx.Node]]) -> None:
+        if self.sink is not None:
+            raise RefusedError("sinks", "more than one sink column is concatenated to the scores")
+        if self.flow.behind[op.column] or self.flow.chained[op.column]:
+            raise RefusedError("concat-scores", "one softmax runs over several score matrices")
+        if not all(isinstance(event, voc.Reshape) for event, _ in events):
+            raise RefusedError("sinks", "scores and sinks are changed after they are concatenated")
+        self.sink = op
+
+    def _refuse_shift(self, capped: bool) -> None:
+        """One number added to all scores: softmax ignores it, tanh or a sink beside them do not."""
+        if capped:
+            raise RefusedError("soft-cap", "a term is added to the scores inside the cap's tanh")
+        if self.sink is not None:
+            raise RefusedError("sinks", "the scores are shifted before the sinks stand beside them")
 
     def _scores_side(self, a: Any, b: Any) -> tuple[fx.Node, Any, bool]:
         """Which operand carries QK^T: the one with a product of two activations."""
@@ -270,7 +307,7 @@ class _Walk:
         flow = self.flow
         while True:
             op = read(node)
-            if isinstance(op, _UNARY):
+            if isinstance(op, _ON_SCORES):
                 node = op.x
             elif isinstance(op, voc.Scale | voc.Add):
                 other = op.factor if isinstance(op, voc.Scale) else op.y
@@ -286,13 +323,11 @@ class _Walk:
             raise RefusedError("cross-head-mix", f"{name} mixes the scores across heads")
         if not flow.behind[node]:
             raise _no_product()
-        if name == "tanh":
-            raise RefusedError("soft-cap", "the scores are soft-capped by tanh")
         if name in {"cat", "concat"}:
             parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
             scored = [p for p in parts if isinstance(p, fx.Node) and flow.behind[p]]
             if len(scored) == 1:
-                raise RefusedError("sinks", "a sink column is concatenated to the scores")
+                raise RefusedError("sinks", "more than a sink column is concatenated to the scores")
             raise RefusedError("concat-scores", "one softmax runs over several score matrices")
         if _is_banded(node):
             raise RefusedError("banded", "the scores are cut to a band (a window of keys)")
@@ -329,6 +364,7 @@ class _Walk:
         node, transposed = softmax, False
         shape = shape_of(softmax)
         matrix = shape[-2:]
+        sink = self.sink
         self.interior.append(softmax)
         while True:
             user = self._only_user(node)
@@ -347,11 +383,16 @@ class _Walk:
                 shape = shape_of(user)
                 if transposed or not same_shape(shape[-2:], matrix):
                     raise RefusedError("layout", "the weights are reshaped over keys or queries")
+            elif sink is not None and not transposed and _drops_sink(user, sink):
+                sink, shape = None, shape_of(user)
+                matrix = shape[-2:]
             elif not isinstance(op, voc.Cast | voc.Identity):
                 self._weights_edited(user)
             node = user
         self.forward.append(target_name(user))
         self.interior.append(user)
+        if sink is not None:
+            raise RefusedError("sinks", "the sinks' weights are multiplied with V, too")
         if op.a is op.b:
             raise RefusedError("weights-reused", "the weights are multiplied with themselves")
         if op.addend is not None or op.alpha != 1:
@@ -418,7 +459,7 @@ class _Walk:
         rank = max(len(q.shape), len(k.shape))
         lead = shape_of(product)[: rank - 2]
         scores = Level((*lead, q.shape[-2], k.shape[-2]))
-        levels, steps = _replay(scores, events, op, product)
+        levels, steps, softcap = _replay(scores, events, op, product)
         if not same_shape(levels[-1].shape[-2:], scores.shape[-2:]):
             raise RefusedError("layout", "the softmax runs over reshaped keys")
         if not same_size(v.shape[-2], scores.shape[-1]):
@@ -441,6 +482,7 @@ class _Walk:
         for step in steps:
             for term in _tensors(step):
                 _check_writes(self.flow, term, step.reader, out, self.interior)
+        sinks = self._sinks(canonical, out)
         mask_kind, is_causal, steps = _mask_kind(steps)
         terms = [t for s in steps for t in _tensors(s)]
         return AttentionSite(
@@ -458,6 +500,8 @@ class _Walk:
             shared_v=shared[1] if shared else None,
             factors=(*q_factors, *k_factors, *alpha),
             steps=tuple(steps),
+            softcap=softcap,
+            sinks=sinks,
             scores=scores,
             canonical=canonical,
             out=out_level,
@@ -465,8 +509,22 @@ class _Walk:
             mask_kind=mask_kind,
             is_causal=is_causal,
             interior=tuple(self.interior),
-            requires_grad=_records_gradient(q.node, k.node, v.node, *terms),
+            requires_grad=_records_gradient(q.node, k.node, v.node, sinks, *terms),
         )
+
+    def _sinks(self, canonical: Level, out: fx.Node) -> fx.Node | None:
+        """One number per head, from the column that the scores were given."""
+        if self.sink is None:
+            return None
+        sinks = per_head(self.sink.column)
+        value = voc.tensor_of(sinks)
+        heads = shape_of(self.sink.x)[-3:-2]
+        if sinks is None or value is None or not value.dtype.is_floating_point:
+            raise RefusedError("sinks", "the sinks are not one number per head")
+        if not same_shape(canonical.lead[-1:], heads):
+            raise RefusedError("sinks", "the sinks are concatenated under other axes of the heads")
+        _check_writes(self.flow, sinks, sinks, out, self.interior)
+        return sinks
 
 
 def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
@@ -588,16 +646,24 @@ def _reshape_args(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _replay(
     scores: Level, events: list[tuple[voc.Op, fx.Node]], op: voc.Product, product: fx.Node
-) -> tuple[list[Level], list[Step]]:
-    """Go over the events forwards: the shapes the scores take, and the steps at each shape."""
+) -> tuple[list[Level], list[Step], float]:
+    """Go over the events forwards: the shapes the scores take, the steps at each, the soft cap."""
     levels, level = [scores], scores
     steps: list[Step] = []
+    softcap = 0.0
+    width: Any = None
     if op.addend is not None:
         if not isinstance(op.beta, int | float):
             raise RefusedError("scores-edited", "baddbmm's beta is not a number")
         steps.append(AddStep(op.addend, op.beta, level, product))
     for event, node in reversed(events):
         shape = shape_of(node)
+        if isinstance(event, voc.Append):
+            width = shape[-1]
+        if width is not None:  # the level is that of the keys' scores
+            if not same_size(shape[-1], width):
+                raise RefusedError("layout", "the softmax runs over reshaped keys")
+            shape = (*shape[:-1], level.shape[-1])
         if isinstance(event, voc.Reshape):
             level = Level(shape, _reshape_args(node))
             levels.append(level)
@@ -606,6 +672,9 @@ def _replay(
             levels.append(level)
         if isinstance(event, voc.Scale):
             steps.append(_scale_step(event, node, level, steps))
+            softcap = _times_cap(softcap, event)
+        elif isinstance(event, voc.Tanh):
+            softcap = 1.0
         elif isinstance(event, voc.Add):
             term = voc.tensor_of(event.y)
             if term is None or term.dtype.is_complex:
@@ -615,7 +684,22 @@ def _replay(
             steps.append(_fill_step(event, node, level))
         elif isinstance(event, voc.Permute) and (len(levels) > 1 or any(map(_tensors, steps))):
             raise RefusedError("layout", "the scores are transposed after a bias, mask or reshape")
-    return levels, steps
+    # b tanh(a s) is odd in both: |b| tanh(a b s / |b|), the soft cap |b| of scores scaled by a b.
+    return levels, steps, abs(softcap)
+
+
+def _times_cap(softcap: float, event: voc.Scale) -> float:
+    """The soft cap after one more factor; of a symbolic one it fixes the value, by a guard."""
+    if not softcap:
+        return softcap
+    factor: Any = voc.value_of(event.factor)
+    if isinstance(factor, torch.SymFloat | torch.SymInt):
+        factor = float(factor)
+    if not isinstance(factor, int | float):
+        raise RefusedError("soft-cap", "the soft cap is a tensor")
+    if factor == 0 or not math.isfinite(factor):
+        raise RefusedError("soft-cap", f"the soft cap's factor is {factor}")
+    return softcap / factor if event.divide else softcap * factor
 
 
 def _scale_step(event: voc.Scale, node: fx.Node, level: Level, before: list[Step]) -> ScaleStep:
@@ -712,6 +796,26 @@ def _check_built(flow: Flow, node: fx.Node) -> None:
     for writer in flow.writes.get(root, ()):
         if target_name(writer) == "setitem" or voc.written(writer) is not root:
             raise RefusedError("in-place-write", "an operand is put together by slice writes")
+
+
+def _drops_sink(user: fx.Node, sink: voc.Append) -> bool:
+    """Whether a slice takes the keys' weights and leaves out the sink's."""
+    whole, keys = slice(None, None, None), shape_of(sink.x)[-1]
+    weights: Any = user.args[0]
+    if not same_shape(shape_of(user), (*shape_of(weights)[:-1], keys)):
+        return False
+    if target_name(user) != "getitem" or not isinstance(user.args[1], tuple):
+        return False
+    *others, last = user.args[1]
+    reaches_last = Ellipsis in others or len(others) == len(shape_of(user)) - 1
+    starts = (1,) if sink.front else (None, 0)
+    return (
+        reaches_last
+        and all(other is Ellipsis or other == whole for other in others)
+        and isinstance(last, slice)
+        and last.start in starts
+        and last.step in (None, 1)
+    )
 
 
 def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:

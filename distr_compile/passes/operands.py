@@ -1,4 +1,4 @@
-"""Q, K and V as the matcher wants them: layout, scale, repeated heads and dtype taken apart.
+"""Q, K, V and sinks as the matcher wants them: layout, scale, repeated heads, dtype taken apart.
 
 The product's factors come in every layout (a transposed K, an einsum's axis order), with the scale
 multiplied in, upcast, or with key heads repeated for grouped-query attention. Each function here
@@ -149,6 +149,39 @@ def taken_off(node: fx.Node) -> fx.Node | None:
 def _floating(node: fx.Node) -> bool:
     value = voc.tensor_of(node)
     return value is not None and value.dtype.is_floating_point
+
+
+# -- sinks --------------------------------------------------------------------------------------
+
+
+def per_head(column: fx.Node) -> fx.Node | None:
+    """The numbers, one per head, that were expanded to a column ``(..., H, N, 1)`` of scores.
+
+    Returns:
+        A node with H elements in the order of the heads (a parameter, as a rule); None where the
+        column may hold anything else.
+    """
+    heads = shape_of(column)[-3:-2]
+    node = column
+    while not (heads and _thin(shape_of(node), heads[0])):
+        op = read(node)
+        if isinstance(op, voc.Cast | voc.Identity):
+            node = op.x
+        elif target_name(node) in {"expand", "expand_as", "broadcast_to", "repeat"}:
+            if not voc.is_tensor(node.args[0]):
+                return None
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return None
+    while isinstance(op := read(node), voc.Reshape):
+        node = op.x
+    return node
+
+
+def _thin(shape: tuple[Any, ...], heads: Any) -> bool:
+    """Whether a shape is (1, ..., heads, 1, 1)."""
+    others = (*shape[:-3], *shape[-2:])
+    return len(shape) > 2 and same_size(shape[-3], heads) and all(same_size(s, 1) for s in others)
 
 
 # -- repeated heads -----------------------------------------------------------------------------

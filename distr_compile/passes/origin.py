@@ -109,6 +109,8 @@ class Flow:
             op,
             voc.Fill
             | voc.Clamp
+            | voc.Tanh
+            | voc.Append
             | voc.Cast
             | voc.Reshape
             | voc.Permute

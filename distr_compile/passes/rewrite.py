@@ -50,12 +50,16 @@ def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: in
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
     ) -> fx.Node:
+        no_bases = (None, None)
+        sinks = () if site.sinks is None else (*no_bases, emit.method("flatten", site.sinks))
+        softcap = {"softcap": site.softcap} if site.softcap else {}
         return emit.function(
             torch.ops.distr.attention.default,
             q,
             k,
             v,
             mask,
+            *sinks,
             scale=scale,
             is_causal=is_causal,
             rank=decision.rank,
@@ -63,6 +67,7 @@ def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: in
             grouping_block=0 if plan.grouping_block == "auto" else plan.grouping_block,
             min_seq_len=decision.min_seq_len,
             site=number,
+            **softcap,
         )
 
     if site.kind in {"mha", "encoder"}:
@@ -80,9 +85,12 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
     """Put SDPA in the place of an exact site that is spelled out, where it means the same.
 
     Returns:
-        Whether it did. Fused calls and sites whose bias has another dtype than Q are left alone.
+        Whether it did. Fused calls are left alone, and sites that SDPA cannot say: with a soft cap,
+        sinks, or a bias whose dtype is not that of Q.
     """
-    if site.kind != "softmax" or not _sdpa_means_the_same(site):
+    if site.kind != "softmax" or site.softcap or site.sinks is not None:
+        return False
+    if not _sdpa_means_the_same(site):
         return False
 
     def attend(

@@ -120,6 +120,10 @@ class AttentionSite:
             were.
         factors: the scale of the product. Empty for an ``sdpa`` call without one: 1 / sqrt(d).
         steps: what happens to the scores between the product and the softmax, in order.
+        softcap: c > 0 where the scaled scores s become ``c * tanh(s / c)``, before every bias and
+            mask; the scale then is that of all factors and steps together, on both sides of tanh.
+        sinks: one number per query head, ``(H,)`` when flattened, that stands in the softmax as the
+            score of one more key, whose weight is dropped.
         scores, canonical, out: the levels of the product, of the rewritten call and of the output.
         output_dims: the output's axes, as a permutation of (lead..., query, width).
         mask: of an ``sdpa`` call, its mask node; ``None`` too where the mask only says "causal".
@@ -149,6 +153,8 @@ class AttentionSite:
     shared_v: Operand | None = None
     factors: tuple[Factor, ...] = ()
     steps: tuple[Step, ...] = ()
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
     scores: Level | None = None
     canonical: Level | None = None
     out: Level | None = None

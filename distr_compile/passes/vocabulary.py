@@ -93,6 +93,22 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class Tanh:
+    """``tanh(x)``, as in a soft cap ``c * tanh(x / c)``."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
+class Append:
+    """``x`` with one more column, of a sink: ``cat([x, column], -1)``; ``front``: before x."""
+
+    x: fx.Node
+    column: fx.Node
+    front: bool
+
+
+@dataclass(frozen=True)
 class Cast:
     """The same values in another dtype (or on another device)."""
 
@@ -150,6 +166,8 @@ Op = (
     | Add
     | Fill
     | Clamp
+    | Tanh
+    | Append
     | Cast
     | Reshape
     | Permute
@@ -380,6 +398,25 @@ def _bounded(x: Any, low: Any, high: Any) -> Op | None:
     return Clamp(x, bounds[0], bounds[1])
 
 
+def _tanh(node: fx.Node) -> Op | None:
+    x = _argument(node, 0, "input")
+    return Tanh(x) if is_tensor(x) else None
+
+
+def _append(node: fx.Node) -> Op | None:
+    parts: Any = _argument(node, 0, "tensors")
+    dim = _argument(node, 1, "dim", _option(node, "axis", 0))
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(map(is_tensor, parts)):
+        return None
+    rank = len(shape_of(node))
+    if rank < 2 or not isinstance(dim, int) or dim % rank != rank - 1:
+        return None
+    first, second = parts
+    if same_size(shape_of(second)[-1], 1):
+        return Append(first, second, front=False)
+    return Append(second, first, front=True) if same_size(shape_of(first)[-1], 1) else None
+
+
 def _cast(node: fx.Node) -> Op | None:
     source, result = tensor_of(node.args[0]), tensor_of(node)
     if source is None or result is None:
@@ -491,6 +528,7 @@ METHODS: dict[str, Reader] = {
     **dict.fromkeys(("clamp", "clamp_", "clip"), _clamp),
     "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,
+    **dict.fromkeys(("tanh", "tanh_"), _tanh),
     **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16", "double"), _cast),
     "view": _view,
     **dict.fromkeys(
@@ -519,6 +557,8 @@ FUNCTIONS: dict[Any, Reader] = {
     **dict.fromkeys((torch.clamp, torch.clip), _clamp),
     **dict.fromkeys((torch.max, torch.maximum, torch.clamp_min), _clamp_min),
     **dict.fromkeys((torch.min, torch.minimum, torch.clamp_max), _clamp_max),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), _tanh),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _append),
     **dict.fromkeys((torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze), _reshape),
     **dict.fromkeys((torch.clone, torch.detach), _identity),
     **dict.fromkeys((torch.transpose, torch.swapaxes, torch.swapdims), _transpose),

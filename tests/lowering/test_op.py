@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from distr_compile.kernels import reference
+from distr_compile.lowering import cuda
+from distr_compile.lowering import op as op_module
 from distr_compile.lowering.op import count_exact_calls
 
 op: Any = torch.ops.distr.attention
@@ -42,6 +44,8 @@ def qkv(
     return q, k, v
 
 
+SINKS = torch.tensor([0.5, -2.0, 3.0, -torch.inf])
+
 CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     # name: sizes, mask shape (None, or shape and dtype), options
     "plain": ({}, None, {}),
@@ -61,6 +65,10 @@ CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     ),
     "min_seq_len": ({}, None, {"min_seq_len": 22}),
     "bfloat16": ({"dtype": torch.bfloat16}, ((20, 24), torch.float32), {}),
+    "soft cap": ({}, ((2, 1, 20, 24), torch.bool), {"softcap": 1.5}),
+    "sinks": ({}, None, {"sinks": SINKS, "is_causal": True, "causal_offset": 4}),
+    "exact, soft cap and sinks": ({"N": 5}, None, {"sinks": SINKS, "softcap": 1.5}),
+    "exact by rank, half, sinks": ({"dtype": torch.bfloat16}, None, {"sinks": SINKS, "rank": 32}),
     "one head": ({"H": 1, "Hk": 1, "B": 1}, None, {}),
     "half the rank of 96": ({"d": 96, "dv": 96, "Hk": 4}, None, {"rank": 48}),
 }
@@ -207,13 +215,13 @@ def test_compiled_graph_decides_short_sequences_at_run_time() -> None:
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(short, backend=counter, fullgraph=True, dynamic=True)
-    seen: list[int] = []
-    with torch.no_grad(), count_exact_calls(seen.append):
+    seen: list[tuple[int, str | None]] = []
+    with torch.no_grad(), count_exact_calls(lambda *told: seen.append(told)):
         for length in (20, 40, 29, 31, 17):
             q = torch.randn(2, 3, length, 64)
             torch.testing.assert_close(compiled(q[..., :32]), short(q[..., :32]))
     assert counter.frame_count == 1
-    assert seen == [7] * 6  # three short lengths, each compiled and eager
+    assert seen == [(7, None)] * 6  # three short lengths, each compiled and eager
 
 
 def test_compiled_autocast() -> None:
@@ -272,22 +280,44 @@ def test_autocast_casts_as_for_sdpa(dtype: torch.dtype) -> None:
 
 def test_exact_calls_are_counted() -> None:
     q, k, v = qkv()
-    outer: list[int] = []
-    inner: list[int] = []
+    outer: list[tuple[int, str | None]] = []
+    inner: list[tuple[int, str | None]] = []
     op(q[:, :, :4], k, v, **OPTIONS)  # no sink: nothing happens
-    with count_exact_calls(outer.append):
+    with count_exact_calls(lambda *told: outer.append(told)):
         op(q, k, v, site=1, **OPTIONS)
         op(q, k, v, site=2, min_seq_len=20, **OPTIONS)
         op(q, k, v, site=3, min_seq_len=21, **OPTIONS)
         op(q[:, :, :15], k, v, site=4, **OPTIONS)
         op(q, k[:, :, :5], v[:, :, :5], site=5, min_seq_len=6, **OPTIONS)
         op(q, k, v, site=6, **OPTIONS | {"rank": 32})  # exact by wish, not by length
-        with count_exact_calls(inner.append):
+        with count_exact_calls(lambda *told: inner.append(told)):
             op(q[:, :, :1], k, v, site=8, **OPTIONS)
         op(q[:, :, :1], k, v, site=9, **OPTIONS)
     op(q[:, :, :1], k, v, site=10, **OPTIONS)
-    assert outer == [3, 4, 5, 9]
-    assert inner == [8]
+    assert outer == [(3, None), (4, None), (5, None), (9, None)]
+    assert inner == [(8, None)]
+
+
+def test_a_kernel_that_fails_is_told_and_the_result_is_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU whose kernel does not compile, with and without what SDPA cannot do."""
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise cuda.KernelFailed("sm_00: no such thing")
+
+    monkeypatch.setattr(op_module, "_has_kernels", lambda q: True)
+    monkeypatch.setattr(cuda, "attention", fail)
+    told: list[tuple[int, str | None]] = []
+    q, k, v = qkv()
+    for extra in ({}, {"softcap": 1.5}, {"sinks": SINKS}):
+        with count_exact_calls(lambda *seen: told.append(seen)):
+            got = op(q, k, v, site=5, **OPTIONS, **extra)
+        wide = [t.double() for t in (q, k, v)]
+        wanted = reference.attention(*wide, scale=0.2, rank=32, **extra)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert got.transpose(1, 2).is_contiguous()
+    assert told == [(5, "sm_00: no such thing")] * 3
 
 
 def flops_of(*args: Tensor, **options: Any) -> int:
@@ -322,10 +352,8 @@ def test_flops() -> None:
     [
         ("basis_q", torch.zeros(1), "a tensor"),
         ("basis_k", torch.zeros(1), "a tensor"),
-        ("sinks", torch.zeros(1), "a tensor"),
         ("rounds", 2, "2"),
         ("strict", True, "True"),
-        ("softcap", 30.0, "30.0"),
         ("dropout_p", 0.1, "0.1"),
     ],
 )
@@ -342,6 +370,8 @@ BAD: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
     "estimator": ((Q, K, V), {"estimator": "svd"}, "estimator: got 'svd'; must be one of lsh-"),
     "block": ((Q, K, V), {"grouping_block": -1}, "grouping_block: got -1; must be rows >= 1"),
     "min_seq_len": ((Q, K, V), {"min_seq_len": -1}, "min_seq_len: got -1; must be >= 0"),
+    "softcap": ((Q, K, V), {"softcap": -1.0}, "softcap: got -1.0; must be > 0"),
+    "sinks": ((Q, K, V), {"sinks": torch.zeros(3)}, "sinks: got (3,) of torch.float32; must be"),
     "offset": ((Q, K, V), {"causal_offset": 1}, "causal_offset: got a value without is_causal"),
     "rank of q": ((Q[0], K, V), {}, "q: got 3 dimensions; must be (batch, heads, tokens, width)"),
     "batch of k": ((Q[:1], K, V[:1]), {}, "k: got batch size 2; must be that of q, 1, or 1"),
@@ -352,7 +382,7 @@ BAD: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
     "no heads": ((Q, K[:, :0], V[:, :0]), {}, "k: got 0 heads"),
     "dtype": ((Q, K.double(), V), {}, "q, k, v: got torch.float32, torch.float64, torch.float32"),
     "int": ((Q.int(), K.int(), V.int()), {}, "q, k, v: got torch.int32"),
-    "device": ((Q, K.to("meta"), V), {}, "q, k, v, mask: got devices cpu, meta, cpu"),
+    "device": ((Q, K.to("meta"), V), {}, "q, k, v, mask, sinks: got devices cpu, meta, cpu"),
     "mask size": ((Q, K, V, torch.ones(19, 24)), {}, "mask: got (19, 24); must broadcast to"),
     "mask dims": ((Q, K, V, torch.ones(1, 2, 4, 20, 24)), {}, "mask: got (1, 2, 4, 20, 24)"),
     "mask type": ((Q, K, V, torch.ones(24).int()), {}, "mask: got torch.int32; must be torch.bool"),

@@ -122,10 +122,14 @@ def exact_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    basis_q: None = None,
+    basis_k: None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     is_causal: bool = False,
     rank: int,
+    softcap: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """What ``distr.attention`` approximates, in fp64, for arguments that keep its contract."""
@@ -142,6 +146,9 @@ def exact_attention(
     key, value = (x.repeat_interleave(heads // x.shape[1], 1).double() for x in (k, v))
     scores = q.double() @ key.mT * scale
     columns = scores.shape[-1]
+    if softcap:
+        assert softcap > 0
+        scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
         seen = torch.ones(rows, columns, dtype=torch.bool).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -152,7 +159,11 @@ def exact_attention(
         else:
             assert mask.is_floating_point()
             scores = scores + mask.double()
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    if sinks is not None:
+        assert sinks.shape == (heads,)
+        column = sinks.double()[None, :, None, None].expand(batch, -1, rows, -1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., :columns].nan_to_num(0.0)
     # The op's memory order: B, N, H, d_v.
     return (weights @ value).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -68,7 +68,35 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ repeat(k).mT * C).softmax(-1) @ repeat(v)
 
 
-SYMBOLIC = [plain, llama, merged_heads, width_scale, fused, causal, causal_positions, repeated]
+SINKS = torch.linspace(-1, 2, H)
+
+
+def capped_with_sinks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * C / 0.8) * 0.8 + bias
+    column = SINKS.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    scores = torch.cat([scores, column], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(scores.softmax(-1)[..., :-1], v)
+
+
+def sinks_sliced_by_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * C
+    column = SINKS.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., : k.shape[-2]] @ v
+
+
+SYMBOLIC = [
+    plain,
+    llama,
+    merged_heads,
+    width_scale,
+    fused,
+    causal,
+    causal_positions,
+    repeated,
+    capped_with_sinks,
+    sinks_sliced_by_length,
+]
 
 
 def _shapes(batch: int, rows: int, keys: int) -> dict[str, tuple[int, ...]]:
@@ -159,6 +187,23 @@ def test_symbolic_scale_of_sdpa() -> None:
     assert error(capture.output, eager(function, inputs)) < 1e-5
 
 
+def test_symbolic_soft_cap_is_specialised() -> None:
+    """The op takes the cap as a number: another one is another graph, never a wrong result."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
+        q, k, v = known_width(q, k, v)
+        return (torch.tanh(q @ k.mT * C / cap) * cap).softmax(-1) @ v
+
+    tensors = example_inputs(function)[:-1]
+    calls = [[*tensors, cap] for cap in (0.8, 0.3, 0.3, 0.8)]
+    capture = run(function, calls[0], again=calls[1:], dynamic=True)
+    assert {row.decision for row in capture.rows} == {"distr"}
+    assert [call["softcap"] for call in capture.calls] == [0.8, 0.3, 0.3, 0.8]
+    assert len(capture.graphs) == 2
+    for inputs, output in zip(calls, capture.outputs, strict=True):
+        assert error(output, eager(function, inputs)) < 1e-5
+
+
 @pytest.mark.parametrize("function", SYMBOLIC, ids=lambda f: f.__name__)
 def test_everything_dynamic(function: Callable[..., Tensor]) -> None:
     """With ``dynamic=True`` the head width may be symbolic too: then the site stays exact."""
@@ -201,7 +246,22 @@ class Bare(nn.Module):
         return (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1) @ v
 
 
-@pytest.mark.parametrize("inner", [Block, Bare])
+class CappedWithSinks(nn.Module):
+    """Sinks stay fp32, and so do the scores beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.sinks = nn.Linear(96, 3 * 96), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(B, ROWS, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-2, -1) * 32**-0.5 / 0.1).tanh() * 0.1
+        column = self.sinks.reshape(1, -1, 1, 1).expand(B, -1, ROWS, -1)
+        weights = torch.cat([scores, column], -1).softmax(dim=-1)[..., :-1]
+        return weights.to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("inner", [Block, Bare, CappedWithSinks])
 @pytest.mark.parametrize("is_inside", [True, False])
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_autocast(inner: type[nn.Module], is_inside: bool, is_exact: bool) -> None:
@@ -255,6 +315,15 @@ def test_gradients_of_a_bias_alone() -> None:
     assert capture.codes == {"gradients"}
     capture.output.sum().backward()
     assert inputs[3].grad is not None
+
+
+def test_gradients_of_sinks_alone() -> None:
+    model = CappedWithSinks().eval()
+    model.qkv.requires_grad_(False)
+    capture = run(model, [torch.randn(B, ROWS, 96)], grad=True)
+    assert capture.codes == {"gradients"}
+    capture.output.sum().backward()
+    assert model.sinks.grad is not None
 
 
 def test_no_gradient_is_recorded_without_grad_mode() -> None:

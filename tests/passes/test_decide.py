@@ -11,6 +11,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from distr_compile.estimators import possible_group_sizes
+from distr_compile.lowering import dispatch
+from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
 from distr_compile.passes.decide import DTYPES, decide, flops
 from distr_compile.passes.site import AttentionSite
@@ -96,16 +98,27 @@ def test_lengths(queries: int, keys: int, limit: int, expected: list[str]) -> No
     assert codes(site(num_queries=queries, num_keys=keys), plan) == expected
 
 
-def test_auto_is_exact_where_nothing_was_measured_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert codes(site(), LayerPlan()) == ["not-faster"]
-    assert "faster on cpu; 0 forces it" in decide(site(), LayerPlan()).reasons[0].text
-    monkeypatch.setitem(decisions.FASTER_FROM, "cpu", 100)
-    assert codes(site(), LayerPlan()) == []
-    assert codes(site(num_keys=99), LayerPlan()) == ["min-seq-len"]
-    assert codes(site(device=torch.device("cuda")), LayerPlan()) == ["not-faster"]
-    assert decide(site(num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
+def test_auto_on_a_cpu_is_exact() -> None:
+    (reason,) = decide(site(), LayerPlan()).reasons
+    assert reason.code == "not-faster"
+    assert reason.text == "min_seq_len is auto: not known to be faster on cpu; 0 forces it"
+
+
+def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 64, 32), BreakEven(100, 200, "f.json"))
+    gpu = site(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert codes(gpu, LayerPlan()) == []
+    (reason,) = decide(replace(gpu, num_keys=99), LayerPlan()).reasons
+    assert reason.text == "min(N_q, N_k) is 99, min_seq_len is 100 (auto, f.json)"
+    assert codes(replace(gpu, is_causal=True), LayerPlan()) == ["min-seq-len"]
+    assert decide(replace(gpu, num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
+    for unknown in (replace(gpu, head_dim=128), replace(gpu, dtype=torch.float32)):
+        assert codes(unknown, LayerPlan()) == ["not-faster"]
+    (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons
+    assert "not known to be faster on sm_90 in bfloat16 at width 64, G = 4" in reason.text
+    assert codes(gpu, LayerPlan(group_size=3)) == ["rank", "not-faster"]
 
 
 @pytest.mark.parametrize("symbolic", ["num_queries", "num_keys"])

@@ -39,6 +39,9 @@ class Form:
 
 FORMS: list[Form] = []
 
+CAP = 0.8
+"""A soft cap that the examples' scores run into."""
+
 
 def form(
     name: str,
@@ -152,6 +155,76 @@ def _(q, k, v, heads, table):
 
 
 FORMS[-1].shapes.update(heads=(H, 1, 1))
+
+
+@form("12: soft-capped, a mask, softmax in fp32", mask="float", sdpa=False)
+def _(q, k, v, bias):
+    scores = torch.matmul(q, k.transpose(2, 3)) * C
+    scores = scores / CAP
+    scores = torch.tanh(scores)
+    scores = scores * CAP
+    weights = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, 0.0, False), v).transpose(1, 2).contiguous()
+
+
+@form("12: soft-capped in place by a reciprocal, causal", mask="causal", sdpa=False)
+def _(q, k, v):
+    scores = (q * C) @ k.mT
+    scores *= 1 / CAP
+    scores = scores.tanh_().mul_(CAP)
+    seen = torch.ones(ROWS, KEYS, dtype=torch.bool).tril()
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@form("12: soft-capped, other factors inside than outside", mask="float", sdpa=False)
+def _(q, k, v, bias, heads):
+    scores = -2.5 * F.tanh((q @ k.mT).view(B * H, ROWS, KEYS) / -5.0).view(B, H, ROWS, KEYS)
+    return ((scores + bias) * 1.5).softmax(-1) @ v
+
+
+@form("12: a scale per head inside the soft cap", sdpa=False, heads=(H, 1, 1))
+def _(q, k, v, heads):
+    return (F.tanh(q @ k.mT * heads) * CAP).softmax(-1) @ v
+
+
+@form("12: a tanh alone", mask="bool", sdpa=False)
+def _(q, k, v, keep):
+    return torch.where(keep, torch.tanh(q @ k.mT * C), -torch.inf).softmax(-1) @ v
+
+
+@form("13: sinks, stabilised by the maximum", mask="float", sdpa=False, sinks=(H,))
+def _(q, k, v, bias, sinks):
+    scores = torch.matmul(q, k.transpose(2, 3)) * C
+    scores = scores + bias
+    column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    scores = torch.cat([scores, column], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    weights = F.dropout(weights, p=0.1, training=False).to(v.dtype)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+
+
+@form("13: sinks in front, softmax in fp32", mask="bool", sdpa=False, sinks=(H,))
+def _(q, k, v, keep, sinks):
+    scores = (q @ k.mT * C).masked_fill(~keep, -torch.inf).float()
+    column = sinks[None, :, None, None].float().repeat(B, 1, ROWS, 1)
+    weights = torch.cat((column, scores), -1).softmax(-1)[:, :, :, 1:]
+    return weights.to(v.dtype) @ v
+
+
+@form("13: sinks, bmm", sdpa=False, sinks=(H,))
+def _(q, k, v, sinks):
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT * C).view(B, H, ROWS, KEYS)
+    scores = torch.concat([scores, sinks.view(H, 1, 1).expand(B, H, ROWS, 1)], 3) + 1.0
+    weights = F.softmax(scores.flatten(0, 1), -1)[..., :KEYS]
+    return torch.bmm(weights, v.flatten(0, 1))
+
+
+@form("13: sinks and a soft cap", mask="float", sdpa=False, sinks=(H,))
+def _(q, k, v, bias, sinks):
+    scores = torch.tanh(q @ k.mT * C / CAP) * CAP + bias
+    column = sinks.view(H, 1, 1).broadcast_to(B, H, ROWS, 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
 
 
 @form("14: einsum on both sides", q=(B, ROWS, H, WIDTH), k=(B, KEYS, H, WIDTH), v=(B, KEYS, H, 24))

@@ -1,7 +1,7 @@
 """Random legal spellings of attention must be rewritten exactly, random near misses not at all.
 
-A :class:`Spelling` is a draw of independent choices (layout, scale, masks, softmax, dropout, views,
-the side of the weights, repeated heads); :func:`attend` spells it out.
+A :class:`Spelling` is a draw of independent choices (layout, scale, soft cap, masks, sinks,
+softmax, dropout, views, the side of the weights, repeated heads); :func:`attend` spells it out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MISSES = {
     "second product": "two-products",
     "clamped": "scores-edited",
     "rectified": "scores-edited",
-    "soft-capped": "soft-cap",
+    "added inside the cap": "soft-cap",
     "per key": "scores-edited",
-    "sink": "sinks",
+    "shifted before the sink": "sinks",
     "not rebound": "in-place-write",
     "queries written": "in-place-write",
     "shown by 0": "scores-edited",
@@ -59,7 +59,9 @@ class Spelling:
     layout: str  # "4-D" | "3-D" | "5-D" | "einsum" | "tokens first" | "baddbmm"
     repeat: str  # "expand" | "interleave" | "materialised"
     scale: tuple[str, ...]
+    has_cap: bool
     masks: tuple[str, ...]
+    has_sink: bool
     softmax: str
     is_stabilised: bool
     dropout: str
@@ -77,6 +79,7 @@ def spellings(draw: st.DrawFn, miss: bool = False) -> Spelling:
     def some(values: tuple[str, ...], most: int) -> tuple[str, ...]:
         return tuple(draw(st.lists(st.sampled_from(values), max_size=most, unique=True)))
 
+    name = one(*sorted(MISSES)) if miss else ""
     return Spelling(
         batch=one(1, 2, 3),
         heads=one(1, 2, 3),
@@ -88,13 +91,15 @@ def spellings(draw: st.DrawFn, miss: bool = False) -> Spelling:
         layout=one("4-D", "3-D", "5-D", "einsum", "tokens first", "baddbmm"),
         repeat=one("expand", "interleave", "materialised"),
         scale=some(("q", "k", "k under a view", "scores", "divided", "per head", "last"), 3),
+        has_cap=one(False, False, True) or name == "added inside the cap",
         masks=some(MASKS, 3),
+        has_sink=one(False, False, True) or name == "shifted before the sink",
         softmax=one("method", "function", "torch", "fp32", "fp32 type_as"),
         is_stabilised=one(False, False, True),
         dropout=one("", "", "off", "p=0"),
         side=one("left", "left", "right"),
         after=one("", "tokens", "view", "reshape"),
-        miss=draw(st.sampled_from(sorted(MISSES))) if miss else "",
+        miss=name,
     )
 
 
@@ -204,7 +209,9 @@ def attend(s: Spelling, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor) -> Any:
         scores = scores.clamp(-5, 5)
     if s.miss == "rectified":
         scores = F.relu(scores)
-    if s.miss == "soft-capped":
+    if s.miss == "added inside the cap":
+        scores = scores + bias
+    if s.has_cap:
         scores = torch.tanh(scores / 5.0) * 5.0
     if s.miss == "heads mixed":
         scores = F.linear(scores.permute(0, 2, 3, 1), mixing).permute(0, 3, 1, 2)
@@ -221,14 +228,16 @@ def attend(s: Spelling, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor) -> Any:
     if "last" in s.scale:
         scores = scores * 0.9
     extra = scores.sum() if s.miss == "scores read twice" else 0.0
+    if s.miss == "shifted before the sink":
+        scores = scores - scores.amax(dim=-1, keepdim=True)
+    if s.has_sink:
+        scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
     if s.is_stabilised:
         scores = scores - scores.amax(dim=-1, keepdim=True)
-    if s.miss == "sink":
-        scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
     if s.layout == "3-D" and s.miss != "heads of the weights permuted":
         scores = scores.reshape(-1, s.rows, scores.shape[-1])
     weights = softmax_of(scores, s, q)
-    if s.miss == "sink":
+    if s.has_sink:
         weights = weights[..., :-1]
     if s.layout == "5-D":
         weights = weights.squeeze(0)
@@ -300,7 +309,7 @@ def test_legal_spelling_is_rewritten_exactly(s: Spelling) -> None:
     assert len(capture.calls) == 1
     check(capture.output, s, inputs)
     exact = run_exact(lambda *x: attend(s, *x), [x.clone() for x in inputs])
-    assert exact.row.sdpa
+    assert exact.row.sdpa == (not s.has_cap and not s.has_sink)
     check(exact.output, s, inputs)
 
 

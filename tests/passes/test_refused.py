@@ -45,18 +45,149 @@ def refuse(
 # -- other mathematics ----------------------------------------------------------------------------
 
 
-@refuse("12: soft-capped scores", "soft-cap")
+@refuse("a bias inside the soft cap", "soft-cap")
 def _(q, k, v, bias):
-    scores = torch.tanh(q @ k.mT * C / 50.0) * 50.0 + bias
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    scores = torch.tanh((q @ k.mT * C + bias) / 50.0) * 50.0
+    return scores.softmax(-1) @ v
 
 
-@refuse("13: a sink column", "sinks", sink=(1, H, 1, 1))
-def _(q, k, v, bias, sink):
-    scores = q @ k.mT * C + bias
-    scores = torch.cat([scores, sink.expand(B, -1, ROWS, -1)], dim=-1)
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    return F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1] @ v
+@refuse("one number added inside the soft cap", "soft-cap")
+def _(q, k, v):
+    return (((q @ k.mT * C + 1.0) / 5.0).tanh() * 5.0).softmax(-1) @ v
+
+
+@refuse("the row maximum subtracted inside the soft cap", "soft-cap")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    scores = scores - scores.amax(-1, keepdim=True)
+    return ((scores / 5.0).tanh() * 5.0).softmax(-1) @ v
+
+
+@refuse("a mask inside the soft cap", "soft-cap")
+def _(q, k, v, keep):
+    scores = (q @ k.mT * C).masked_fill(~keep, -torch.inf)
+    return ((scores / 5.0).tanh() * 5.0).softmax(-1) @ v
+
+
+@refuse("baddbmm inside the soft cap", "soft-cap", table=(B * H, ROWS, KEYS))
+def _(q, k, v, table):
+    scores = torch.baddbmm(table, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=C)
+    return torch.bmm((scores.tanh() * 5.0).softmax(-1), v.flatten(0, 1))
+
+
+@refuse("a soft cap per head", "soft-cap", cap=(H, 1, 1))
+def _(q, k, v, cap):
+    return (torch.tanh(q @ k.mT * C / cap) * cap).softmax(-1) @ v
+
+
+@refuse("soft-capped twice", "soft-cap")
+def _(q, k, v):
+    scores = torch.tanh(q @ k.mT * C / 50.0) * 50.0
+    return (torch.tanh(scores / 30.0) * 30.0).softmax(-1) @ v
+
+
+@refuse("soft-capped to nothing", "soft-cap")
+def _(q, k, v):
+    return (torch.tanh(q @ k.mT * C) * 0.0).softmax(-1) @ v
+
+
+@refuse("gated by the tanh of the scores", "two-products")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    return (scores * scores.tanh()).softmax(-1) @ v
+
+
+@refuse("a soft cap that is also returned", "weights-reused")
+def _(q, k, v):
+    scores = torch.tanh(q @ k.mT * C / 5.0)
+    return (scores * 5.0).softmax(-1) @ v, scores
+
+
+def _with_sink(scores: Tensor, sink: Tensor) -> Tensor:
+    return torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
+
+
+@refuse("a sink per query", "sinks", sink=(1, H, ROWS, 1))
+def _(q, k, v, sink):
+    return _with_sink(q @ k.mT * C, sink).softmax(-1)[..., :-1] @ v
+
+
+@refuse("a sink per batch", "sinks", sink=(B, 1, 1, 1))
+def _(q, k, v, sink):
+    return _with_sink(q @ k.mT * C, sink).softmax(-1)[..., :-1] @ v
+
+
+@refuse("sinks that heads share in pairs", "sinks", q=(B, 4, 17, 40), k=(B, 4, 33, 40))
+def _(q, k, v, sink):
+    column = sink.view(1, 2, 1, 1).repeat(B, 2, ROWS, 1)
+    return torch.cat([q @ k.mT * C, column], -1).softmax(-1)[..., :-1] @ v
+
+
+REFUSALS[-1].shapes.update(v=(B, 4, KEYS, 24), sink=(2,))
+
+
+@refuse("sinks of heads merged with the batch", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT * C)
+    scores = torch.cat([scores, sink.expand(B, -1, ROWS, -1).reshape(B * H, ROWS, 1)], -1)
+    return torch.bmm(scores.softmax(-1)[..., :-1], v.flatten(0, 1))
+
+
+@refuse("two sinks per head", "sinks", sink=(1, H, 1, 2))
+def _(q, k, v, sink):
+    scores = torch.cat([q @ k.mT * C, sink.expand(B, -1, ROWS, -1)], -1)
+    return scores.softmax(-1)[..., :-2] @ v
+
+
+@refuse("sink columns concatenated one after the other", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    scores = _with_sink(_with_sink(q @ k.mT * C, sink), sink)
+    return scores.softmax(-1)[..., :-2] @ v
+
+
+@refuse("the maximum subtracted before the sinks", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    scores = q @ k.mT * C
+    scores = scores - scores.amax(-1, keepdim=True)
+    return _with_sink(scores, sink).softmax(-1)[..., :-1] @ v
+
+
+@refuse("a number added before the sinks", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    return _with_sink(q @ k.mT * C + 3.0, sink).softmax(-1)[..., :-1] @ v
+
+
+@refuse("scores and sinks scaled together", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    return (_with_sink(q @ k.mT, sink) * C).softmax(-1)[..., :-1] @ v
+
+
+@refuse("scores and sinks capped together", "sinks", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    return (_with_sink(q @ k.mT * C, sink).tanh() * 5.0).softmax(-1)[..., :-1] @ v
+
+
+@refuse("sinks that have a value", "sinks", sink=(1, H, 1, 1), v=(B, H, KEYS + 1, 24))
+def _(q, k, v, sink):
+    return _with_sink(q @ k.mT * C, sink).softmax(-1) @ v
+
+
+@refuse("a key dropped in place of the sink", "weights-edited", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    return _with_sink(q @ k.mT * C, sink).softmax(-1)[..., 1:] @ v
+
+
+@refuse("the sinks' weights read", "weights-reused", sink=(1, H, 1, 1))
+def _(q, k, v, sink):
+    weights = _with_sink(q @ k.mT * C, sink).softmax(-1)
+    return weights[..., :-1] @ v, weights[..., -1]
+
+
+@refuse("sinks written during the attention", "in-place-write", sink=(H,))
+def _(q, k, v, sink):
+    weights = _with_sink(q @ k.mT * C, sink.view(1, H, 1, 1)).softmax(-1)
+    sink.zero_()
+    return weights[..., :-1] @ v
 
 
 @refuse("18: a band of scores", "banded", q=(B, H, 17, WIDTH), k=(B, H, 17, WIDTH))

@@ -185,12 +185,17 @@ def exact_attention(
     scale: float,
     is_causal: bool,
     causal_offset: int,
+    softcap: float,
+    sinks: Tensor | None,
     out: Tensor,
     **estimate: Any,
 ) -> Tensor:
     """Attention by its formula, from the arguments that the op hands to its CPU implementation."""
     heads = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(heads, 1).transpose(-2, -1) * scale
+    keys = scores.shape[-1]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(causal_offset)
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -198,7 +203,9 @@ def exact_attention(
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    return out.copy_(scores.softmax(-1) @ v.repeat_interleave(heads, 1))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand_as(scores[..., :1])], -1)
+    return out.copy_(scores.softmax(-1)[..., :keys] @ v.repeat_interleave(heads, 1))
 
 
 def tensors(output: Any) -> list[Tensor]:

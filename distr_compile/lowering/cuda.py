@@ -1,0 +1,242 @@
+"""DistrAttention on a GPU: the Triton kernels, over chunks of heads and query rows.
+
+A chunk is what shares one launch of the prologue and one of the attention kernel. Qhat and Khat
+live only in between, and Khat has a copy per grouping block, N / l * M * r elements a head: the
+walk keeps them within a workspace of a stated size, whatever the length.
+
+Nothing here waits for the device, keeps memory after the call or depends on earlier calls, except
+that a combination whose kernel failed is remembered, so as not to compile it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import auto_grouping_block
+from distr_compile.lowering.architecture import architecture
+
+WORKSPACE_MIB = 256
+"""Most MiB of Qhat and Khat at a time; one grouping block of one key head is the least possible."""
+
+
+_failed: dict[tuple[object, ...], str] = {}
+
+
+class KernelFailed(Exception):  # noqa: N818 (it is caught, and exact attention runs instead)
+    """A kernel could not be compiled or launched; the text says which, where and why."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    rank: int,
+    estimator: str,
+    grouping_block: int = 0,
+    seed: int = 0,
+    softcap: float = 0.0,
+    out: Tensor,
+    workspace: int = WORKSPACE_MIB << 20,
+) -> Tensor:
+    """Arguments and result as in ``kernels.reference.attention``; ``rank == d`` is exact.
+
+    Args:
+        q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides; k, v alike.
+        k: ``(B or 1, H_k, M, d)``.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``; read where it is broadcast.
+        sinks: ``(H,)``, one more logit per row, in the denominator only.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        rank: r, d or a divisor of it.
+        estimator: a name in ``estimators.ESTIMATORS``.
+        grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
+        seed: names the random numbers of the estimator.
+        softcap: c > 0 turns a score s into ``c * tanh(s / c)``.
+        out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
+        workspace: bound on Qhat and Khat together, bytes.
+
+    Raises:
+        KernelFailed: a kernel does not compile or start on this device; said once as a warning.
+        torch.OutOfMemoryError: as from any op.
+    """
+    variant = (
+        q.device,
+        q.dtype,
+        q.shape[3],
+        rank,
+        v.shape[3],
+        is_causal,
+        None if mask is None else mask.dtype,
+        softcap > 0,
+        sinks is not None,
+    )
+    if variant in _failed:
+        raise KernelFailed(_failed[variant])
+    try:
+        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+            _attend(
+                q,
+                k,
+                v,
+                mask,
+                sinks,
+                scale=scale,
+                causal_offset=causal_offset if is_causal else None,
+                rank=rank,
+                estimator=estimator,
+                block=grouping_block or auto_grouping_block(q.shape[2]),
+                seed=seed,
+                softcap=softcap,
+                out=out,
+                workspace=workspace,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what Triton raises has no common base class
+        why = str(error).strip().partition("\n")[0] or "no message"
+        _failed[variant] = (
+            f"{architecture(q.device)}, {q.dtype}, d = {q.shape[3]}, r = {rank}, "
+            f"d_v = {v.shape[3]}: {type(error).__name__}: {why}"
+        )
+        warnings.warn(
+            f"distr.attention: a kernel failed, exact attention runs instead: {_failed[variant]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        raise KernelFailed(_failed[variant]) from error
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    causal_offset: int | None,
+    rank: int,
+    estimator: str,
+    block: int,
+    seed: int,
+    softcap: float,
+    out: Tensor,
+    workspace: int,
+) -> None:
+    # Here, not above: without Triton that is one more kernel that failed.
+    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.kernels.lsh import lsh_factors
+    from distr_compile.lowering.tiles import tile_for
+
+    num_queries, head_dim = q.shape[2:]
+    num_keys, value_dim = v.shape[2:]
+    block = max(1, min(block, num_queries))
+    is_exact = rank == head_dim
+    tile = tile_for(
+        architecture(q.device),
+        value_dim=value_dim,
+        rank=rank,
+        is_causal=causal_offset is not None,
+        dtype=q.dtype,
+        has_mask=mask is not None,
+    )
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    limit = None if is_exact else workspace
+    for chunk in _chunks(q.shape, k.shape, block, rank * q.element_size(), limit):
+        rows, offset, seen = chunk.rows, 0, num_keys
+        if causal_offset is not None:
+            offset = causal_offset + rows.start
+            seen = max(0, min(num_keys, rows.stop + causal_offset))
+        Q = q[chunk.batch, chunk.heads, rows]
+        K = k[chunk.batch if k.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
+        V = v[chunk.batch if v.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
+        if is_exact:
+            Qhat, Khat = Q, K[:, :, None]
+        else:
+            Qhat, Khat = lsh_factors(
+                Q,
+                K,
+                rank=rank,
+                estimator=estimator,
+                grouping_block=block,
+                seed=seed,
+                is_causal=causal_offset is not None,
+                causal_offset=offset,
+            )
+        attention_fwd(
+            Qhat,
+            Khat,
+            V,
+            None if mask is None else _cut(mask, chunk.batch, chunk.heads, rows, slice(seen)),
+            None if sinks is None else sinks[chunk.heads],
+            scale=scale,
+            is_causal=causal_offset is not None,
+            causal_offset=offset,
+            grouping_block=num_queries if is_exact else block,
+            softcap=softcap,
+            tile=tile,
+            out=out[chunk.batch, chunk.heads, rows],
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What is computed together: batch entries, query heads with their key heads, query rows."""
+
+    batch: slice
+    heads: slice
+    key_heads: slice
+    rows: slice
+
+
+def _chunks(
+    q_shape: torch.Size, k_shape: torch.Size, block: int, row_bytes: int, limit: int | None
+) -> Iterator[_Chunk]:
+    """Cut a call so that the Qhat and Khat of a chunk, ``row_bytes`` a row, take ``limit`` bytes.
+
+    As many heads as fit with all their rows, so that K is read once; where one key head is too
+    much, as many of its grouping blocks as fit, but at least one.
+    """
+    batch, heads, num_queries, _ = q_shape
+    key_heads, num_keys = k_shape[1:3]
+    rep = heads // key_heads
+    blocks = -(-num_queries // block)
+    of_block = (rep * block + num_keys) * row_bytes
+    together = batch * key_heads if limit is None else limit // max(1, blocks * of_block)
+    some_batches = max(1, min(batch, together // key_heads))
+    some_heads = max(1, min(key_heads, together))
+    some_rows = num_queries
+    if limit is not None and together == 0:
+        some_rows = block * max(1, limit // of_block)
+    for b in range(0, batch, some_batches):
+        for h in range(0, key_heads, some_heads):
+            last = min(h + some_heads, key_heads)
+            for row in range(0, num_queries, max(1, some_rows)):
+                yield _Chunk(
+                    slice(b, b + some_batches),
+                    slice(h * rep, last * rep),
+                    slice(h, last),
+                    slice(row, min(row + some_rows, num_queries)),
+                )
+
+
+def _cut(mask: Tensor, *ranges: slice) -> Tensor:
+    """Slice a mask, leaving alone the dimensions it is broadcast over."""
+    whole = slice(None)
+    return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=True))]
