@@ -1,4 +1,12 @@
-"""Settings of PyTorch that all tests share."""
+"""Settings of PyTorch and Triton that all tests share."""
+
+import os
+
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch._dynamo
 

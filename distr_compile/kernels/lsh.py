@@ -1,0 +1,510 @@
+"""The LSH estimators on a GPU: Qhat and Khat of every grouping block, in three Triton launches.
+
+The definition is ``kernels/reference.py`` (arXiv 2507.17245, section 3.2 and eq. 2).
+
+1. ``_project_kernel``: N' = 16 random projections of every column of Q, as partial sums over chunks
+   of rows. The projection matrix is made in registers from a hash of (row, projection, seed).
+2. ``_order_kernel``: adds the partial sums in a fixed order, reads the signs as a Gray code and
+   orders the columns by their position along the Gray sequence, ties by index.
+3. ``_group_kernel``: Qhat and Khat as products with 0/1 matrices that sum the columns of a group.
+   A tile of K is read once for up to ``BLOCKS_PER_PROGRAM`` grouping blocks.
+
+The least a prologue can move and compute, for one head, e bytes per element and n grouping blocks::
+
+    bytes = e (N d + M d) read + e (N r + n M r) written
+    FLOPs = 2 * 16 N d (projections) + 2 N d r + 2 n M d r (products with 0/1 matrices)
+
+These kernels read Q twice, since no column of Qhat is known before the whole block was hashed, and
+move 16 d fp32 partial sums per chunk twice.
+
+Products of fp16 and bf16 run on tensor cores with fp32 accumulation. No product is rounded:
+projections are integers of at most 60 and the grouping matrices are 0/1. In fp32, projections take
+three tf32 products of exact parts of Q, and Qhat and Khat are fp32 sums of gathered columns.
+Nothing depends on the order in which programs run: there are no atomics.
+"""
+
+# Triton's decorators and the kernels under them cannot be typed.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distr_compile.kernels.reference import NUM_PROJECTIONS
+
+CHUNK_ROWS = 512
+"""Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""
+
+PROJECT_TILE_BYTES = 2**14
+"""Size of a tile of Q that is projected: three fit in the 64 KiB of local memory of a gfx942."""
+
+GROUP_TILE_BYTES = 2**15
+"""Size of a tile of Q or K whose columns are summed."""
+
+MAX_CHUNKS = 32
+"""Most partial sums per grouping block; longer blocks have longer chunks."""
+
+BLOCKS_PER_PROGRAM = 8
+"""Most grouping blocks for which one program sums the columns of its tile of K."""
+
+
+@triton.jit
+def _fmix32(h):
+    """MurmurHash3's 32-bit finaliser, of uint32."""
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _projections(row, offset, NUM: tl.constexpr):
+    """Rows of the projection matrix, ``(rows, NUM)`` integers; see ``reference.projections``.
+
+    ``offset`` is fmix32(seed + 1) as int32.
+    """
+    place = row[:, None] * NUM + tl.arange(0, NUM)[None, :]
+    u = _fmix32(place.to(tl.uint32) * 0x9E3779B9 + offset.to(tl.uint32))
+    # Add the eight digits: in pairs, one sum per byte, then all four bytes into the highest.
+    pairs = (u & 0x0F0F0F0F) + ((u >> 4) & 0x0F0F0F0F)
+    return ((pairs * 0x01010101) >> 24).to(tl.int32) - 60
+
+
+@triton.jit(do_not_specialize=["num_rows", "block", "num_blocks", "num_chunks", "offset"])
+def _project_kernel(
+    Q,
+    partial,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_d,
+    key_heads,
+    rep,
+    num_rows,
+    block,
+    num_blocks,
+    num_chunks,
+    chunk_rows,
+    offset,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``partial[unit, block, chunk]`` = Q^T P over the rows of one chunk, ``(HEAD_DIM, NUM)``.
+
+    A unit is a key head of one batch element. The rows of its ``rep`` query heads are stacked token
+    by token.
+    """
+    pid = tl.program_id(0)
+    chunk = pid % num_chunks
+    i = pid // num_chunks % num_blocks
+    unit = (pid // num_chunks // num_blocks).to(tl.int64)
+    first_token = i * block
+    first = chunk * chunk_rows
+    last = min(first + chunk_rows, min(block, num_rows - first_token) * rep)
+
+    column, p = tl.arange(0, WIDTH), tl.arange(0, NUM)
+    is_column = column < HEAD_DIM
+    Q += unit // key_heads * stride_b + unit % key_heads * rep * stride_h
+    Q += first_token.to(tl.int64) * stride_n
+    sums = tl.zeros([WIDTH, NUM], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        token, head = (row // rep).to(tl.int64), (row % rep).to(tl.int64)
+        q = tl.load(
+            Q + (token * stride_n + head * stride_h)[:, None] + (column * stride_d)[None, :],
+            mask=(row < last)[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        P = _projections(row, offset, NUM).to(q.dtype)
+        if q.dtype == tl.float32:
+            # Parts of at most 11 bits, which tf32 holds exactly, add up to the 24 bits of q.
+            for _ in tl.static_range(3):
+                part = (q.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
+                sums = tl.dot(tl.trans(part), P, sums, input_precision="tf32")
+                q -= part
+        else:
+            sums = tl.dot(tl.trans(q), P, sums)
+
+    partial += pid.to(tl.int64) * (HEAD_DIM * NUM)
+    tl.store(partial + column[:, None] * NUM + p[None, :], sums, mask=is_column[:, None])
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _order_kernel(
+    partial,
+    order,
+    num_chunks,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM: tl.constexpr,
+):
+    """Write the order of ``reference.order_of_projected`` and its inverse, a block per program.
+
+    ``order[unit, block]`` is ``(2, HEAD_DIM)``: the column at every place, and the place of every
+    column, which is the number of columns that stand before it.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    column, p = tl.arange(0, WIDTH), tl.arange(0, NUM)
+    is_column = column < HEAD_DIM
+    partial += pid * num_chunks * (HEAD_DIM * NUM)
+    sums = tl.zeros([WIDTH, NUM], tl.float32)
+    for chunk in range(num_chunks):
+        entry = (chunk * HEAD_DIM + column[:, None]) * NUM + p[None, :]
+        sums += tl.load(partial + entry, mask=is_column[:, None], other=0.0)
+
+    position = tl.sum((sums > 0).to(tl.int32) << (NUM - 1 - p)[None, :], 1)
+    position ^= position >> 8
+    position ^= position >> 4
+    position ^= position >> 2
+    position ^= position >> 1
+    key = tl.where(is_column, position * WIDTH + column, 2**31 - 1)
+    place = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
+    order += pid * (2 * HEAD_DIM)
+    tl.store(order + place, column, mask=is_column)
+    tl.store(order + HEAD_DIM + column, place, mask=is_column)
+
+
+@triton.jit
+def _load_tile(x, stride_d, is_row, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows at ``x``, padded with zeros to ``(ROWS, WIDTH)``."""
+    column = tl.arange(0, WIDTH)
+    return tl.load(
+        x[:, None] + (column * stride_d)[None, :],
+        mask=is_row[:, None] & (column < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _group_tile(
+    tile,
+    x,
+    stride_d,
+    is_row,
+    order,
+    COUNT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sums of the first COUNT columns of every group, ``(ROWS, GROUPS)`` fp32.
+
+    ``tile`` holds the rows at ``x``; in fp32 it is not used, hence never loaded.
+    """
+    group = tl.arange(0, GROUPS)
+    if tile.dtype == tl.float32:
+        sums = tl.zeros([ROWS, GROUPS], tl.float32)
+        is_group = group < HEAD_DIM // GROUP_SIZE
+        for member in range(COUNT):
+            column = tl.load(order + group * GROUP_SIZE + member, mask=is_group, other=0)
+            sums += tl.load(
+                x[:, None] + (column * stride_d)[None, :],
+                mask=is_row[:, None] & is_group[None, :],
+                other=0.0,
+            )
+        return sums
+    else:
+        column = tl.arange(0, WIDTH)
+        place = tl.load(order + HEAD_DIM + column, mask=column < HEAD_DIM, other=0)
+        counts = (column < HEAD_DIM) & (place % GROUP_SIZE < COUNT)
+        member = tl.where(counts, place // GROUP_SIZE, -1)[:, None] == group[None, :]
+        return tl.dot(tile, member.to(tile.dtype))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_keys",
+        "block",
+        "num_blocks",
+        "causal_offset",
+        "key_tiles",
+        "spans",
+        "key_programs",
+        "query_tiles",
+    ]
+)
+def _group_kernel(
+    Q,
+    K,
+    order,
+    Qhat,
+    Khat,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    k_stride_d,
+    key_heads,
+    rep,
+    num_rows,
+    num_keys,
+    block,
+    num_blocks,
+    causal_offset,
+    key_tiles,
+    spans,
+    key_programs,
+    query_tiles,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Qhat and Khat, both contiguous. The first ``key_programs`` programs have a tile of K each.
+
+    A program of K walks the grouping blocks of its span, a program of Q has the one of its tile.
+    """
+    RANK: tl.constexpr = HEAD_DIM // GROUP_SIZE
+    pid = tl.program_id(0)
+    tile_row, group = tl.arange(0, ROWS), tl.arange(0, GROUPS)
+    is_group = (group < RANK)[None, :]
+    if pid < key_programs:
+        first_key = pid % key_tiles * ROWS
+        first_block = pid // key_tiles % spans * SPAN
+        last_block = min(first_block + SPAN, num_blocks)
+        unit = (pid // key_tiles // spans).to(tl.int64)
+        if CAUSAL:
+            # Rows from first_key - causal_offset on see a key of this tile.
+            first_row = max(first_key - causal_offset, 0)
+            first_block = max(first_block, first_row // block)
+            if first_row >= num_rows:
+                first_block = last_block
+        if first_block < last_block:
+            key = (first_key + tile_row).to(tl.int64)
+            is_key = key < num_keys
+            k = (
+                K
+                + unit // key_heads * k_stride_b
+                + unit % key_heads * k_stride_h
+                + key * k_stride_n
+            )
+            tile = _load_tile(k, k_stride_d, is_key, HEAD_DIM, WIDTH)
+            for i in range(first_block, last_block):
+                unit_block = unit * num_blocks + i
+                khat = _group_tile(
+                    tile,
+                    k,
+                    k_stride_d,
+                    is_key,
+                    order + unit_block * (2 * HEAD_DIM),
+                    GROUP_SIZE,
+                    HEAD_DIM,
+                    WIDTH,
+                    GROUP_SIZE,
+                    GROUPS,
+                    ROWS,
+                )
+                out = Khat + (unit_block * num_keys + key) * RANK
+                tl.store(
+                    out[:, None] + group[None, :],
+                    khat.to(Khat.dtype.element_ty),
+                    mask=is_key[:, None] & is_group,
+                )
+    else:
+        pid -= key_programs
+        i = pid // query_tiles % num_blocks
+        head = (pid // query_tiles // num_blocks).to(tl.int64)  # counted over the batch
+        heads = key_heads * rep
+        row = i * block + pid % query_tiles * ROWS + tile_row
+        is_row = row < min((i + 1) * block, num_rows)
+        row = row.to(tl.int64)
+        q = Q + head // heads * q_stride_b + head % heads * q_stride_h + row * q_stride_n
+        qhat = _group_tile(
+            _load_tile(q, q_stride_d, is_row, HEAD_DIM, WIDTH),
+            q,
+            q_stride_d,
+            is_row,
+            order + (head // rep * num_blocks + i) * (2 * HEAD_DIM),
+            1 if SAMPLE else GROUP_SIZE,
+            HEAD_DIM,
+            WIDTH,
+            GROUP_SIZE,
+            GROUPS,
+            ROWS,
+        )
+        if not SAMPLE:
+            qhat *= 1.0 / GROUP_SIZE
+        out = Qhat + (head * num_rows + row) * RANK
+        tl.store(
+            out[:, None] + group[None, :],
+            qhat.to(Qhat.dtype.element_ty),
+            mask=is_row[:, None] & is_group,
+        )
+
+
+def lsh_factors(
+    Q: Tensor,
+    K: Tensor,
+    *,
+    rank: int,
+    estimator: str,
+    grouping_block: int,
+    seed: int,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
+
+    Inputs may have any strides and are read where they are. Three launches on the current stream
+    of the current device, which must be Q's. No host synchronisation; nothing is kept after the
+    call.
+
+    Args:
+        Q: ``(B, H, N, d)`` fp16, bf16 or fp32. Row 0 begins a grouping block; the last block may be
+            short.
+        K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
+            one grouping.
+        rank: r, a divisor of d.
+        estimator: "lsh-sample" (Qhat takes the first column of each group) or "lsh-mean".
+        grouping_block: query rows per grouping, at least 1.
+        seed: names the projection matrix.
+        is_causal: row i sees keys ``j <= i + causal_offset`` only. Rows of Khat that no row of
+            their grouping block sees may stay unwritten.
+        causal_offset: see ``is_causal``.
+
+    Returns:
+        Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
+        Q's dtype.
+    """
+    batch, heads, num_rows, head_dim = Q.shape
+    key_heads, num_keys = K.shape[1:3]
+    num_blocks = triton.cdiv(num_rows, grouping_block)
+    Qhat = Q.new_empty(batch, heads, num_rows, rank)
+    Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, rank)
+    order = _order(_project(Q, key_heads, grouping_block, seed))
+
+    rows = _tile_rows(Q, GROUP_TILE_BYTES)
+    key_tiles = triton.cdiv(num_keys, rows)
+    spans = triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM)
+    key_programs = batch * key_heads * spans * key_tiles
+    query_tiles = triton.cdiv(min(grouping_block, num_rows), rows)
+    _group_kernel[(key_programs + batch * heads * num_blocks * query_tiles,)](
+        Q,
+        K,
+        order,
+        Qhat,
+        Khat,
+        *Q.stride(),
+        *K.expand(batch, -1, -1, -1).stride(),
+        key_heads,
+        heads // key_heads,
+        num_rows,
+        num_keys,
+        grouping_block,
+        num_blocks,
+        causal_offset,
+        key_tiles,
+        spans,
+        key_programs,
+        query_tiles,
+        HEAD_DIM=head_dim,
+        WIDTH=_padded(head_dim),
+        GROUP_SIZE=head_dim // rank,
+        GROUPS=_padded(rank),
+        ROWS=rows,
+        SPAN=BLOCKS_PER_PROGRAM,
+        SAMPLE=estimator == "lsh-sample",
+        CAUSAL=is_causal,
+        num_warps=_num_warps(head_dim),
+    )
+    return Qhat, Khat
+
+
+def lsh_order(Q: Tensor, key_heads: int, *, grouping_block: int, seed: int) -> Tensor:
+    """The order of Q's columns in every grouping block, as ``lsh_factors`` finds it.
+
+    Returns:
+        ``(B, key_heads, ceil(N / grouping_block), d)`` int64 permutation; see
+        ``reference.group_columns``.
+    """
+    return _order(_project(Q, key_heads, grouping_block, seed))[..., 0, :].long()
+
+
+def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int) -> Tensor:
+    """Projected columns as partial sums, ``(B, H_k, num_blocks, num_chunks, d, 16)`` fp32."""
+    batch, heads, num_rows, head_dim = Q.shape
+    rep = heads // key_heads
+    rows = _tile_rows(Q, PROJECT_TILE_BYTES)
+    # The cut depends on the shape of a block alone: not on the batch, the heads or the device.
+    block_rows = min(grouping_block, num_rows) * rep
+    chunk_rows = max(CHUNK_ROWS, triton.cdiv(triton.cdiv(block_rows, MAX_CHUNKS), rows) * rows)
+    num_chunks = triton.cdiv(block_rows, chunk_rows)
+    num_blocks = triton.cdiv(num_rows, grouping_block)
+    partial = Q.new_empty(
+        batch, key_heads, num_blocks, num_chunks, head_dim, NUM_PROJECTIONS, dtype=torch.float32
+    )
+    _project_kernel[(batch * key_heads * num_blocks * num_chunks,)](
+        Q,
+        partial,
+        *Q.stride(),
+        key_heads,
+        rep,
+        num_rows,
+        grouping_block,
+        num_blocks,
+        num_chunks,
+        chunk_rows,
+        _seed_offset(seed),
+        HEAD_DIM=head_dim,
+        WIDTH=_padded(head_dim),
+        NUM=NUM_PROJECTIONS,
+        ROWS=rows,
+        num_warps=_num_warps(head_dim),
+    )
+    return partial
+
+
+def _order(partial: Tensor) -> Tensor:
+    """``(B, H_k, num_blocks, 2, d)`` int32: the order of the columns and its inverse."""
+    *units, num_chunks, head_dim, _ = partial.shape
+    order = partial.new_empty(*units, 2, head_dim, dtype=torch.int32)
+    _order_kernel[(math.prod(units),)](
+        partial,
+        order,
+        num_chunks,
+        HEAD_DIM=head_dim,
+        WIDTH=_padded(head_dim),
+        NUM=NUM_PROJECTIONS,
+        num_warps=_num_warps(head_dim),
+    )
+    return order
+
+
+def _padded(width: int) -> int:
+    """Width of a tile: a power of two that tensor cores take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _num_warps(head_dim: int) -> int:
+    return 4 if head_dim <= 128 else 8
+
+
+def _tile_rows(Q: Tensor, tile_bytes: int) -> int:
+    return min(128, tile_bytes // (_padded(Q.shape[-1]) * Q.element_size()))
+
+
+def _seed_offset(seed: int) -> int:
+    """fmix32(seed + 1) as a signed number: an int32 argument for every seed."""
+    h = seed + 1 & 0xFFFFFFFF  # fmix32(0) is 0, far from the middle: not for the default seed
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    h ^= h >> 16
+    return h - 2**32 if h >= 2**31 else h
