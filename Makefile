@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 # Two workers of one thread each: faster here than one worker of two threads, compiling is serial.
 WORKERS ?= 2
 PYTEST_FLAGS ?= -n $(WORKERS) --durations 10
+GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types survey baseline bench gpu clean
+.PHONY: help demo test test-oldest lint types survey baseline bench gpu plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,7 +45,13 @@ bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
 	$(BIN)/python benchmarks/pass_time.py
 
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
+
+plots: $(VENV)/stamp ## plots and break-even lengths of what `make gpu` measured
+	@for results in $(wildcard benchmarks/results/*/attention.json); do \
+		folder=$$(dirname $$results); \
+		$(BIN)/python -m benchmarks.plot $$folder; $(BIN)/python -m benchmarks.break_even $$folder; \
+	done
 
 clean: ## remove the environments and everything generated
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
@@ -57,7 +64,8 @@ $(VENV)/stamp: pyproject.toml
 	$(BIN)/python -m pip install --editable '.[zoo,dev]'
 	touch $@
 
+# The interpreter of Triton 3.6, which comes with torch 2.11, fails with numpy >= 2.4.
 $(OLDEST)/stamp: pyproject.toml
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' --editable '.[zoo,dev]'
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,dev]'
 	touch $@

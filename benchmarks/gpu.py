@@ -1,199 +1,249 @@
-"""What wants a GPU, in one unattended run: its tests, and the op against SDPA cell by cell.
+"""Everything that wants a GPU, in one unattended run that can be cut short and go on later.
 
-    python benchmarks/gpu.py [--restart]
+    python -m benchmarks.gpu [--budget-s 560] [--results DIR] [--stages deciding tiles ...]
 
-Each cell is written to ``benchmarks/results/attention-DEVICE.json`` as soon as it is measured. A
-run that was cut short goes on where it stopped; other code, versions or another device start anew.
-Without a GPU the same cells run tiny on the CPU: that shows that the script works, nothing else.
-Nothing is written that was not measured in this file's own run.
+First the tests, for at most ``TESTS_SHARE`` of the budget, then cell by cell what is measured, in
+the order of its weight (``measure.STAGES``). Each cell is written as soon as it is known. What has
+a result of the same kernels, versions and device is not measured again: call it until nothing is
+left, on this machine or, with the folder of results carried along, on another of its kind.
+
+Without a GPU all of it runs on tiny shapes in Triton's interpreter, into a temporary folder: that
+shows that the script works, nothing else. See docs/benchmarks.md for what the files hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
-import platform
+import os
 import re
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from importlib import metadata
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from distr_compile.lowering import op  # noqa: F401  (registers the op)
+# Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-NO_TESTS_COLLECTED = 5  # pytest's exit status
+from benchmarks import resumable, rows
+from benchmarks.measure import STAGES
+from benchmarks.store import ROOT, TESTED, Store, describe
 
-# batch, heads, tokens; then head widths, dtypes, causality and variants, all against all.
-GPU_SIZES = ((4, 16, 1024), (2, 16, 4096), (1, 16, 16384))
-CPU_SIZES = ((1, 2, 128), (1, 2, 256))
-WIDTHS = (64, 128)
-DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
-VARIANTS = (
-    ("sdpa", 1, 0),
-    ("lsh-mean", 2, 0),
-    ("lsh-mean", 2, 64),
-    ("lsh-sample", 2, 0),
-    ("lsh-sample", 2, 64),
-)
-"""(estimator, group size, grouping block; 0 is auto)"""
+TESTS_SHARE = 0.35
+"""Most of the budget that one call gives to the tests."""
+
+HANG_S = 180.0
+"""A process that does nothing new for so long is killed; compiling one kernel takes less."""
+
+TAIL_S = 3.0
+"""Kept of the budget, to end a process and write down what it did."""
+
+TEST_PROCESSES = 8
+CPU_TESTS = ("tests/lowering/test_cuda.py", "-k", "broadcast or empty or chunks")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="see the module's docstring")
-    parser.add_argument("--restart", action="store_true", help="measure every cell again")
+    parser = argparse.ArgumentParser(description="everything that wants a GPU, resumable")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds; no end")
+    parser.add_argument(
+        "--results", type=Path, help="folder to read earlier results from and add to"
+    )
+    parser.add_argument(
+        "--stages", nargs="*", choices=["tests", *STAGES], default=["tests", *STAGES]
+    )
     options = parser.parse_args(argv)
+    start = time.time()
+    until = start + options.budget_s - TAIL_S
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    status = run_tests()
-    environment = describe(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    path = RESULTS / f"attention-{slug}.json"
-    cells = {} if options.restart else finished(path, environment)
-    wanted = list(grid(device))
-    for number, cell in enumerate(wanted, 1):
-        key = " ".join(str(value) for value in cell.values())
-        if key not in cells:
-            cells[key] = {**cell, **measure(device, **cell)}
-            write(path, {"environment": environment, "cells": cells})
-        line = cells[key]
-        print(f"[{number}/{len(wanted)}] {key}: {line['median_ms']:.3f} ms", flush=True)
-    print(f"{path.relative_to(ROOT)}: {len(cells)} cells, {environment['device']}")
-    return status
+    results = (options.results or default_folder(device)).resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    is_green = True
+    if "tests" in options.stages:
+        is_green = run_tests(device, results, start + TESTS_SHARE * (until - start))
+    stages = [stage for stage in options.stages if stage != "tests"]
+    if stages:
+        is_green = measure(device, results, stages, until) and is_green
+    return 0 if report(device, results) and is_green else 1
 
 
-def run_tests() -> int:
-    """The tests marked ``gpu``; 0 where there are none yet, or no pytest."""
+def default_folder(device: str) -> Path:
+    """By the name of the GPU, in the repository; numbers of a CPU are worth nothing there."""
+    if device == "cpu":
+        return Path(tempfile.mkdtemp(prefix="distr-benchmarks-"))
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / slug
+
+
+# --- tests --------------------------------------------------------------------------------------
+
+
+def run_tests(device: str, results: Path, until: float) -> bool:
+    """Run the tests that have no result yet, and write ``tests.txt``; False if any failed."""
     if importlib.util.find_spec("pytest") is None:
-        print("pytest is not installed: no test was run")
-        return 0
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=ROOT, check=False)
-    return 0 if done.returncode == NO_TESTS_COLLECTED else done.returncode
+        print("tests: pytest is not installed, none was run", flush=True)
+        return True
+    path, environment = results / "tests.json", describe(device, TESTED)
+    said, is_green = b"", True
+    while not Store(path, environment).is_finished(resumable.COMPLETE) and time.time() < until:
+        command = test_command(device, path, environment)
+        with tempfile.TemporaryFile() as output:
+            status = watch(start_python(command, output), path, until)
+            output.seek(0)
+            said = output.read()[-resumable.LONGEST_TEXT :]
+        if status in (0, 1, 5):  # passed, failed, nothing left to run
+            Store(path, environment).put(resumable.COMPLETE, {"outcome": "complete"})
+        elif not note_running(Store(path, environment), status):
+            is_green = status is None  # killed for being late: goes on next time
+            break
+    text, have_passed = resumable.summarise(Store(path, environment))
+    if not is_green:
+        text += "\npytest ended early; it said:\n" + said.decode(errors="replace")
+    (results / "tests.txt").write_text(text, encoding="utf-8")
+    print(f"tests: {text.partition(chr(10))[0]}", flush=True)
+    return is_green and have_passed
 
 
-def describe(device: str) -> dict[str, str]:
-    """What a number depends on. The commit is marked where the working tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "distr_compile")
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}"
-    return {
-        "device": name,
-        "commit": (git("rev-parse", "HEAD") or "unknown") + ("+changes" if changed else ""),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
+def test_command(device: str, path: Path, environment: dict[str, str]) -> list[str]:
+    # With a space, pytest would take an existing file for a test and look there for its settings.
+    command = ["-m", "pytest", "-p", "benchmarks.resumable", "--tb=short"]
+    command += [f"--record={path}", f"--environment={json.dumps(environment)}"]
+    if device == "cpu":
+        return [*command, *CPU_TESTS]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    command += ["--continue-on-collection-errors"]
+    return [*command, *resumable.SUITES, *resumable.files_with_marked_tests()]
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+def note_running(store: Store, status: int | None) -> bool:
+    """Call failed what hung, or took pytest down with it; False if there is no such test."""
+    found = False
+    for key, cell in store.current().items():
+        seconds = time.time() - cell.get("since", time.time())
+        if cell["outcome"] == "running" and (status is not None or seconds > HANG_S / 2):
+            how = f"pytest ended: {status}" if status is not None else "killed"
+            text = f"still running after {seconds:.0f} s; {how}"
+            store.put(key, {"outcome": "failed", "seconds": seconds, "text": text})
+            found = True
+    return found
 
 
-def finished(path: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Cells of an earlier run of the same code on the same device."""
-    if not path.exists():
-        return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    is_same = earlier["environment"] == environment and "+changes" not in environment["commit"]
-    return dict(earlier["cells"]) if is_same else {}
+# --- measurements -------------------------------------------------------------------------------
 
 
-def grid(device: str) -> Any:
-    sizes = GPU_SIZES if device == "cuda" else CPU_SIZES
-    axes = (sizes, WIDTHS, DTYPES[device], (False, True), VARIANTS)
-    for size, width, dtype, is_causal, variant in itertools.product(*axes):
-        batch, heads, tokens = size
-        estimator, group_size, block = variant
-        yield {
-            "estimator": estimator,
-            "group_size": group_size,
-            "grouping_block": block,
-            "batch": batch,
-            "heads": heads,
-            "tokens": tokens,
-            "width": width,
-            "dtype": str(dtype).removeprefix("torch."),
-            "is_causal": is_causal,
-        }
+def measure(device: str, results: Path, stages: list[str], until: float) -> bool:
+    """Let processes measure, one after another, until one of them ends well or the time is over.
+
+    False if one did not even come to its first cell.
+    """
+    run = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    with tempfile.TemporaryDirectory() as folder:
+        marker = Path(folder) / "doing.json"
+        while time.time() < until:
+            marker.unlink(missing_ok=True)
+            command = ["-m", "benchmarks.measure", "--results", str(results), "--run", run]
+            command += ["--marker", str(marker), "--until", str(until), "--stages", *stages]
+            status = watch(start_python(command), marker, until)
+            if status == 0 or time.time() >= until:
+                break
+            if not marker.exists():
+                print(f"measuring failed before its first cell: exit status {status}", flush=True)
+                return False
+            note_failure(device, results, json.loads(marker.read_text()), status)
+    return True
 
 
-@torch.no_grad()
-def measure(device: str, **cell: Any) -> dict[str, Any]:
-    """Median and spread of the time of one call, in milliseconds."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (cell["batch"], cell["heads"], cell["tokens"], cell["width"])
-    dtype = getattr(torch, cell["dtype"])
-    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in "qkv")
-    times = time_calls(device, call(cell, q, k, v))
-    quartiles = statistics.quantiles(times, n=4)
-    return {
-        "median_ms": statistics.median(times),
-        "quartiles_ms": [quartiles[0], quartiles[2]],
-        "repeats": len(times),
-    }
+def note_failure(device: str, results: Path, doing: dict[str, Any], status: int | None) -> None:
+    """Write down what took the process away, so that the next one leaves it out."""
+    why = f"no sign of life for {HANG_S:.0f} s" if status is None else f"process ended: {status}"
+    store = Store(results / f"{doing['file']}.json", describe(device))
+    cell = store.current().get(doing["key"], {"unfinished": True, "arms": {}})
+    if doing["arm"] is None:
+        cell = {"error": why, "arms": cell["arms"]}
+    elif "error" not in cell["arms"].get(doing["arm"], {}):
+        cell["arms"][doing["arm"]] = {"error": why}
+    store.put(doing["key"], cell)
+    print(f"{doing['key']}, {doing['arm']}: {why}", flush=True)
 
 
-def call(cell: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    is_causal, scale = cell["is_causal"], cell["width"] ** -0.5
-    if cell["estimator"] == "sdpa":
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
-    return lambda: torch.ops.distr.attention(  # type: ignore[no-any-return]
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=is_causal,
-        rank=cell["width"] // cell["group_size"],
-        estimator=cell["estimator"],
-        grouping_block=cell["grouping_block"],
+def start_python(arguments: list[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """This Python, in the repository, as the leader of a group of processes."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
     )
 
 
-def time_calls(device: str, run: Callable[[], Tensor], budget_s: float = 1.0) -> list[float]:
-    """Milliseconds of single calls: 5 at least, then as many as fit the budget, 100 at most."""
+def watch(process: subprocess.Popen[bytes], alive: Path, until: float) -> int | None:
+    """Wait for the end of a process; None if it was killed, for being late or for hanging.
 
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+    Args:
+        process: its whole group is killed.
+        alive: a file that the process writes anew with whatever it begins.
+        until: when to kill it, in seconds since the epoch.
+    """
+    begin = time.time()
+    try:
+        while process.poll() is None:
+            last = alive.stat().st_mtime if alive.exists() else begin
+            if time.time() > until or time.time() - max(last, begin) > HANG_S:
+                return None
+            time.sleep(0.2)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    for _ in range(3):
-        once()
-    times: list[float] = []
-    while len(times) < 5 or (len(times) < 100 and sum(times) < 1e3 * budget_s):
-        times.append(once())
-    return times
+
+# --- report -------------------------------------------------------------------------------------
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all: a run may be cut short at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+def report(device: str, results: Path) -> bool:
+    """Say how much is measured; False if a kernel of ours failed or gave wrong results."""
+    environment = describe(device)
+    counts, wrong = [], []
+    for path in sorted(results.glob("*.json")):
+        if path.stem == "tests":
+            continue
+        cells = Store(path, environment).current()
+        if path.stem == "attention" and any("run" in cell for cell in cells.values()):
+            print(rows.table(rows.load(path)[1]))
+        counts.append(f"{len(cells)} cells in {path.name}")
+        for key, cell in cells.items():
+            wrong += [f"{path.stem}, {key}: {cell['error']}"] if "error" in cell else []
+            for name, arm in cell["arms"].items():
+                if "error" in arm and is_needed(path.stem, cell, name):
+                    wrong.append(f"{path.stem}, {key}, {name}: {arm['error']}")
+                elif not arm.get("is_right", True):
+                    wrong.append(f"{path.stem}, {key}, {name}: error {arm['max_error']}")
+    print(f"{results}: {', '.join(counts) or 'nothing'}")
+    for line in wrong:
+        print(f"WRONG: {line}")
+    return not wrong
+
+
+def is_needed(kind: str, cell: dict[str, Any], arm: str) -> bool:
+    """Whether it is a fault of ours if this arm has no time."""
+    if kind == "attention":
+        return arm.startswith(("ours", "lsh"))
+    return kind != "tiles" or arm == cell["tile"]
 
 
 if __name__ == "__main__":
+    # An orderly end, which takes along the processes that were started here.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

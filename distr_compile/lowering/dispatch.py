@@ -18,7 +18,7 @@ from distr_compile.lowering.architecture import architecture
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The least min(N_q, N_k) at which the approximation wins.
+    """The least min(N_q, N_k) at which the approximation wins; None where it never does.
 
     Attributes:
         tokens: without a causal mask.
@@ -26,8 +26,8 @@ class BreakEven:
         source: where the figure comes from, a file of results or the word MODELLED.
     """
 
-    tokens: int
-    causal_tokens: int
+    tokens: int | None
+    causal_tokens: int | None
     source: str
 
 

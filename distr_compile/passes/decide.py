@@ -109,12 +109,14 @@ def _limit(site: AttentionSite, plan: LayerPlan) -> tuple[int | None, str]:
     width, dtype = site.head_dim, str(site.dtype).removeprefix("torch.")
     rank = width // plan.group_size if isinstance(width, int) else 0
     found = break_even(site.device, site.dtype, head_dim=width, rank=rank)
-    if found is None:
+    limit = None
+    if found is not None:
+        limit = found.causal_tokens if site.is_causal else found.tokens
+    if found is None or limit is None:
         name = site.device.type
         if name == "cuda":
             name = f"{architecture(site.device)} in {dtype} at width {width}, G = {plan.group_size}"
         return None, f"not known to be faster on {name}"
-    limit = found.causal_tokens if site.is_causal else found.tokens
     return limit, f" (auto, {found.source})"
 
 

@@ -114,6 +114,9 @@ def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reason.text == "min(N_q, N_k) is 99, min_seq_len is 100 (auto, f.json)"
     assert codes(replace(gpu, is_causal=True), LayerPlan()) == ["min-seq-len"]
     assert decide(replace(gpu, num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
+    monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 32, 16), BreakEven(100, None, "f.json"))
+    assert codes(replace(gpu, head_dim=32), LayerPlan()) == []
+    assert codes(replace(gpu, head_dim=32, is_causal=True), LayerPlan()) == ["not-faster"]
     for unknown in (replace(gpu, head_dim=128), replace(gpu, dtype=torch.float32)):
         assert codes(unknown, LayerPlan()) == ["not-faster"]
     (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons

@@ -1,0 +1,223 @@
+"""What is compared: ways to compute one attention, and what each of them should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks.cells import Cell
+from distr_compile.estimators import auto_grouping_block
+from distr_compile.kernels import reference
+from distr_compile.lowering import cuda
+
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+EXACT = "ours, rank d"
+ESTIMATED = {
+    "lsh-mean G=2": ("lsh-mean", 2),
+    "lsh-mean G=4": ("lsh-mean", 4),
+    "lsh-sample G=2": ("lsh-sample", 2),
+}
+DEFAULT = "sdpa default"
+FLEX = "flex"
+
+# torch 2.11 on Python >= 3.12 frees such guards while dicts still point at them, and the process
+# aborts (pytorch/pytorch#183753). Off by default in later versions.
+torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+
+FACTOR = 4
+"""A kernel may err by this times the error of the same formula in its own precision."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random Q, K and V with heads side by side in memory, as models lay them out; a mask."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to compute a cell.
+
+    Attributes:
+        call: computes it and returns the output.
+        rank: width of the product of Q and K; d is exact.
+        estimator: how the width was reduced.
+    """
+
+    call: Callable[[], Tensor]
+    rank: int
+    estimator: str = "lsh-mean"
+
+
+def make_inputs(cell: Cell, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(cell.tokens + cell.head_dim)
+    dtype = getattr(torch, cell.dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    q, k, v = (
+        draw(cell.batch, cell.tokens, heads, cell.head_dim).transpose(1, 2)
+        for heads in (cell.heads, cell.key_heads, cell.key_heads)
+    )
+    mask = None
+    if cell.mask == "padding":  # the last eighth of the keys, one less in each further element
+        lengths = cell.tokens * 7 // 8 - torch.arange(cell.batch, device=device)
+        mask = torch.arange(cell.tokens, device=device) < lengths[:, None, None, None]
+    elif cell.mask == "bias":
+        mask = draw(1, cell.heads, cell.tokens, cell.tokens)
+    return Inputs(q, k, v, mask)
+
+
+def make_arms(cell: Cell, inputs: Inputs, *, with_flex: bool) -> dict[str, Arm]:
+    """All arms by name. None has been called: what this device refuses raises then."""
+    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    d, scale = cell.head_dim, cell.scale
+    is_shared = cell.heads != cell.key_heads
+
+    def ours(rank: int, estimator: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            out = q.new_empty(cell.batch, cell.tokens, cell.heads, d).transpose(1, 2)
+            return cuda.attention(
+                q,
+                k,
+                v,
+                mask,
+                scale=scale,
+                is_causal=cell.is_causal,
+                rank=rank,
+                estimator=estimator,
+                out=out,
+            )
+
+        return call
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=cell.is_causal, scale=scale, enable_gqa=is_shared
+        )
+
+    def forced(backend: SDPBackend) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa()
+
+        return call
+
+    arms = {EXACT: Arm(ours(d, "lsh-mean"), d)}
+    for name, (estimator, group_size) in ESTIMATED.items():
+        if d // group_size >= 16:
+            arms[name] = Arm(ours(d // group_size, estimator), d // group_size, estimator)
+    for name, backend in SDPA.items():
+        arms[name] = Arm(forced(backend), d)
+    arms[DEFAULT] = Arm(sdpa, d)
+    if with_flex and not cell.is_causal and mask is None:
+        # It is one code object for PyTorch, which compiles that for a few shapes and then no more.
+        torch._dynamo.reset()
+        # Not compiled without a GPU: a compiler would take longer than everything else.
+        flex = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+        arms[FLEX] = Arm(lambda: flex(q, k, v, scale=scale, enable_gqa=is_shared), d)
+    return arms
+
+
+def picked(cell: Cell, inputs: Inputs) -> str:
+    """The backend that SDPA takes when it is free to choose."""
+    choice = torch._fused_sdp_choice(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.mask,
+        0.0,
+        cell.is_causal,
+        scale=cell.scale,
+        enable_gqa=cell.heads != cell.key_heads,
+    )
+    return str(SDPBackend(choice).name)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few rows of one head, with all that their output depends on."""
+
+    b: int
+    h: int
+    rows: Tensor
+    Qhat: Tensor
+    Khat: Tensor
+    V: Tensor
+    mask: Tensor
+
+
+def samples(cell: Cell, inputs: Inputs, rank: int, estimator: str) -> Iterator[Sample]:
+    """Rows of the first block of the first head and of the last block of the last head, in fp64."""
+    rep = cell.heads // cell.key_heads
+    block = auto_grouping_block(cell.tokens)
+    for b, h, start in ((0, 0, 0), (-1, cell.heads - 1, (cell.tokens - 1) // block * block)):
+        key_h = h // rep
+        rows = torch.linspace(start, min(start + block, cell.tokens) - 1, 4).long()
+        K = inputs.k[b, None, key_h, None].double()
+        heads = slice(key_h * rep, (key_h + 1) * rep)
+        Q = inputs.q[b, None, heads, start : start + block].double()
+        if rank < cell.head_dim:
+            (factors,) = reference.estimate(
+                Q, K, rank=rank, estimator=estimator, grouping_block=block
+            )
+            Q, K = factors.Qhat, factors.Khat
+        yield Sample(
+            b,
+            h,
+            rows,
+            Q[:, h - key_h * rep, None, rows - start],
+            K,
+            inputs.v[b, None, key_h, None].double(),
+            _mask_of_rows(cell, inputs.mask, b, h, rows),
+        )
+
+
+def _mask_of_rows(cell: Cell, mask: Tensor | None, b: int, h: int, rows: Tensor) -> Tensor:
+    shape = (cell.batch, cell.heads, cell.tokens, cell.tokens)
+    if mask is not None:
+        return mask.expand(shape)[b, h, rows]
+    last_key = rows[:, None] if cell.is_causal else torch.tensor(cell.tokens)
+    return torch.arange(cell.tokens) <= last_key
+
+
+def errors(samples: Iterator[Sample], out: Tensor, *, scale: float) -> dict[str, float | bool]:
+    """Error of ``out`` on sampled rows, and the most it may be, relative to the largest value.
+
+    A kernel is right when it errs by no more than ``FACTOR`` times what the same formula errs in
+    the kernel's own precision, and a rounding of the result.
+    """
+    error = allowed = largest = 0.0
+    for s in samples:
+        options = {"scale": scale, "rank": s.Qhat.shape[-1]}
+        mask = s.mask.to(out.device)
+        factors = (s.Qhat, s.Khat, s.V)
+        wanted = reference.attention(*factors, mask, **options)
+        same = reference.attention(*(t.to(out.dtype) for t in factors), mask, **options)
+        got = out[s.b, s.h, s.rows].double()
+        here = (got - wanted[0, 0]).abs().max().item()
+        error = here if here != here else max(error, here)  # NaN stays
+        allowed = max(allowed, (same - wanted).abs().max().item())
+        largest = max(largest, wanted.abs().max().item())
+    allowed = FACTOR * allowed + torch.finfo(out.dtype).eps * largest
+    return {
+        "max_error": error / largest,
+        "allowed_error": allowed / largest,
+        "is_right": error <= allowed,
+    }

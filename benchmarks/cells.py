@@ -1,0 +1,159 @@
+"""The shapes that are measured, in the order of their weight, and what each must cost at least."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from distr_compile.estimators import auto_grouping_block
+from distr_compile.kernels.reference import NUM_PROJECTIONS
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+HEADS = ((4, 32), (1, 10))  # (batch, heads): a model's, and the paper's
+LENGTHS = (197, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+PROLOGUE_LENGTHS = (2048, 4096, 20480, 40960)  # of the paper's section 4.8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape of attention.
+
+    Attributes:
+        batch: B.
+        heads: H, query heads.
+        key_heads: H_k.
+        tokens: N = M.
+        head_dim: d = d_v.
+        dtype: a name in torch.
+        is_causal: rows see the keys up to their own.
+        mask: "none", "padding" (bool, per batch element) or "bias" (floating, per head and row).
+    """
+
+    batch: int
+    heads: int
+    key_heads: int
+    tokens: int
+    head_dim: int
+    dtype: str = "float16"
+    is_causal: bool = False
+    mask: str = "none"
+
+    @property
+    def key(self) -> str:
+        """Its name in the files of results."""
+        heads = (
+            f"{self.heads}" if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
+        )
+        parts = [self.dtype, f"B{self.batch}", f"H{heads}", f"N{self.tokens}", f"d{self.head_dim}"]
+        parts += ["causal"] if self.is_causal else []
+        parts += [self.mask] if self.mask != "none" else []
+        return " ".join(parts)
+
+    @property
+    def scale(self) -> float:
+        """What the scores are multiplied by."""
+        return self.head_dim**-0.5
+
+    @property
+    def exact_flops(self) -> float:
+        """4 B H N M d, half of it if causal: what exact attention multiplies and adds."""
+        return self._scores * 4 * self.head_dim
+
+    def flops(self, rank: int) -> float:
+        """What is really done at width ``rank``: both products, the hash and the group sums.
+
+        Group sums count as the matrix products with 0/1 matrices that they are in the kernels.
+        """
+        return self._scores * 2 * (rank + self.head_dim) + self.prologue_flops(rank)
+
+    def prologue_flops(self, rank: int) -> float:
+        """What grouping costs, once for each block of query rows."""
+        if rank == self.head_dim:
+            return 0
+        blocks = -(-self.tokens // auto_grouping_block(self.tokens))
+        column = self.batch * self.tokens * self.head_dim
+        hashing = 2 * NUM_PROJECTIONS * self.heads * column
+        return hashing + 2 * rank * column * (self.heads + blocks * self.key_heads)
+
+    @property
+    def bytes(self) -> float:
+        """Each input read once, the output written once."""
+        rows = self.batch * self.tokens * (2 * self.heads + 2 * self.key_heads)
+        mask = {
+            "none": 0,
+            "padding": self.batch * self.tokens,
+            "bias": self.heads * self.tokens**2 * BYTES[self.dtype],
+        }
+        return rows * self.head_dim * BYTES[self.dtype] + mask[self.mask]
+
+    @property
+    def _scores(self) -> float:
+        return self.batch * self.heads * self.tokens**2 / (2 if self.is_causal else 1)
+
+
+def speedup_limit(head_dim: int, group_size: int) -> float:
+    """What is left to win if only the two products cost time: 2d / (d / G + d)."""
+    return 2 * head_dim / (head_dim / group_size + head_dim)
+
+
+def deciding(device: str) -> list[Cell]:
+    """The shapes that the targets are about."""
+    shapes = itertools.product((64, 128), (8192, 16384, 4096), HEADS)
+    return _fit(device, (Cell(b, h, h, n, d) for d, n, (b, h) in shapes))
+
+
+def variants(device: str) -> list[Cell]:
+    """One shape of everything else that the kernel does."""
+    plain = Cell(4, 32, 32, 4096, 128)
+    shared = replace(plain, key_heads=8, tokens=8192)
+    return _fit(
+        device,
+        [
+            replace(plain, tokens=8192, is_causal=True),
+            shared,
+            replace(shared, is_causal=True),
+            replace(plain, mask="padding"),
+            replace(plain, mask="bias"),
+            replace(plain, tokens=8192, dtype="bfloat16"),
+        ],
+    )
+
+
+def prologue(device: str) -> list[Cell]:
+    """Shapes for the share of the prologue: the paper's, then those of the targets."""
+    paper = [Cell(1, 10, 10, n, 128) for n in PROLOGUE_LENGTHS]
+    ours = [Cell(4, 32, 32, n, d) for n in (4096, 8192) for d in (64, 128)]
+    return _fit(device, [*paper, *ours])
+
+
+def sweep(device: str) -> list[Cell]:
+    """All lengths, widths, dtypes, with and without causality; the common ones first."""
+    axes = itertools.product(
+        HEADS, ("float16", "bfloat16"), (False, True), (64, 128, 32), reversed(LENGTHS)
+    )
+    cells = _fit(device, (Cell(b, h, h, n, d, t, c) for (b, h), t, c, d, n in axes))
+    return cells if device == "cuda" else cells[::12]
+
+
+def tiles(device: str) -> list[Cell]:
+    """Shapes to try other tiles on."""
+    axes = itertools.product((False, True), (128, 64))
+    return _fit(device, (Cell(4, 32, 32, 8192, d, is_causal=c) for c, d in axes))
+
+
+def _fit(device: str, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells; tiny ones in place of them without a GPU, where kernels are interpreted."""
+    small: Iterator[Cell] = (
+        replace(
+            cell,
+            batch=1,
+            heads=2,
+            key_heads=2 if cell.heads == cell.key_heads else 1,
+            tokens=37 if cell.tokens % 64 else 64,
+            # The interpreter cannot add bfloat16.
+            dtype="float32" if cell.dtype == "bfloat16" else cell.dtype,
+        )
+        for cell in cells
+    )
+    return list(dict.fromkeys(cells if device == "cuda" else small))
