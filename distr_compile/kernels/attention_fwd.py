@@ -1,0 +1,572 @@
+"""Attention forward in Triton: softmax(scale * Qhat Khat^T + mask) V in one pass over the keys.
+
+The running softmax of FlashAttention, in exp2. Qhat and Khat have width r, V has width d_v. Rows of
+Qhat come in grouping blocks of l rows (the paper's l), each with a Khat of its own: a tile of
+queries lies inside one of them, so that beside an index the kernel knows nothing of grouping, and
+exact attention is the same kernel with r = d and one block.
+
+Precision: fp16 and bf16 products run on tensor cores and accumulate in fp32; everything between the
+two products is fp32, only the weights are rounded to V's dtype for the second one. fp32 inputs are
+multiplied as three tf32 products each on NVIDIA (close to fp32 accuracy; PyTorch's own fused fp32
+kernel does the same), in fp32 elsewhere; never as a single tf32 product.
+"""
+
+# Triton's decorators and the kernels under them cannot be typed.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+LEAST_SCALE = 1e-30
+"""Smaller and negative scales are multiplied out: folded, 0 * -inf would be undefined."""
+
+L2_BYTES = 24 << 20
+"""Keys and values of the heads whose causal tiles are interleaved: they share the L2 cache."""
+
+
+@triton.jit
+def _load(pointers, rows, columns, SOME_ROWS: tl.constexpr, SOME_COLUMNS: tl.constexpr):
+    """Load a tile, 0 where ``rows`` or ``columns`` is False; only the tests that are needed."""
+    if SOME_ROWS and SOME_COLUMNS:
+        return tl.load(pointers, mask=rows[:, None] & columns[None, :], other=0.0)
+    elif SOME_ROWS:
+        return tl.load(pointers, mask=rows[:, None], other=0.0)
+    elif SOME_COLUMNS:
+        return tl.load(pointers, mask=columns[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _walk_keys(
+    acc,
+    total,
+    highest,
+    q,
+    Khat,
+    V,
+    Mask,
+    last_key,
+    start,
+    stop,
+    num_keys,
+    scale,
+    k_at,
+    v_at,
+    stride_km: tl.constexpr,
+    stride_vm: tl.constexpr,
+    stride_mm,
+    R: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+    KEYS_FIT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the keys from ``start`` to ``stop`` to the running softmax of one tile of queries.
+
+    Only with BOUNDARY are there keys that some row must not see: those after ``last_key`` (one
+    number, or one per row). With USE_TMA Khat and V are tensor descriptors, read at ``k_at`` and
+    ``v_at``, which give 0 outside of the tensor; else pointers to the first key.
+    """
+    in_r = tl.arange(0, BLOCK_R) < R
+    in_v = tl.arange(0, BLOCK_V) < D_V
+    first = tl.cast(start, tl.int64)
+    if not USE_TMA:
+        Khat += first * stride_km
+        V += first * stride_vm
+    if Mask is not None:
+        Mask += first * stride_mm
+    # The few tiles of a boundary would pay for a pipeline in registers and not live to use it.
+    stages: tl.constexpr = 1 if BOUNDARY else None
+    for n in tl.range(start, stop, BLOCK_N, num_stages=stages, warp_specialize=WARP_SPECIALIZE):
+        keys = n + tl.arange(0, BLOCK_N)
+        in_keys = keys < num_keys
+        past_end: tl.constexpr = BOUNDARY and not KEYS_FIT
+        if USE_TMA:
+            k = Khat.load([k_at[0], k_at[1], k_at[2], n, 0]).reshape(BLOCK_N, BLOCK_R)
+        else:
+            k = _load(Khat, in_keys, in_r, past_end, BLOCK_R != R)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP != 0.0:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), right up to both infinities. ``scale`` turns s into
+            # 2x * log2(e); the square of rsqrt is a reciprocal without a division's corrections.
+            root = tl.rsqrt(tl.exp2(s * scale) + 1.0)
+            s = SOFTCAP - (2.0 * SOFTCAP) * (root * root)
+        elif not FOLD_SCALE:
+            s = s * scale
+        if Mask is not None:
+            mask = tl.load(Mask, mask=in_keys[None, :], other=0) if past_end else tl.load(Mask)
+            if Mask.dtype.element_ty == tl.int1:
+                s = tl.where(mask, s, float("-inf"))
+            else:
+                s += mask.to(tl.float32)
+        if BOUNDARY:
+            s = tl.where(keys[None, :] <= last_key[:, None], s, float("-inf"))
+
+        # The maximum starts at the lowest finite number: -inf scores then give 0 without a test.
+        if FOLD_SCALE:
+            new_highest = tl.maximum(highest, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+        else:
+            new_highest = tl.maximum(highest, tl.max(s, 1))
+            p = tl.exp2((s - new_highest[:, None]) * LOG2_E)
+            shrink = tl.exp2((highest - new_highest) * LOG2_E)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        if USE_TMA:
+            v = V.load([v_at[0], v_at[1], n, 0]).reshape(BLOCK_N, BLOCK_V)
+        else:
+            v = _load(V, in_keys, in_v, past_end, BLOCK_V != D_V)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        highest = new_highest
+
+        if not USE_TMA:
+            Khat += BLOCK_N * stride_km
+            V += BLOCK_N * stride_vm
+        if Mask is not None:
+            Mask += tl.cast(stride_mm, tl.int64) * BLOCK_N
+    return acc, total, highest
+
+
+# The other sizes only count: specialising on them would compile the same code again.
+@triton.jit(
+    do_not_specialize=(
+        "causal_offset batch_heads heads rep num_queries num_keys grouping_block tiles "
+        "tiles_per_block heads_together"
+    ).split()
+)
+def _attention_fwd(
+    Qhat,
+    Khat,
+    V,
+    Mask,
+    Sinks,
+    Out,
+    Lse,
+    scale,
+    causal_offset,
+    batch_heads,
+    heads,
+    rep,
+    num_queries,
+    num_keys,
+    grouping_block,
+    tiles,
+    tiles_per_block,
+    heads_together,
+    k_batches,
+    v_batches,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_km: tl.constexpr,
+    stride_vb,
+    stride_vh,
+    stride_vm: tl.constexpr,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mm,
+    stride_sh,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_lb,
+    stride_lh,
+    stride_ln,
+    R: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_PER_ROW: tl.constexpr,
+    KEYS_FIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of BLOCK_M queries of one head, against all of the keys that it sees.
+
+    Heads are walked ``heads_together`` at a time, tile by tile and head by head, and causal tiles
+    with the most keys first: the last programs to start are the short ones.
+    """
+    program = tl.program_id(0)
+    first_head = program // (tiles * heads_together) * heads_together
+    width = tl.minimum(heads_together, batch_heads - first_head)
+    within = program % (tiles * heads_together)
+    head = first_head + within % width
+    tile = within // width
+    if IS_CAUSAL:
+        tile = tiles - 1 - tile
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    key_h = h // rep
+
+    block = tile // tiles_per_block
+    first_row = block * grouping_block + tile % tiles_per_block * BLOCK_M
+    stop_row = tl.minimum((block + 1) * grouping_block, num_queries)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one, so that no load of a row needs a test.
+    safe_rows = tl.minimum(rows, stop_row - 1).to(tl.int64)
+    keys = tl.arange(0, BLOCK_N).to(tl.int64)
+    in_r = tl.arange(0, BLOCK_R)
+    in_v = tl.arange(0, BLOCK_V)
+
+    if WARP_SPECIALIZE:  # Qhat is contiguous, and rows past the block are those of the next
+        rows_of_q = tl.make_tensor_descriptor(
+            Qhat, [batch_heads * num_queries, R], [R, 1], [BLOCK_M, BLOCK_R]
+        )
+        q = rows_of_q.load([head * num_queries + first_row, 0])
+    else:
+        Qhat += b * stride_qb + h * stride_qh
+        Qhat += safe_rows[:, None] * stride_qn + in_r[None, :]
+        q = _load(Qhat, rows, in_r < R, False, BLOCK_R != R)
+    k_at = (head // heads % k_batches, key_h.to(tl.int32), block)
+    v_at = (head // heads % v_batches, key_h.to(tl.int32))
+    if not USE_TMA:
+        Khat += tl.multiple_of(
+            b * stride_kb + key_h * stride_kh + block.to(tl.int64) * stride_kl, ALIGNED
+        )
+        Khat += keys[:, None] * stride_km + in_r[None, :]
+        V += tl.multiple_of(b * stride_vb + key_h * stride_vh, ALIGNED)
+        V += keys[:, None] * stride_vm + in_v[None, :]
+    if Mask is not None:
+        Mask += b * stride_mb + h * stride_mh
+        Mask += keys[None, :] * stride_mm
+        if MASK_PER_ROW:
+            Mask += safe_rows[:, None] * stride_mn
+
+    scale = tl.cast(scale, tl.float32)
+    if FOLD_SCALE:
+        scale = scale * LOG2_E
+    elif SOFTCAP != 0.0:
+        scale = scale * (2.0 * LOG2_E / SOFTCAP)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    highest = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if Sinks is not None:  # the row has seen one score already, of a key whose value is 0
+        sink = tl.load(Sinks + h * stride_sh).to(tl.float32)
+        if FOLD_SCALE:
+            sink = sink * LOG2_E
+            highest = tl.maximum(highest, sink)
+            total = tl.exp2(sink - highest)
+        else:
+            highest = tl.maximum(highest, sink)
+            total = tl.exp2((sink - highest) * LOG2_E)
+
+    if IS_CAUSAL:
+        whole = tl.minimum(tl.maximum(first_row + causal_offset + 1, 0), num_keys)
+        seen = tl.minimum(tl.maximum(stop_row + causal_offset, 0), num_keys)
+        seen = tl.minimum(seen, tl.maximum(first_row + BLOCK_M + causal_offset, 0))
+        last_key = tl.minimum(rows + causal_offset, num_keys - 1)
+    else:
+        whole = num_keys
+        seen = num_keys
+        last_key = tl.full([1], 0, tl.int32) + (num_keys - 1)
+    whole = whole // BLOCK_N * BLOCK_N
+    acc, total, highest = _walk_keys(
+        acc, total, highest, q, Khat, V, Mask, last_key, 0, whole, num_keys, scale,
+        k_at, v_at, stride_km, stride_vm, stride_mm, R, D_V, BLOCK_N, BLOCK_R, BLOCK_V,
+        FOLD_SCALE, SOFTCAP, False, KEYS_FIT, USE_TMA, WARP_SPECIALIZE, PRECISION,
+    )  # fmt: skip
+    if IS_CAUSAL or not KEYS_FIT:
+        acc, total, highest = _walk_keys(
+            acc, total, highest, q, Khat, V, Mask, last_key, whole, seen, num_keys, scale,
+            k_at, v_at, stride_km, stride_vm, stride_mm, R, D_V, BLOCK_N, BLOCK_R, BLOCK_V,
+            FOLD_SCALE, SOFTCAP, True, KEYS_FIT, USE_TMA, False, PRECISION,
+        )  # fmt: skip
+
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    acc = acc * (1.0 / total)[:, None]
+    in_block = rows < stop_row
+    rows = rows.to(tl.int64)
+    Out += b * stride_ob + h * stride_oh
+    tl.store(
+        Out + rows[:, None] * stride_on + in_v[None, :],
+        acc.to(Out.dtype.element_ty),
+        mask=in_block[:, None] & (in_v < D_V)[None, :],
+    )
+    if Lse is not None:
+        if FOLD_SCALE:
+            highest = highest * LN_2
+        lse = tl.where(nothing, float("-inf"), highest + tl.log2(total) * LN_2)
+        tl.store(Lse + b * stride_lb + h * stride_lh + rows * stride_ln, lse, mask=in_block)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut up and launched; any tile gives the same attention up to rounding.
+
+    Attributes:
+        block_m: query rows per program, a power of two, at least 16; fewer for short sequences and
+            grouping blocks.
+        block_n: keys per step of the softmax, a power of two, at least 16; fewer for few keys.
+        num_warps: warps per program.
+        num_stages: tiles of keys and values in flight.
+        use_tma: load Khat and V by tensor descriptors (Hopper and later) where they allow it: they
+            start at, and step by, multiples of 16 bytes, and no dimension is expanded. Where they
+            do not, by pointers.
+        warp_specialize: let some warps load while others compute, where this tile uses descriptors,
+            has 128 rows and 4 warps, Qhat is contiguous and allows descriptors too, M is a multiple
+            of block_n and there is neither mask nor causality; nowhere else, as Triton does not
+            compile it there. Takes a little scratch memory from PyTorch at every launch.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    num_warps: int = 8
+    num_stages: int = 2
+    use_tma: bool = False
+    warp_specialize: bool = False
+
+
+def attention_fwd(
+    Qhat: Tensor,
+    Khat: Tensor,
+    V: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    grouping_block: int,
+    softcap: float = 0.0,
+    tile: Tile,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """Fill ``out`` with softmax(scale * Qhat Khat^T + mask) V (eq. 1 and 2 of arXiv 2507.17245).
+
+    Strides are free. Of Qhat, Khat and V one whose last stride is not 1 is copied first; a mask
+    never is, and is read through its strides where it is broadcast.
+
+    Args:
+        Qhat: ``(B, H, N, r)`` fp16, bf16 or fp32; Khat, V and out alike.
+        Khat: ``(B or 1, H_k, L, M, r)``, one for each of the L = ceil(N / grouping_block) blocks of
+            query rows, or L = 1 and all rows share it (exact attention: Q and ``K[:, :, None]``).
+            H_k divides H; query head h uses key head ``h // (H / H_k)``.
+        V: ``(B or 1, H_k, M, d_v)``.
+        mask: broadcastable to ``(B, H, N, M)``; bool (True = attend) or floating (added, in fp32).
+        sinks: ``(H,)`` floating, any dtype; one more score per row, not scaled, which counts in the
+            softmax's denominator only.
+        scale: multiplies the scores; any sign.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        grouping_block: l, query rows per Khat.
+        softcap: c > 0 turns the scaled scores s into ``c * tanh(s / c)``, before mask and
+            causality, with an absolute error up to about c * 2^-20; 0 does not.
+        tile: how to cut the work up.
+        out: ``(B, H, N, d_v)``, last stride 1. Rows that see no key are 0.
+        lse: ``(B, H, N)`` fp32 or None: filled with the natural logarithm of the softmax's
+            denominator, sinks included; -inf for rows that see nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or strides other than these.
+    """
+    _check(Qhat, Khat, V, sinks, grouping_block, out, lse)
+    batch, heads, num_queries, r = Qhat.shape
+    key_heads, blocks, num_keys = Khat.shape[1:4]
+    d_v = V.shape[-1]
+    Qhat, Khat, V = (t if t.stride(-1) == 1 else t.contiguous() for t in (Qhat, Khat, V))
+    if mask is not None:
+        mask = mask.expand(batch, heads, num_queries, num_keys)
+    if blocks == 1:
+        grouping_block = max(num_queries, 1)
+    block_m = min(tile.block_m, _power_of_two(min(grouping_block, num_queries)))
+    block_n = min(tile.block_n, _power_of_two(num_keys))
+    tiles_per_block = triton.cdiv(grouping_block, block_m)
+    last_block = num_queries - (blocks - 1) * grouping_block
+    tiles = (blocks - 1) * tiles_per_block + triton.cdiv(last_block, block_m)
+    rep = heads // key_heads
+    bytes_of_head = max(num_keys * (r + d_v) * V.element_size(), 1)
+    together = min(rep * max(1, L2_BYTES // bytes_of_head), batch * heads)
+    is_bias = mask is not None and mask.dtype != torch.bool
+    keys_fit = num_keys % block_n == 0
+    use_tma = tile.use_tma and _describable(Khat) and _describable(V)
+    warp_specialize = (
+        tile.warp_specialize
+        and use_tma
+        and (block_m, tile.num_warps) == (128, 4)
+        and (Qhat.is_contiguous() and _describable(Qhat) and Qhat.numel() < 2**31)
+        and (keys_fit and mask is None and not is_causal)
+    )
+    programs = tiles * batch * heads
+    if not programs:
+        return
+    keys, values = Khat, V
+    if use_tma:
+        keys = _descriptor(Khat, [1, 1, 1, block_n, _power_of_two(r)])
+        values = _descriptor(V, [1, 1, block_n, _power_of_two(d_v)])
+    with torch.cuda.device_of(Qhat):
+        launch = partial(
+            _attention_fwd[(programs,)],
+            Qhat=Qhat,
+            Khat=keys,
+            V=values,
+            Mask=mask,
+            Sinks=sinks,
+            Out=out,
+            Lse=lse,
+            scale=float(scale),
+            causal_offset=min(max(causal_offset, -num_queries), num_keys),
+            batch_heads=batch * heads,
+            heads=heads,
+            rep=rep,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            grouping_block=grouping_block,
+            tiles=tiles,
+            tiles_per_block=tiles_per_block,
+            heads_together=together if is_causal else 1,
+            k_batches=Khat.shape[0],
+            v_batches=V.shape[0],
+            **_strides("q", "bhn", Qhat),
+            **_strides("k", "bhlm", Khat),
+            **_strides("v", "bhm", V),
+            **_strides("m", "bhnm", mask),
+            **_strides("s", "h", sinks),
+            **_strides("o", "bhn", out),
+            **_strides("l", "bhn", lse),
+            R=r,
+            D_V=d_v,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_R=_power_of_two(r),
+            BLOCK_V=_power_of_two(d_v),
+            IS_CAUSAL=is_causal,
+            # A positive scale moves through the maximum into the exponent. In its units of log2(e)
+            # a bias of the lowest finite number would overflow.
+            FOLD_SCALE=scale > LEAST_SCALE and not softcap and not is_bias,
+            SOFTCAP=float(softcap),
+            MASK_PER_ROW=mask is not None and num_queries > 1 and mask.stride(2) != 0,
+            KEYS_FIT=keys_fit,
+            # Triton tells only multiples of 16 by itself; eight fp16 numbers are one load as well.
+            ALIGNED=math.gcd(16, *Khat.stride()[:3], *V.stride()[:2]),
+            USE_TMA=use_tma,
+            WARP_SPECIALIZE=warp_specialize,
+            PRECISION="ieee" if torch.version.hip else "tf32x3",
+            num_warps=tile.num_warps if block_m > 64 else min(tile.num_warps, 4),
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,  # Triton 3.9 has it off: 14 % more instructions
+        )
+        if warp_specialize:
+            # In a context of its own, not to change what other kernels of the program use.
+            copy_context().run(_with_scratch, launch)
+        else:
+            launch()
+
+
+def _with_scratch(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes a tensor descriptor, for which Triton asks for device memory."""
+    triton.set_allocator(
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
+    launch()
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether the copy engine can read the tensor: 16-byte steps, and no dimension expanded."""
+    return (
+        t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and all(step * t.element_size() % 16 == 0 for step in t.stride()[:-1])
+        and all(step > 0 or n == 1 for step, n in zip(t.stride(), t.shape, strict=True))
+    )
+
+
+def _power_of_two(size: int) -> int:
+    """The next power of two, at least the 16 that a matrix instruction needs."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def _strides(tensor: str, dimensions: str, t: Tensor | None) -> dict[str, int]:
+    """Arguments ``stride_<tensor><dimension>``; 0 for a batch of 1, which is then shared."""
+    steps = [0] * len(dimensions) if t is None else list(t.stride()[: len(dimensions)])
+    if t is not None and dimensions[0] == "b" and t.shape[0] == 1:
+        steps[0] = 0
+    return {f"stride_{tensor}{name}": step for name, step in zip(dimensions, steps, strict=True)}
+
+
+def _check(
+    Qhat: Tensor,
+    Khat: Tensor,
+    V: Tensor,
+    sinks: Tensor | None,
+    grouping_block: int,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Refuse what the kernel would read wrongly, as ``attention_fwd`` documents."""
+    if Qhat.dtype not in DTYPES or any(t.dtype != Qhat.dtype for t in (Khat, V, out)):
+        got = ", ".join(str(t.dtype).removeprefix("torch.") for t in (Qhat, Khat, V, out))
+        raise ValueError(
+            f"dtypes of Qhat, Khat, V, out: got {got}; must be one of float16, bfloat16, float32, "
+            "the same for all: convert them first"
+        )
+    batch, heads, num_queries, r = Qhat.shape
+    key_heads, blocks, num_keys = Khat.shape[1:4]
+    if grouping_block < 1:
+        raise ValueError(f"grouping_block: got {grouping_block}; must be at least 1")
+    needed = max(1, triton.cdiv(num_queries, grouping_block))
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"Khat: got {key_heads} heads; must divide the {heads} heads of Qhat")
+    if blocks not in (1, needed):
+        raise ValueError(
+            f"Khat: got {blocks} grouping blocks for {num_queries} rows in blocks of "
+            f"{grouping_block}; must be {needed}, or 1 to be shared by all rows"
+        )
+    d_v = V.shape[-1]
+    expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "Khat": (Khat, [(n, key_heads, blocks, num_keys, r) for n in (batch, 1)]),
+        "V": (V, [(n, key_heads, num_keys, d_v) for n in (batch, 1)]),
+        "sinks": (sinks, [(heads,)]),
+        "out": (out, [(batch, heads, num_queries, d_v)]),
+        "lse": (lse, [(batch, heads, num_queries)]),
+    }
+    for name, (tensor, shapes) in expected.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {wanted}")
+    if out.stride(-1) != 1 and d_v > 1:
+        raise ValueError(f"out: got last stride {out.stride(-1)}; must be 1: pass a buffer")
+    if lse is not None and lse.dtype != torch.float32:
+        raise ValueError(f"lse: got {lse.dtype}; must be torch.float32")

@@ -1,0 +1,194 @@
+"""The walk over chunks, and what happens when a kernel fails; kernels interpreted without a GPU."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distr_compile.kernels import attention_fwd as attention_module
+from distr_compile.kernels import reference
+from distr_compile.lowering import cuda
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def qkv(
+    B: int = 2, H: int = 4, Hk: int = 2, N: int = 75, M: int = 70, d: int = 32, dv: int = 24
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(N + M)
+    shapes = ((B, H, N, d), (B, Hk, M, d), (B, Hk, M, dv))
+    return [torch.randn(s, generator=generator).to(DEVICE) for s in shapes]
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -> Tensor:
+    """The output starts as NaN, so that a row that nobody writes is seen."""
+    B, H, N, _ = q.shape
+    out = torch.full((B, N, H, v.shape[3]), torch.nan, dtype=q.dtype, device=DEVICE)
+    defaults = {"scale": 0.2, "rank": 16, "estimator": "lsh-mean"}
+    return cuda.attention(q, k, v, *rest, out=out.transpose(1, 2), **defaults | options)
+
+
+def wanted(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -> Tensor:
+    mask, sinks = (*rest, None, None)[:2]
+    wide = [t.double().cpu() for t in (q, k, v)]
+    defaults = {"scale": 0.2, "rank": 16, "estimator": "lsh-mean"}
+    small = {
+        "mask": None if mask is None else mask.cpu(),
+        "sinks": None if sinks is None else sinks.cpu(),
+    }
+    return reference.attention(*wide, **small, **defaults | options)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two blocks, sample": {"estimator": "lsh-sample", "grouping_block": 16, "seed": 3},
+    "causal": {"is_causal": True, "grouping_block": 16},
+    "causal, offset": {"is_causal": True, "causal_offset": -5, "grouping_block": 20},
+    "causal, late": {"is_causal": True, "causal_offset": 9, "grouping_block": 33},
+    "soft cap": {"softcap": 1.5, "grouping_block": 16},
+    "exact": {"rank": 32},
+    "exact, causal": {"rank": 32, "is_causal": True, "causal_offset": 2},
+}
+
+
+def masks(kind: str | None) -> Tensor | None:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "bool per batch":
+        return torch.rand(2, 1, 1, 70, generator=generator).to(DEVICE) > 0.3
+    if kind == "bias per head":
+        return torch.randn(4, 75, 70, generator=generator).to(DEVICE)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("workspace", "mask_kind"),
+    [
+        (1, None),
+        (9_000, "bool per batch"),
+        (9_000, "bias per head"),
+        (40_000, None),
+        (1 << 28, "bias per head"),
+        (1 << 28, None),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_any_workspace_gives_the_definition(
+    name: str, workspace: int, mask_kind: str | None
+) -> None:
+    """From one block of one head at a time (a byte) to everything at once."""
+    q, k, v = qkv()
+    mask = masks(mask_kind)
+    got = run(q, k, v, mask, workspace=workspace, **CASES[name])
+    reference_out = wanted(q, k, v, mask, **CASES[name])
+    torch.testing.assert_close(got.double().cpu(), reference_out, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_go_with_their_heads() -> None:
+    q, k, v = qkv()
+    sinks = torch.tensor([0.5, -2.0, 3.0, 10.0], device=DEVICE)
+    got = run(q, k, v, None, sinks, workspace=1, grouping_block=50)
+    reference_out = wanted(q, k, v, None, sinks, grouping_block=50)
+    torch.testing.assert_close(got.double().cpu(), reference_out, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_one_is_shared() -> None:
+    q, k, v = qkv()
+    got = run(q, k[:1], v[:1], workspace=9_000)
+    reference_out = wanted(q, k[:1], v[:1])
+    torch.testing.assert_close(got.double().cpu(), reference_out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("sizes", [{"N": 0}, {"B": 0}, {"M": 0}, {"N": 1, "M": 1}], ids=str)
+def test_empty_and_tiny(sizes: dict[str, int], rank: int) -> None:
+    q, k, v = qkv(**sizes)
+    got = run(q, k, v, rank=rank).double().cpu()
+    if 0 in sizes.values():
+        torch.testing.assert_close(got, torch.zeros(*q.shape[:3], 24, dtype=torch.float64))
+    else:
+        torch.testing.assert_close(got, wanted(q, k, v, rank=rank), rtol=1e-5, atol=1e-5)
+
+
+# B, H, Hk, N, M, block
+SIZES = [
+    (1, 1, 1, 131072, 131072, 64),
+    (1, 40, 8, 131072, 131072, 16384),
+    (4, 32, 32, 8192, 8192, 2048),
+    (7, 6, 3, 100, 1000, 33),
+    (2, 4, 2, 75, 1 << 24, 75),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("limit", [1 << 20, cuda.WORKSPACE_MIB << 20])
+def test_chunks_keep_the_bound_and_cover_everything_once(size: tuple[int, ...], limit: int) -> None:
+    B, H, Hk, N, M, block = size
+    row_bytes = 2 * 64
+    rep = H // Hk
+    rows_done = 0
+    for chunk in cuda._chunks(
+        torch.Size((B, H, N, 128)), torch.Size((B, Hk, M, 128)), block, 128, limit
+    ):
+        batches = range(B)[chunk.batch]
+        key_heads = range(Hk)[chunk.key_heads]
+        heads = range(H)[chunk.heads]
+        rows = range(N)[chunk.rows]
+        assert [h // rep for h in heads] == [h for h in key_heads for _ in range(rep)]
+        assert rows.start % block == 0
+        blocks = -(-len(rows) // block)
+        taken = (rep * len(rows) + blocks * M) * row_bytes * len(batches) * len(key_heads)
+        is_least = len(batches) * len(key_heads) * blocks == 1
+        assert taken <= limit or is_least
+        rows_done += len(batches) * len(heads) * len(rows)
+    assert rows_done == B * H * N
+
+
+@pytest.fixture
+def forget_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_failed", {})
+
+
+@pytest.mark.usefixtures("forget_failures")
+def test_a_failure_is_said_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("out of resources: shared memory\nRequired: 300000")
+
+    monkeypatch.setattr(attention_module, "attention_fwd", fail)
+    q, k, v = qkv()
+    why = "d = 32, r = 16, d_v = 24: RuntimeError: out of resources: shared memory$"
+    with pytest.warns(RuntimeWarning, match=why), pytest.raises(cuda.KernelFailed, match=why):
+        run(q, k, v)
+    with warnings.catch_warnings(record=True) as said, pytest.raises(cuda.KernelFailed, match=why):
+        run(q, k, v)
+    assert not said
+    assert len(calls) == 1
+    with pytest.warns(RuntimeWarning, match="float16"), pytest.raises(cuda.KernelFailed):
+        run(q.half(), k.half(), v.half())  # another combination is tried again
+
+
+@pytest.mark.usefixtures("forget_failures")
+def test_out_of_memory_is_not_a_failed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention_module, "attention_fwd", fail)
+    q, k, v = qkv()
+    with pytest.raises(torch.OutOfMemoryError):
+        run(q, k, v)
+    assert not cuda._failed
+
+
+@pytest.mark.usefixtures("forget_failures")
+def test_without_triton_every_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distr_compile.kernels.attention_fwd", None)
+    q, k, v = qkv()
+    with pytest.warns(RuntimeWarning, match="Module"), pytest.raises(cuda.KernelFailed):
+        run(q, k, v)
