@@ -19,9 +19,12 @@ import torch
 from torch import fx
 
 from distr_compile import identity, reporting
+from distr_compile.bases import BasesOfModel
+from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.dispatch import best_sdpa
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
+from distr_compile.passes.emit import declare_constants
 from distr_compile.policy import LayerPlan, Policy, PolicyError
 from distr_compile.reporting import GraphReport, Reason, SiteRow
 
@@ -174,7 +177,9 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result | No
     if not placed and not frame.limit_note():
         return None
     chooser = Chooser(policy, root, frame)
-    outcome = apply(placed, chooser, change=change)
+    bases = BasesOfModel(policy, root.module if root is not None else None)
+    outcome = apply(placed, chooser, bases, change=change)
+    declare_constants(gm)
     check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
     matched, unmatched = _use_of_rules(gm, policy, outcome, root)
     graph = GraphReport(
@@ -219,9 +224,12 @@ class Chooser:
         shared = f"graph shared by layers {', '.join(sharers)}"
         self.notes.append(f"{shared}: {why}")
         plans = {replace(self.policy.resolve(name), rule=()) for name in sharers}
+        differ = "whose plans differ"
         if len(plans) == 1:
-            return LayerChoice(layer.name, plan, repeats=repeats)
-        reason = Reason("shared-graph", f"{shared}, whose plans differ: {why}")
+            if ESTIMATORS[plan.estimator].needs == "nothing":
+                return LayerChoice(layer.name, plan, repeats=repeats)
+            differ = "each of which has bases of its own"
+        reason = Reason("shared-graph", f"{shared}, {differ}: {why}")
         return LayerChoice(layer.name, plan, (reason,), repeats)
 
     def _plan(self, names: tuple[str, ...]) -> LayerPlan:
@@ -231,7 +239,7 @@ class Chooser:
 
 
 def check_group_sizes(policy: Policy, rows: tuple[SiteRow, ...], *, whole: bool) -> None:
-    """Refuse a rule whose group size none of its layers can take.
+    """Refuse a rule whose group size or rank none of its layers can take.
 
     Args:
         policy: the policy.
@@ -242,7 +250,7 @@ def check_group_sizes(policy: Policy, rows: tuple[SiteRow, ...], *, whole: bool)
         return
     errors = []
     for index, rule in enumerate(policy.rule):
-        if "group_size" not in dict(rule.fields):
+        if not {"group_size", "rank"} & dict(rule.fields).keys():
             continue
         taken = [row for row in rows if rule.matches(row.layer)]
         refused = [r for row in taken for r in row.reasons if r.code == "rank"]

@@ -1,12 +1,15 @@
-"""The table of estimators: what each one is, what it looks at, where it comes from.
+"""The table of estimators: what each one is, what it needs, looks at and costs.
 
-This module imports no torch, so that a policy can be checked without loading it. The arithmetic
-that the names stand for is in ``kernels/reference.py``.
+A new estimator is a row of ``ESTIMATORS``: policies, the op, the report and the cost model read it
+there. This module imports no torch, so that a policy can be checked without loading it. The
+arithmetic that the names stand for is in ``kernels/reference.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 MIN_RANK = 16
 """Fewest columns an estimator may leave: the least inner width of a tensor-core product."""
@@ -19,21 +22,142 @@ AUTO_BLOCK_MIN = 2048
 AUTO_BLOCK_TILE = 128
 
 
+NUM_PROJECTIONS = 16
+"""N' of section 3.2: random projections of every column of Q, one bit of its hash value each."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making Qhat and Khat takes for one key head and the query heads that share it.
+
+    Attributes:
+        flops: floating-point operations, a product and a sum counting two.
+        bytes: the least that has to go from and to memory.
+    """
+
+    flops: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Estimator:
-    """One way to turn (Q, K) of width d into (Qhat, Khat) of width r = d / group_size.
+    """One way to turn (Q, K) of width d into (Qhat, Khat) of width r, the rank.
+
+    Every one of them is Qhat = Q A, Khat = K B with A and B of d x r, made per head and per
+    grouping block of query rows.
 
     Attributes:
         name: the name used in a policy.
         summary: how Qhat and Khat come from Q and K, in one line.
+        needs: what has to be there before the model runs: nothing, or bases from calibration data.
         sees: which tokens the approximation of one row depends on.
         source: where the method is described.
+        divides: the rank must divide d; if not, any rank from ``MIN_RANK`` on will do.
+        rounds: the values of ``rounds`` it takes.
+        strict: no row depends on later ones, so it may stand where ``causal = "strict"``.
+        adjoint: how gradients flow from Qhat and Khat to Q and K.
+        cost: ``(num_queries, num_keys, head_dim, rank, block, rounds=1, rep=1, element_bytes=2)``
+            -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
+            block, rounds, query heads per key head, bytes of an element of Q and K.
+        auto_block: N query rows -> rows per grouping block, where the policy says "auto".
     """
 
     name: str
     summary: str
     sees: str
     source: str
+    divides: bool
+    adjoint: str
+    cost: Callable[..., Cost]
+    auto_block: Callable[[int], int]
+    needs: Literal["nothing", "bases"] = "nothing"
+    rounds: tuple[int, ...] = (1,)
+    strict: bool = False
+
+
+def _lsh_block(num_queries: int) -> int:
+    """All rows up to 4096, then ``max(2048, N / 8)`` rounded up to a multiple of 128."""
+    if num_queries <= AUTO_BLOCK_LIMIT:
+        return max(num_queries, 1)
+    return _whole_tiles(max(AUTO_BLOCK_MIN, -(-num_queries // 8)))
+
+
+def _projection_block(num_queries: int) -> int:
+    """``min(N / 4, max(2048, N / 8))`` rounded up to a multiple of 128, but at most N.
+
+    Fewer rows than LSH takes, because a basis fits them better and the block's own cost, some small
+    matrices, stays below a tenth of the attention's from 4096 rows on.
+    """
+    quarter, eighth = -(-num_queries // 4), -(-num_queries // 8)
+    return max(1, min(num_queries, _whole_tiles(min(quarter, max(AUTO_BLOCK_MIN, eighth)))))
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // AUTO_BLOCK_TILE) * AUTO_BLOCK_TILE
+
+
+def _lsh_cost(
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    block: int,
+    rounds: int = 1,
+    rep: int = 1,
+    element_bytes: int = 2,
+) -> Cost:
+    """The hash, then columns summed by products with 0/1 matrices, as on tensor cores."""
+    rows, blocks = num_queries * rep, -(-num_queries // block)
+    hashing = 2 * NUM_PROJECTIONS * rows * head_dim
+    sums = 2 * (rows + blocks * num_keys) * head_dim * rank
+    moved = (rows + num_keys) * head_dim + (rows + blocks * num_keys) * rank
+    return Cost(hashing + sums, element_bytes * moved)
+
+
+def _projection_cost(
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    block: int,
+    rounds: int = 1,
+    rep: int = 1,
+    element_bytes: int = 2,
+) -> Cost:
+    """Gram matrices, the small products and the inverse per block, then Qhat and Khat.
+
+    A further round is two products with the Gram matrices and what makes the columns orthonormal:
+    one r x r Gram matrix, its inverse, and a product with that.
+
+    Q and K are read twice, because no number of Qhat is known before the whole block was seen; the
+    Gram matrices are written and read once, in fp32.
+    """
+    rows, blocks = num_queries * rep, -(-num_queries // block)
+    gram = 2 * head_dim**2 * (rows + num_keys)
+    solve = 6 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
+    further = 4 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
+    factors = 2 * (rows + blocks * num_keys) * head_dim * rank
+    moved = 2 * (rows + num_keys) * head_dim + (rows + blocks * num_keys) * rank
+    return Cost(
+        gram + blocks * (solve + (rounds - 1) * further) + factors,
+        element_bytes * moved + 8 * head_dim**2 * (blocks + 1),
+    )
+
+
+def _calibrated_cost(
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    block: int,
+    rounds: int = 1,
+    rep: int = 1,
+    element_bytes: int = 2,
+) -> Cost:
+    """Two products with fixed matrices, which are read in fp32, whatever the block."""
+    rows = num_queries * rep + num_keys
+    moved = element_bytes * rows * (head_dim + rank) + 2 * 4 * head_dim * rank
+    return Cost(2 * rows * head_dim * rank, moved)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -44,29 +168,63 @@ ESTIMATORS: dict[str, Estimator] = {
             summary="Qhat takes the first column of each group of Q, Khat sums the group's columns",
             sees="all query rows of the grouping block",
             source="arXiv 2507.17245, eq. 2 and section 3.2",
+            divides=True,
+            adjoint="the groups held constant: a column of Khat passes its gradient to each column"
+            " of its group, one of Qhat to the first",
+            cost=_lsh_cost,
+            auto_block=_lsh_block,
         ),
         Estimator(
             name="lsh-mean",
             summary="Qhat averages the columns of each group of Q, Khat sums the group's columns",
             sees="all query rows of the grouping block",
             source="arXiv 2507.17245, eq. 2 with the group's mean as the estimate",
+            divides=True,
+            adjoint="the groups held constant: a column of Khat passes its gradient to each column"
+            " of its group, one of Qhat 1/G of it",
+            cost=_lsh_cost,
+            auto_block=_lsh_block,
+        ),
+        Estimator(
+            name="projection",
+            summary="Qhat is Q times a randomised basis of the strongest directions of QK^T, Khat"
+            " is K times the best match to it",
+            sees="all query rows of the grouping block and all keys",
+            source="randomised range finder: arXiv 0909.4061, algorithm 4.4; the least-squares"
+            " match given the range",
+            divides=False,
+            adjoint="A and B held constant: dQ = dQhat A^T, dK = dKhat B^T",
+            cost=_projection_cost,
+            auto_block=_projection_block,
+            rounds=(1, 2),
+        ),
+        Estimator(
+            name="calibrated",
+            summary="Qhat and Khat are Q and K times fixed bases, the best for the scores of"
+            " calibration data",
+            sees="nothing but the row itself",
+            source="truncated SVD (Eckart and Young 1936) of QK^T over the calibration data, from"
+            " the Gram matrices of Q and of K",
+            divides=False,
+            adjoint="A and B are constants: dQ = dQhat A^T, dK = dKhat B^T",
+            cost=_calibrated_cost,
+            auto_block=lambda num_queries: max(num_queries, 1),
+            needs="bases",
+            strict=True,
         ),
     )
 }
 
-DEFAULT_ESTIMATOR = "lsh-mean"
+DEFAULT_ESTIMATOR = "projection"
 
 
-def auto_grouping_block(num_queries: int) -> int:
+def auto_grouping_block(num_queries: int, estimator: str) -> int:
     """Query rows that share one grouping when the policy says ``grouping_block = "auto"``.
 
-    A function of the sequence length only, so that a policy means the same on every device: all
-    rows up to 4096, then ``max(2048, N / 8)`` rounded up to a multiple of 128 rows.
+    A function of the sequence length and the estimator only, so that a policy means the same on
+    every device; see ``Estimator.auto_block``.
     """
-    if num_queries <= AUTO_BLOCK_LIMIT:
-        return max(num_queries, 1)
-    eighth = -(-num_queries // 8)
-    return max(AUTO_BLOCK_MIN, -(-eighth // AUTO_BLOCK_TILE) * AUTO_BLOCK_TILE)
+    return ESTIMATORS[estimator].auto_block(num_queries)
 
 
 def possible_group_sizes(head_dim: int) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def explain(
 
     is_inference = isinstance(owner, nn.Module) and not owner.training
     grad_mode = torch.no_grad() if is_inference else contextlib.nullcontext()
-    with grad_mode, _untraced() as options, outside:
+    with grad_mode, untraced() as options, outside:
         try:
             torch.compile(model, backend=observe, **options)(*args, **kwargs)
         except Exception as error:
@@ -98,7 +98,7 @@ def _check_use(policy: Policy, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _untraced() -> Iterator[dict[str, Any]]:
+def untraced() -> Iterator[dict[str, Any]]:
     """Drop what Dynamo captures and learns meanwhile; yields options for ``torch.compile``.
 
     Its graphs would count against the ``recompile_limit`` of the model's own compile, and the sizes

@@ -27,7 +27,7 @@ from tabulate import tabulate
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TABLE_WIDTH = 132
 LAYER_WIDTH = 60
 
@@ -68,8 +68,12 @@ class SiteRow:
         dtype: dtype of q, such as "float16".
         mask: "none", "causal", "bool", "float", ...
         decision: "distr" (approximated) or "exact".
-        group_size: columns of Q and K merged into one (the paper's G*); 1 when exact.
+        group_size: columns of Q and K merged into one (the paper's G*), d / rank; None where
+            that is no whole number, 1 when exact.
+        rank: columns left of Q and K, None when exact.
         estimator: name from the table of estimators, None when exact.
+        rounds: how often the estimator refines its basis, None when exact.
+        sees: which tokens the approximation of one row depends on, None when exact.
         grouping_block: query rows that share one grouping, "auto", or None when exact.
         reasons: every reason that kept the site exact; never empty for an exact site.
         flops: of the exact attention, 2 * B * H * Nq * Nk * (d + dv); symbolic sizes count by their
@@ -90,8 +94,11 @@ class SiteRow:
     dtype: str
     mask: str
     decision: Literal["distr", "exact"]
-    group_size: int = 1
+    group_size: int | None = 1
+    rank: int | None = None
     estimator: str | None = None
+    rounds: int | None = None
+    sees: str | None = None
     grouping_block: int | Literal["auto"] | None = None
     reasons: tuple[Reason, ...] = ()
     flops: int = 0
@@ -397,7 +404,7 @@ def _sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: _Footno
             "dtype": row.dtype,
             "mask": row.mask,
             "decision": _decision_text(row, sum(rows[i].runtime_exact_calls for i in members)),
-            "G": str(row.group_size),
+            "G": _width_text(row, ""),
             "estimator": _estimator_text(row),
             "reasons": "\n".join(notes.cite(reason, len(members)) for reason in _reasons(row)),
         }
@@ -406,7 +413,11 @@ def _sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: _Footno
 
 
 def _reasons(row: SiteRow) -> tuple[Reason, ...]:
-    return row.reasons if row.runtime_reason is None else (*row.reasons, row.runtime_reason)
+    """Why it is or was exact; of an approximated causal site, what its rows depend on."""
+    reasons = row.reasons if row.runtime_reason is None else (*row.reasons, row.runtime_reason)
+    if row.sees is None or "causal" not in row.mask:
+        return reasons
+    return (*reasons, Reason("sees", f"causal, and {row.estimator} sees {row.sees}"))
 
 
 def _decision_text(row: SiteRow, exact_calls: int) -> str:
@@ -418,15 +429,24 @@ def _decision_text(row: SiteRow, exact_calls: int) -> str:
 def _estimator_text(row: SiteRow) -> str:
     if row.estimator is None:
         return "-"
-    block = row.grouping_block
-    return row.estimator if block in (None, "auto") else f"{row.estimator}\nblock {block}"
+    lines = [row.estimator]
+    if row.rounds not in (None, 1):
+        lines.append(f"rounds {row.rounds}")
+    if row.grouping_block not in (None, "auto"):
+        lines.append(f"block {row.grouping_block}")
+    return "\n".join(lines)
+
+
+def _width_text(row: SiteRow, name: str) -> str:
+    """G, after ``name``, or the rank where G is no whole number."""
+    return f"r={row.rank}" if row.group_size is None else f"{name}{row.group_size}"
 
 
 def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
         *(row.form, tuple(row.shapes.items()), row.dtype, row.mask, row.decision, row.sdpa),
-        *(row.group_size, row.estimator, row.grouping_block, _reasons(row)),
+        *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 
 
@@ -758,7 +778,9 @@ class _Line:
     def __str__(self) -> str:
         row = self.row
         if row.decision == "distr":
-            what = f"distr, G = {row.group_size}, {row.estimator}, block {row.grouping_block}"
+            rounds = "" if row.rounds in (None, 1) else f" in {row.rounds} rounds"
+            what = f"distr, {_width_text(row, 'G = ')}, {row.estimator}{rounds}"
+            what += f", block {row.grouping_block}"
         else:
             what = "exact: " + "; ".join(map(str, row.reasons))
         shapes = " ".join(_shapes_text(row.shapes).splitlines())

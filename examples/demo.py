@@ -156,7 +156,7 @@ VARIANTS: dict[str, dict[str, object]] = {
             "grouping_block": block,
             "min_seq_len": 0,
         }
-        for estimator in ("lsh-sample", "lsh-mean")
+        for estimator in ("lsh-mean", "projection")
         for block in ("auto", 64)
     },
 }

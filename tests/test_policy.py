@@ -12,7 +12,7 @@ import re
 import stat
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,20 @@ from hypothesis import strategies as st
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError, Rule
 
-FIELDS = ("group_size", "estimator", "grouping_block", "min_seq_len", "exact")
+PLAIN: dict[str, Any] = {
+    "group_size": 2,
+    "rank": None,
+    "estimator": "projection",
+    "rounds": 1,
+    "grouping_block": "auto",
+    "min_seq_len": "auto",
+    "causal": "block",
+    "exact": "sdpa",
+}
+"""The fields in their order, with their defaults."""
+FIELDS = tuple(PLAIN)
+PROJECTION = {"estimator": "projection", "rounds": 2}
+MEAN = {"estimator": "lsh-mean"}
 
 COMMENTED = """\
 # tuned on Monday
@@ -64,7 +77,7 @@ def error_of(source: Any) -> str:
 
 def test_defaults() -> None:
     plan = Policy().resolve("blocks.0.attn")
-    assert plan == LayerPlan(2, "lsh-mean", "auto", "auto", "sdpa", ())
+    assert plan == LayerPlan(**PLAIN, rule=())
     assert not plan.is_exact
     assert Policy.from_any(None) == Policy() == Policy.from_any({})
 
@@ -78,14 +91,19 @@ def test_all_fields_from_a_file(tmp_path: Path) -> None:
     text = """
         [default]
         group_size = 1
-        estimator = "lsh-sample"
+        estimator = "projection"
+        rounds = 2
         grouping_block = 64
         min_seq_len = 0
+        causal = "strict"
         exact = "keep"
     """
     plan = Policy.load(write(tmp_path, text)).resolve("")
-    assert plan == LayerPlan(1, "lsh-sample", 64, 0, "keep")
+    assert plan == LayerPlan(1, None, "projection", 2, 64, 0, "strict", "keep")
     assert plan.is_exact
+    plan = Policy.load(write(tmp_path, text.replace("group_size = 1", "rank = 40"))).resolve("")
+    assert plan == LayerPlan(None, 40, "projection", 2, 64, 0, "strict", "keep")
+    assert not plan.is_exact
 
 
 def test_later_rules_override_field_by_field() -> None:
@@ -97,11 +115,89 @@ def test_later_rules_override_field_by_field() -> None:
             {"layers": "blocks.1.*", "grouping_block": "auto", "min_seq_len": 7},
         ],
     )
-    assert policy.resolve("blocks.1.attn") == LayerPlan(4, "lsh-sample", "auto", 7, "sdpa", (0, 2))
-    assert policy.resolve("blocks.2.attn") == LayerPlan(4, "lsh-sample", 64, rule=(0,))
+    sample = LayerPlan(4, estimator="lsh-sample")
+    assert policy.resolve("blocks.1.attn") == replace(sample, min_seq_len=7, rule=(0, 2))
+    assert policy.resolve("blocks.2.attn") == replace(sample, grouping_block=64, rule=(0,))
     assert policy.resolve("head") == LayerPlan(1, rule=(1,))
     assert policy.resolve("Head") == LayerPlan(4)
     assert policy.rules_matching("blocks.1.attn") == (0, 2)
+
+
+def test_rank_and_group_size_replace_each_other() -> None:
+    policy = Policy(
+        {"rank": 48},
+        [
+            {"layers": "exact", "group_size": 1},
+            {"layers": "*.a", "group_size": 4},
+            {"layers": "x.a", "rank": 16},
+        ],
+    )
+    plans = [policy.resolve(name) for name in ("other", "exact", "y.a", "x.a")]
+    assert [(p.group_size, p.rank) for p in plans] == [(None, 48), (1, None), (4, None), (None, 16)]
+    assert [p.is_exact for p in plans] == [False, True, False, False]
+    assert policy.to_dict()["default"].keys() == set(FIELDS) - {"group_size"}
+    assert Policy().to_dict()["default"].keys() == set(FIELDS) - {"rank"}
+    assert policy.with_default(group_size=2).default == LayerPlan()
+    assert Policy().with_default(rank=48).default == policy.default == LayerPlan(rank=48)
+    assert (
+        Policy({"group_size": 4, "exact": "keep"}).with_default(rank=48).to_dict()["default"]
+        == (Policy({"rank": 48, "exact": "keep"}).to_dict()["default"])
+    )
+    assert Policy(policy.default) == Policy({"rank": 48}) != Policy({"rank": 64})
+
+
+@pytest.mark.parametrize(
+    ("default", "rules", "message"),
+    [
+        (MEAN | {"rounds": 2}, [], "default: rounds: got 2 with"),
+        (
+            MEAN | {"rounds": 2},
+            [{"layers": "*", "estimator": "projection"}],
+            "default: rounds: got",
+        ),
+        ({"estimator": "lsh-sample", "rounds": 2}, [], 'got 2 with estimator = "lsh-sample"'),
+        (MEAN, [{"layers": "a", "rounds": 2}], "rule 1: rounds: got 2 with"),
+        (
+            PROJECTION,
+            [{"layers": "a", "exact": "keep"}, {"layers": "b", "estimator": "lsh-mean"}],
+            "rule 2: rounds: got 2 with",
+        ),
+        (
+            {"estimator": "projection"},
+            [{"layers": "a", "estimator": "lsh-mean", "rounds": 2}],
+            "rule 1: rounds: got 2 with",
+        ),
+    ],
+)
+def test_rounds_that_no_estimator_there_takes(
+    default: dict[str, Any], rules: list[dict[str, Any]], message: str
+) -> None:
+    """Found when the policy is made, where no rule could make it right."""
+    error = error_of({"default": default, "rule": rules})
+    assert message in error
+    assert error.endswith('; accepted: 1; write rounds = 1, or estimator = "projection"')
+
+
+def test_rounds_that_only_some_rules_that_meet_refuse(tmp_path: Path) -> None:
+    text = """default.estimator = "lsh-mean"
+[[rule]]
+layers = "a.*"
+estimator = "projection"
+[[rule]]
+layers = "*.b"
+rounds = 2
+"""
+    policy = Policy.load(write(tmp_path, text))
+    assert policy.resolve("a.b") == LayerPlan(**PLAIN | PROJECTION, rule=(0, 1))
+    assert policy.resolve("a").rounds == 1
+    with pytest.raises(PolicyError) as raised:
+        policy.resolve("c.b")
+    assert str(raised.value).startswith(
+        f"{tmp_path}/p.toml:7 (rule 2): layer 'c.b': rounds: got 2 with estimator = \"lsh-mean\"; "
+    )
+    with pytest.raises(PolicyError, match=r"rule 3: layer 'a\.b': rounds: got 2 with"):
+        policy.with_rule("a.b", estimator="lsh-mean").resolve("a.b")
+    policy.with_rule("a.b", estimator="lsh-mean", rounds=1).resolve("a.b")
 
 
 @pytest.mark.parametrize(
@@ -126,12 +222,17 @@ NAMES = st.lists(st.sampled_from(["a", "b", "ab", "0", "1"]), max_size=4).map(".
 PATTERNS = st.lists(st.sampled_from(list("ab01.*?")), min_size=1, max_size=5).map("".join)
 VALUES = {
     "group_size": st.integers(1, 9),
+    "rank": st.integers(16, 99),
     "estimator": st.sampled_from(sorted(ESTIMATORS)),
+    "rounds": st.integers(1, 1),
     "grouping_block": st.integers(1, 9) | st.just("auto"),
     "min_seq_len": st.integers(0, 9) | st.just("auto"),
+    "causal": st.sampled_from(["block", "strict"]),
     "exact": st.sampled_from(["sdpa", "keep"]),
 }
-DEFAULTS = st.fixed_dictionaries({}, optional=VALUES)
+DEFAULTS = st.fixed_dictionaries({}, optional=VALUES).filter(
+    lambda fields: not {"group_size", "rank"} <= fields.keys()
+)
 RULES = st.lists(
     st.tuples(PATTERNS, DEFAULTS.filter(bool)).map(lambda r: {"layers": r[0], **r[1]}), max_size=4
 )
@@ -143,13 +244,16 @@ def test_resolve_equals_a_naive_reading(
     default: dict[str, Any], rules: list[dict[str, Any]], name: str
 ) -> None:
     plan = Policy(default, rules).resolve(name)
-    plain = dict(zip(FIELDS, (2, "lsh-mean", "auto", "auto", "sdpa"), strict=True))
-    for field in FIELDS:
-        expected = default.get(field, plain[field])
-        for rule in rules:
-            if fnmatch.fnmatchcase(name, rule["layers"]) and field in rule:
-                expected = rule[field]
-        assert getattr(plan, field) == expected
+    expected = dict(PLAIN)
+    for table in [default, *(r for r in rules if fnmatch.fnmatchcase(name, r["layers"]))]:
+        for field in FIELDS:
+            if field in table:
+                expected[field] = table[field]
+        if "rank" in table:
+            expected["group_size"] = None
+        if "group_size" in table:
+            expected["rank"] = None
+    assert {field: getattr(plan, field) for field in FIELDS} == expected
     assert [rules[i] for i in plan.rule] == [
         r for r in rules if fnmatch.fnmatchcase(name, r["layers"])
     ]
@@ -190,8 +294,9 @@ def test_another_order_or_value_is_another_policy() -> None:
 def test_digest_is_of_canonical_json() -> None:
     policy = Policy({"exact": "keep"}, [{"layers": "é", "group_size": 1}])
     content = (
-        '{"default":{"estimator":"lsh-mean","exact":"keep","group_size":2,"grouping_block":"auto",'
-        '"min_seq_len":"auto"},"rule":[{"group_size":1,"layers":"\\u00e9"}]}'
+        '{"default":{"causal":"block","estimator":"projection","exact":"keep","group_size":2,'
+        '"grouping_block":"auto","min_seq_len":"auto","rounds":1},'
+        '"rule":[{"group_size":1,"layers":"\\u00e9"}]}'
     )
     assert policy.digest == hashlib.sha256(content.encode()).hexdigest()
 
@@ -250,9 +355,16 @@ BAD_VALUES = [
     ("group_size", '"auto"', "'auto' (str)", "an integer >= 1", "write 2"),
     ("group_size", "[2]", "[2] (list)", "an integer >= 1", "write 2"),
     ("group_size", "1979-05-27", "datetime.date(1979, 5, 27)", "an integer >= 1", "write 2"),
+    ("rank", "15", "15 (int)", "an integer >= 16 (columns", "leave it out for the default"),
+    ("rank", '"32"', "'32' (str)", "an integer >= 16", "without quotes"),
+    ("rounds", "0", "0 (int)", "1 or 2", "write 1"),
+    ("rounds", "3", "3 (int)", "1 or 2", "write 1"),
+    ("rounds", "true", "True (bool)", "1 or 2", "write 1"),
+    ("causal", '"strictly"', "'strictly' (str)", '"block" or "strict"', 'did you mean "strict"?'),
+    ("causal", "true", "True (bool)", '"block" or "strict"', 'write "block"'),
     ("estimator", '"lsh_mean"', "'lsh_mean' (str)", '"lsh-sample" or "lsh-mean"', "lsh-mean"),
-    ("estimator", '"zebra"', "'zebra' (str)", '"lsh-sample" or "lsh-mean"', 'write "lsh-mean"'),
-    ("estimator", "1", "1 (int)", '"lsh-sample" or "lsh-mean"', 'write "lsh-mean"'),
+    ("estimator", '"zebra"', "'zebra' (str)", '"lsh-sample" or "lsh-mean"', 'write "projection"'),
+    ("estimator", "1", "1 (int)", '"lsh-sample" or "lsh-mean"', 'write "projection"'),
     ("grouping_block", "0", "0 (int)", 'an integer >= 1 or "auto"', 'write "auto"'),
     ("grouping_block", '"Auto"', "'Auto' (str)", 'an integer >= 1 or "auto"', 'mean "auto"?'),
     ("grouping_block", "false", "False (bool)", 'an integer >= 1 or "auto"', 'write "auto"'),
@@ -284,9 +396,17 @@ def test_bad_value(
             {"rule": [{"layers": "a", "exact": "keep"}, {"layers": "b", "group_size": True}]},
             ["rule 2: group_size: got True (bool)", "an integer >= 1"],
         ),
+        (
+            {"default": {"rank": 32, "group_size": 2}},
+            ["default: rank: got 32 beside group_size = 2", "one of the two", "remove one"],
+        ),
+        (
+            {"rule": [{"layers": "a", "group_size": 4, "rank": 16}]},
+            ["rule 1: rank: got 16 beside group_size = 4", "one of the two", "remove one"],
+        ),
         ({"rules": []}, ["policy: rules: got an unknown key", "default, rule", "mean rule?"]),
         ({"group_size": 2}, ["policy: group_size: got an unknown key", "under [default]"]),
-        ({"zzz": 2}, ["policy: zzz: got an unknown key", "accepted: default, rule", "remove it"]),
+        ({"zzz": 2}, ["policy: zzz: got an unknown key", "default, rule, bases", "remove it"]),
         ({3: 2}, ["policy: 3: got an unknown key", "remove it"]),
         ({"default": {"estimater": 1}}, ["default: estimater: got", "did you mean estimator?"]),
         ({"default": {3: 1}}, ["default: 3: got an unknown key", ", ".join(FIELDS)]),
@@ -372,6 +492,19 @@ def test_a_long_value_is_cut() -> None:
             ["p.toml:6 (rule 2): layers: got 're:['", "unterminated character set"],
         ),
         ("[[rule]]\nlayers = 'a'\n", ["p.toml:1 (rule 1): rule: got no field besides layers"]),
+        (
+            "[default]\nrank = 32\ngroup_size = 2\n",
+            ["p.toml:2 (default): rank: got 32 beside group_size = 2"],
+        ),
+        (
+            "[default]\nestimator = 'lsh-mean'\nrounds = 2\n",
+            ['p.toml:3 (default): rounds: got 2 with estimator = "lsh-mean"'],
+        ),
+        (
+            "[[rule]]\nlayers = 'a'\nestimator = 'lsh-mean'\n"
+            "[default]\nestimator = 'projection'\nrounds = 2",
+            ["p.toml:3 (rule 1): rounds: got 2 with"],
+        ),
     ],
 )
 def test_bad_file(tmp_path: Path, text: str, pieces: list[str]) -> None:
@@ -424,8 +557,10 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_errors_of_the_constructor_and_the_copies() -> None:
     with pytest.raises(PolicyError, match="rule 1: layers: got nothing"):
         Policy(rule=[{"exact": "keep"}])
-    with pytest.raises(PolicyError, match="default: rank: got an unknown key"):
-        Policy().with_default(rank=16)
+    with pytest.raises(PolicyError, match="default: width: got an unknown key"):
+        Policy().with_default(width=16)
+    with pytest.raises(PolicyError, match="default: rank: got 16 beside group_size = 2"):
+        Policy().with_default(rank=16, group_size=2)
     with pytest.raises(PolicyError, match="rule 2: group_size: got 0"):
         Policy().with_rule("a", group_size=1).with_rule("b", group_size=0)
     with pytest.raises(PolicyError, match="rule 1: rule: got no field"):
@@ -486,6 +621,15 @@ def test_changed_copies_keep_comments(tmp_path: Path) -> None:
     assert (tmp_path / "p.toml").read_text() == expected
     assert Policy.load(tmp_path / "p.toml") == changed
     assert policy == Policy.load(write(tmp_path, COMMENTED))
+    by_rank = policy.with_default(rank=24)
+    assert by_rank.to_toml() == COMMENTED.replace("group_size = 4 ", "rank = 24 ")
+    assert by_rank.with_default(group_size=4).to_toml() == COMMENTED
+    both = policy.with_default(**PROJECTION).with_rule("head", rank=40, causal="strict")
+    both.save(tmp_path / "p.toml")
+    assert Policy.load(tmp_path / "p.toml") == both
+    assert both.resolve("head") == LayerPlan(
+        **PLAIN | PROJECTION | {"rank": 40, "causal": "strict"}, rule=(2,)
+    )
 
 
 LAYOUTS = [
@@ -495,6 +639,7 @@ LAYOUTS = [
     COMMENTED.replace("\n", "\r\n"),
     "default.group_size = 4  # c\ndefault.exact = 'keep'\n",
     "default = {group_size = 4}  # c\nrule = []\n",
+    "[default] # rank\nestimator = 'projection'\n'rank' = 40 # rank, not group_size\n",
     "rule = [\n  {layers = 'a', exact = 'keep'},  # c\n]",
     "[[rule]]\nlayers = 'a' # c\nexact = 'keep'\n[default]\nexact = 'keep'\n"
     "[[rule]]\nlayers = 'b'\ngroup_size = 1",
@@ -513,7 +658,10 @@ def test_changed_copies_of_any_layout(
     path = tmp_path_factory.mktemp("policy") / "p.toml"
     path.write_bytes(text.encode())
     policy = Policy.load(path)
-    expected = Policy({**policy.to_dict()["default"], **fields}, [*policy.rule, *rules])
+    kept = policy.to_dict()["default"]
+    if {"group_size", "rank"} & fields.keys():
+        kept.pop("group_size", kept.pop("rank", None))
+    expected = Policy({**kept, **fields}, [*policy.rule, *rules])
     changed = policy.with_default(**fields)
     for rule in rules:
         changed = changed.with_rule(**rule)
@@ -577,6 +725,10 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
             ok = value in wanted
         elif keyword == "minimum":
             ok = isinstance(value, int) and value >= wanted
+        elif keyword == "maximum":
+            ok = isinstance(value, int) and value <= wanted
+        elif keyword == "not":
+            ok = not conforms(value, wanted, root)
         elif keyword == "minLength":
             ok = isinstance(value, str) and len(value) >= wanted
         elif keyword == "minProperties":
@@ -620,6 +772,8 @@ def test_schema_accepts_what_the_policy_accepts(
         {"rule": [{"layers": "a"}]},
         {"rule": [{"exact": "keep", "group_size": 1}]},
         {"rule": [{"layers": "", "exact": "keep"}]},
+        {"default": {"group_size": 2, "rank": 16}},
+        {"rule": [{"layers": "a", "group_size": 2, "rank": 16}]},
         *(
             {"default": {key: value}}
             for key, value in [
@@ -627,6 +781,10 @@ def test_schema_accepts_what_the_policy_accepts(
                 ("group_size", True),
                 ("group_size", 2.5),
                 ("group_size", "2"),
+                ("rank", 15),
+                ("rounds", 0),
+                ("rounds", 3),
+                ("causal", "no"),
                 ("estimator", "mean"),
                 ("grouping_block", 0),
                 ("grouping_block", "all"),
@@ -652,7 +810,7 @@ def test_schema_tells_an_editor_what_it_needs() -> None:
     for table, has_defaults in (("Default", True), ("Rule", False)):
         for name, part in tables[table]["properties"].items():
             assert len(part["description"]) > 40, name
-            assert ("default" in part) == has_defaults, name
+            assert ("default" in part) == (has_defaults and PLAIN[name] is not None), name
     assert tables["Default"]["properties"]["estimator"]["enum"] == list(ESTIMATORS)
     assert "const" not in json.dumps(schema)  # draft 4, which editors read, has no such keyword
 

@@ -50,7 +50,10 @@ def row(layer, site=0, **changes):
         mask="none",
         decision="distr",
         group_size=2,
+        rank=32,
         estimator="lsh-mean",
+        rounds=1,
+        sees="all query rows of the grouping block",
         grouping_block="auto",
         flops=2 * 2 * 12 * 128 * 128 * (64 + 64),
         site=site,
@@ -59,7 +62,8 @@ def row(layer, site=0, **changes):
 
 
 def exact_row(layer, site=0, reasons=(POLICY_SAYS,), **changes):
-    plain = {"group_size": 1, "estimator": None, "grouping_block": None}
+    plain = dict.fromkeys(("rank", "estimator", "rounds", "sees", "grouping_block"))
+    plain["group_size"] = 1
     return row(layer, site, decision="exact", reasons=reasons, **plain, **changes)
 
 
@@ -252,6 +256,30 @@ def test_table_says_block_only_when_it_is_not_auto():
     assert "block 64" in text
 
 
+def test_table_says_the_rank_where_it_is_no_group_size_and_more_than_one_round():
+    odd = {"group_size": None, "rank": 40, "estimator": "projection", "rounds": 2}
+    rows = (row("a", 0), row("b", 1, **odd), row("c", 2, **odd, grouping_block=64), row("d", 3))
+    text = str(Report((GraphReport(0, "M", rows),)))
+    assert line_with(text, "a ", "[2,12,128,64]").split()[-2:] == ["2", "lsh-mean"]
+    for layer in "bc":
+        assert line_with(text, f"{layer} ", "projection").split()[-2:] == ["r=40", "projection"]
+    below = [line.strip() for line in lines(text) if line.startswith(" " * 40)]
+    assert below == ["rounds 2", "rounds 2", "block 64"]
+
+
+def test_table_says_what_the_rows_of_causal_sites_depend_on():
+    far = {"estimator": "projection", "sees": "all keys", "mask": "causal"}
+    rows = [row(f"blocks.{i}", i, mask="causal") for i in range(3)]
+    rows += [row("last", 3, **far), row("cross", 4), exact_row("first", 5, mask="causal")]
+    text = str(Report((GraphReport(0, "M", tuple(rows)),)))
+    assert line_with(text, "blocks.{0..2}  x3").endswith("sees [1]")
+    assert line_with(text, "last ").endswith("sees [2]")
+    assert line_with(text, "cross ").endswith("lsh-mean")
+    assert "[1] causal, and lsh-mean sees all query rows of the grouping block (3x)" in text
+    assert "[2] causal, and projection sees all keys (1x)" in text
+    assert "[3] the policy says" in text
+
+
 def test_an_empty_report_prints():
     assert str(Report(())) == "0 attentions in 0 graphs; 0 distr, 0 exact"
     assert repr(Report((), "M")) == "<Report M: 0 attentions in 0 graphs; 0 distr, 0 exact>"
@@ -282,6 +310,16 @@ def test_json_round_trip_keeps_everything(tmp_path):
     }
 
 
+def test_json_says_rank_rounds_and_what_a_row_depends_on():
+    odd = row("a", group_size=None, rank=40, estimator="projection", rounds=2, sees="all keys")
+    whole = Report((GraphReport(0, "M", (odd, exact_row("b", 1))),))
+    approximate, exact = whole.to_dict()["graphs"][0]["rows"]
+    names = ("group_size", "rank", "estimator", "rounds", "sees")
+    assert [approximate[name] for name in names] == [None, 40, "projection", 2, "all keys"]
+    assert [exact[name] for name in names] == [1, None, None, None, None]
+    assert Report.from_json(whole.to_json()) == whole
+
+
 def test_json_is_a_snapshot_of_the_counter():
     graph = GraphReport(0, "M", (row("a", 0),))
     data = Report((graph,)).to_dict()
@@ -304,7 +342,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 1"),
+        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 2"),
         (lambda d: d.pop("schema"), "got schema None"),
         (lambda d: d.pop("graphs"), "missing, unknown or wrong field: 'graphs'"),
         (lambda d: d["graphs"][0].update(colour="red"), "colour"),
@@ -478,6 +516,13 @@ def test_a_pattern_that_an_earlier_graph_matched_does_not_warn():
 
 
 # --- where reports are shown -------------------------------------------------------------------
+
+
+def test_the_log_says_the_rank_where_it_is_no_group_size_and_more_than_one_round():
+    even = row("a", estimator="lsh-sample", grouping_block=64)
+    assert str(reporting._Line(even)).endswith("distr, G = 2, lsh-sample, block 64")
+    odd = row("a", group_size=None, rank=40, estimator="projection", rounds=2)
+    assert str(reporting._Line(odd)).endswith("distr, r=40, projection in 2 rounds, block auto")
 
 
 def test_publish_counts():

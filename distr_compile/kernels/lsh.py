@@ -64,12 +64,11 @@ def _fmix32(h):
 
 
 @triton.jit
-def _projections(row, offset, NUM: tl.constexpr):
-    """Rows of the projection matrix, ``(rows, NUM)`` integers; see ``reference.projections``.
+def _random_numbers(place, offset):
+    """Entries of the random matrix at ``place`` = row * 16 + column; ``reference.projections``.
 
     ``offset`` is fmix32(seed + 1) as int32.
     """
-    place = row[:, None] * NUM + tl.arange(0, NUM)[None, :]
     u = _fmix32(place.to(tl.uint32) * 0x9E3779B9 + offset.to(tl.uint32))
     # Add the eight digits: in pairs, one sum per byte, then all four bytes into the highest.
     pairs = (u & 0x0F0F0F0F) + ((u >> 4) & 0x0F0F0F0F)
@@ -123,7 +122,7 @@ def _project_kernel(
             mask=(row < last)[:, None] & is_column[None, :],
             other=0.0,
         )
-        P = _projections(row, offset, NUM).to(q.dtype)
+        P = _random_numbers(row[:, None] * NUM + p[None, :], offset).to(q.dtype)
         if q.dtype == tl.float32:
             # Parts of at most 11 bits, which tf32 holds exactly, add up to the 24 bits of q.
             for _ in tl.static_range(3):

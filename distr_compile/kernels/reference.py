@@ -10,7 +10,8 @@ A call goes through four steps:
 1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
 2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
-   K becomes Khat (eq. 2).
+   K becomes Khat (eq. 2). The estimator ``projection``, which is not the paper's, replaces steps
+   2 and 3: its arithmetic is in ``reference_projection.py``.
 4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
    has them.
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
+from distr_compile.kernels import reference_projection as projection
 
 NUM_PROJECTIONS = 16
 """N' of section 3.2: bits per hash value."""
@@ -60,6 +62,20 @@ def projections(start: int, stop: int, *, seed: int) -> Tensor:
     u = _fmix32((place * 0x9E3779B9 + offset) & 0xFFFFFFFF)
     digits = torch.stack([u >> shift & 0xF for shift in range(0, 32, 4)])
     return (digits.sum(0) - 60).float().view(-1, NUM_PROJECTIONS)
+
+
+def start_columns(head_dim: int, rank: int, *, seed: int) -> Tensor:
+    """Where the iteration of ``projection`` starts, the same for all heads and blocks.
+
+    Entry (c, j) is number ``256 c + j`` of ``projections`` read row by row, so that a smaller rank
+    or width uses a corner of the same matrix. Beyond 256 columns numbers occur in several rows,
+    shifted, which serves as well.
+
+    Returns:
+        ``(head_dim, rank)`` float32 on the CPU: integers from -60 to 60.
+    """
+    numbers = projections(0, 16 * (head_dim - 1) + -(-rank // NUM_PROJECTIONS), seed=seed)
+    return numbers.flatten().unfold(0, rank, 256)[:head_dim]
 
 
 def gray_position(code: Tensor) -> Tensor:
@@ -131,52 +147,140 @@ class Block:
 def estimate(
     Q: Tensor,
     K: Tensor,
+    mask: Tensor | None = None,
     *,
     rank: int,
     estimator: str = "lsh-mean",
     grouping_block: int = 0,
+    rounds: int = 1,
     seed: int = 0,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    bases: tuple[Tensor, Tensor] | None = None,
 ) -> list[Block]:
-    """Replace the width d of Q and K by ``rank`` (eq. 2), separately for each block of query rows.
+    """Replace the width d of Q and K by ``rank``, separately for each block of query rows.
 
-    In each group G_j, Qhat has one column q_j standing for all of the group's columns and Khat the
-    sum of the group's columns of K. The estimate q_j is the first of them in sorted order
-    (``lsh-sample``, the paper's choice) or their mean (``lsh-mean``).
+    ``lsh-sample`` (the paper's choice, eq. 2) and ``lsh-mean``: in each group G_j, Qhat has one
+    column standing for all of the group's columns, the first of them in sorted order or their mean,
+    and Khat the sum of the group's columns of K.
+
+    ``projection``: Qhat = Q A and Khat = K B with the bases of
+    ``reference_projection.projection_bases``. The query heads of a key head share them. Keys and
+    queries that ``counted_rows`` leaves out, and with ``is_causal`` keys that no row of the block
+    sees, do not influence them; all rows are multiplied all the same.
+
+    ``calibrated``: Qhat = Q A and Khat = K B with bases that are given, all rows in one block.
 
     Args:
         Q: ``(B, H, N, d)``.
         K: ``(B or 1, H_k, M, d)``, H_k divides H.
-        rank: r, a divisor of d.
-        estimator: "lsh-sample" or "lsh-mean".
+        mask: as in ``attention``; only ``projection`` looks at it.
+        rank: r; a divisor of d, for ``projection`` any up to d.
+        estimator: a name in ``estimators.ESTIMATORS``.
         grouping_block: l, query rows per grouping; 0 chooses by ``auto_grouping_block``.
-        seed: names the projection matrix.
+        rounds: of ``projection``: 1, or 2 for nearly the best possible basis.
+        seed: names the random numbers.
+        is_causal: row i sees keys ``j <= i + causal_offset``; only ``projection`` looks at it.
+        causal_offset: see ``is_causal``.
+        bases: A and B of ``calibrated``, ``(H_k, d, r)``.
 
     Raises:
-        ValueError: unknown estimator, or a rank that does not divide d.
+        ValueError: unknown estimator, or a rank or rounds that it does not take.
     """
-    batch, heads, num_queries, head_dim = Q.shape
+    _, heads, num_queries, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
-    if rank < 1 or head_dim % rank:
-        raise ValueError(f"rank: got {rank} for head_dim {head_dim}; must divide head_dim")
-    group_size = head_dim // rank
-    block = grouping_block or auto_grouping_block(num_queries)
-    Q = Q.unflatten(1, (key_heads, heads // key_heads))
-    K = K.expand(batch, -1, -1, -1)
+    rep = heads // key_heads
+    _check_estimator(estimator, rank, rounds, head_dim)
+    block = grouping_block or auto_grouping_block(num_queries, estimator)
+    Q = Q.unflatten(1, (key_heads, rep))
+    if bases is not None:
+        dtype = torch.promote_types(Q.dtype, torch.float32)
+        A, B = (basis.to(dtype) for basis in bases)
+        Qhat = projection.saturate((Q.to(dtype) @ A[:, None]).flatten(1, 2), Q.dtype)
+        return [Block(0, num_queries, Qhat, projection.saturate(K.to(dtype) @ B, Q.dtype))]
+    queries, keys = None, None
+    if estimator == "projection":
+        queries, keys = projection.counted_rows(mask, num_queries, num_keys, key_heads, rep)
 
     blocks = []
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         Q_block = Q[..., start:stop, :]
-        order = group_columns(Q_block, seed=seed)
-        columns = order[:, :, None, None, :].expand_as(Q_block)
-        Q_groups = Q_block.gather(-1, columns).unflatten(-1, (rank, group_size))
-        K_groups = K.gather(-1, order[:, :, None, :].expand(-1, -1, num_keys, -1))
-        Qhat = Q_groups[..., 0] if estimator == "lsh-sample" else Q_groups.mean(-1)
-        Khat = K_groups.unflatten(-1, (rank, group_size)).sum(-1)
+        if estimator == "projection":
+            seen = max(0, min(num_keys, stop + causal_offset)) if is_causal else num_keys
+            A, B = _bases(
+                Q_block,
+                K[:, :, :seen],
+                None if queries is None else queries[..., start:stop],
+                None if keys is None else keys[..., :seen],
+                start_columns(head_dim, rank, seed=seed),
+                rounds,
+            )
+            Qhat = projection.saturate(Q_block.to(A.dtype) @ A[:, :, None], Q.dtype)
+            Khat = projection.saturate(K.to(B.dtype) @ B, Q.dtype)
+        else:
+            Qhat, Khat = _group_factors(Q_block, K, rank, estimator, seed)
         blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
     return blocks
+
+
+def _check_estimator(estimator: str, rank: int, rounds: int, head_dim: int) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
+    known = ESTIMATORS[estimator]
+    if not 1 <= rank <= head_dim or (known.divides and head_dim % rank):
+        accepted = "divide head_dim" if known.divides else "be at most head_dim"
+        raise ValueError(f"rank: got {rank} for head_dim {head_dim}; must {accepted}")
+    if rounds not in known.rounds:
+        accepted = " or ".join(map(str, known.rounds))
+        raise ValueError(f"rounds: got {rounds}; with {estimator} must be {accepted}")
+
+
+def _group_factors(
+    Q: Tensor, K: Tensor, rank: int, estimator: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Qhat ``(B, H_k, rep, l, r)`` and Khat ``(B, H_k, M, r)`` of the LSH estimators (eq. 2)."""
+    order = group_columns(Q, seed=seed)
+    K = K.expand(Q.shape[0], -1, -1, -1)
+    group_size = Q.shape[-1] // rank
+    Q_groups = Q.gather(-1, order[:, :, None, None, :].expand_as(Q))
+    Q_groups = Q_groups.unflatten(-1, (rank, group_size))
+    K_groups = K.gather(-1, order[:, :, None, :].expand_as(K)).unflatten(-1, (rank, group_size))
+    Qhat = Q_groups[..., 0] if estimator == "lsh-sample" else Q_groups.mean(-1)
+    return Qhat, K_groups.sum(-1)
+
+
+def _bases(
+    Q: Tensor,
+    K: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    start: Tensor,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """A and B ``(B, H_k, d, r)`` of ``projection`` for one block, balanced.
+
+    Q is ``(B, H_k, rep, l, d)`` and K ``(B or 1, H_k, m, d)`` the keys that count; ``queries`` and
+    ``keys`` are as from ``counted_rows``, cut likewise.
+    """
+    if not K.shape[2]:  # the block sees no key: as if there were one that is 0
+        K, keys = K.new_zeros(1, K.shape[1], 1, K.shape[3]), None
+    rows = Q.flatten(2, 3)
+    Cq, Q_exponent = projection.gram(
+        rows, None if queries is None else queries.flatten(2, 3), ridge=projection.RIDGE
+    )
+    Ck, K_exponent = projection.gram(K, keys, ridge=0)
+    A, B = projection.projection_bases(Cq, Ck, start, rounds=rounds)
+    size = projection.balance(
+        Cq,
+        Ck,
+        Q_exponent,
+        K_exponent,
+        num_queries=rows.shape[2],
+        num_keys=K.shape[2],
+        rank=start.shape[1],
+    )
+    return A * size, B / size
 
 
 def masked_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -212,9 +316,11 @@ def attention(
     rank: int,
     estimator: str = "lsh-mean",
     grouping_block: int = 0,
+    rounds: int = 1,
     seed: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    bases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, the scores of each grouping block from ``estimate``.
 
@@ -226,14 +332,16 @@ def attention(
         scale: multiplies the scores; it is the scale of the exact scores, of width d.
         is_causal: row i sees keys ``j <= i + causal_offset``, counted from the top left.
         causal_offset: see ``is_causal``.
-        rank: r, a divisor of d; ``rank == d`` is exact attention.
+        rank: r, see ``estimate``; ``rank == d`` is exact attention.
         estimator: see ``estimate``.
         grouping_block: see ``estimate``.
+        rounds: see ``estimate``.
         seed: see ``estimate``.
         softcap: c > 0 replaces the scaled scores s by ``c * tanh(s / c)``, before the mask; 0 does
             not.
         sinks: ``(H,)`` floating, one more score per row that has no key and no value, in the units
             of the scaled scores; neither scaled nor capped.
+        bases: see ``estimate``.
 
     Returns:
         ``(B, H, N, d_v)``; rows that see no key are 0.
@@ -247,7 +355,17 @@ def attention(
         blocks = [Block(0, num_queries, Q, K)]
     else:
         blocks = estimate(
-            Q, K, rank=rank, estimator=estimator, grouping_block=grouping_block, seed=seed
+            Q,
+            K,
+            mask,
+            rank=rank,
+            estimator=estimator,
+            grouping_block=grouping_block,
+            rounds=rounds,
+            seed=seed,
+            is_causal=is_causal,
+            causal_offset=causal_offset,
+            bases=bases,
         )
     scores = torch.cat(
         [b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).transpose(-1, -2) for b in blocks], dim=2

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from distr_compile.estimators import auto_grouping_block
 from distr_compile.kernels.reference import NUM_PROJECTIONS, order_of_projected, projections
+from distr_compile.kernels.reference_projection import counted_rows
+from distr_compile.lowering import cpu_projection
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -47,11 +49,12 @@ class _Sizes:
     heads: int
 
 
-def _sizes(block: int, rep: int, num_keys: int, width: int) -> _Sizes:
+def _sizes(block: int, rep: int, num_keys: int, width: int, matrices: int) -> _Sizes:
+    """Cut up so that what has one size per head, ``matrices``, and what is cut fit ``CHUNK``."""
     keys = max(1, min(num_keys, KEY_ROWS, CHUNK // width))
     panel = max(1, min(block, PANEL_ROWS // rep, CHUNK // (rep * width)))
     tile = max(1, min(panel, CHUNK // (keys * rep)))
-    largest = max(tile * rep * keys, keys * width, panel * rep * width)
+    largest = max(tile * rep * keys, keys * width, panel * rep * width, matrices)
     return _Sizes(keys, panel, tile, max(1, CHUNK // largest))
 
 
@@ -67,9 +70,11 @@ def attention(
     rank: int,
     estimator: str,
     grouping_block: int = 0,
+    rounds: int = 1,
     seed: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    fixed: tuple[Tensor, Tensor] | None = None,
     out: Tensor,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.reference.attention``.
@@ -85,19 +90,25 @@ def attention(
         scale: multiplies the scores.
         is_causal: row i sees keys ``j <= i + causal_offset``.
         causal_offset: see ``is_causal``.
-        rank: r < d, a divisor of d.
-        estimator: "lsh-sample" or "lsh-mean".
+        rank: r < d; for the LSH estimators a divisor of d.
+        estimator: a name in ``estimators.ESTIMATORS``.
         grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
-        seed: names the projection matrix.
+        rounds: of ``projection``: 1 or 2.
+        seed: names the random numbers of the estimator.
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
         sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
+        fixed: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
     """
     batch, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]
     rep = heads // key_heads
-    block = min(grouping_block or auto_grouping_block(num_queries), max(num_queries, 1))
-    sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]))
+    block = min(grouping_block or auto_grouping_block(num_queries, estimator), max(num_queries, 1))
+    if fixed is not None:
+        block = max(num_queries, 1)
+    # The bases of ``projection`` take half a dozen matrices of d x d at a time, LSH's two of d x r.
+    matrices = 4 * head_dim**2 if estimator == "projection" else 2 * head_dim * rank
+    sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
     per_batch = min(key_heads, sizes.heads)
     batches = max(1, sizes.heads // key_heads)
     limit = causal_offset if is_causal else None
@@ -107,6 +118,9 @@ def attention(
     mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
     sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
     scale = scale / softcap if softcap else scale  # what tanh takes
+    queries, keys = None, None
+    if estimator == "projection":
+        queries, keys = counted_rows(mask, num_queries, num_keys, key_heads, rep)
     for b in range(0, batch, batches):
         for h in range(0, key_heads, per_batch):
             some = (slice(b, b + batches), slice(h, h + per_batch))
@@ -119,9 +133,29 @@ def attention(
                 softcap=softcap,
                 out=out5[some],
             )
-            for start in range(0, num_queries, block):
+            if fixed is not None:
+                bases = iter([_fixed_bases(part.Q, *(t[some[1]] for t in fixed))])
+            elif estimator == "projection":
+                bases = cpu_projection.bases(
+                    part.Q,
+                    part.K,
+                    None if queries is None else _cut(queries, *some),
+                    None if keys is None else _cut(keys, *some),
+                    block=block,
+                    rank=rank,
+                    rounds=rounds,
+                    seed=seed,
+                    causal_offset=limit,
+                    panel=sizes.panel,
+                    key_rows=sizes.keys,
+                )
+            else:
+                bases = (
+                    _group_bases(Q_block, rank, estimator, seed, sizes.panel)
+                    for Q_block in part.Q.split(block, dim=3)
+                )
+            for start, (A, B) in zip(range(0, num_queries, block), bases, strict=False):
                 stop = min(start + block, num_queries)
-                A, B = _bases(part.Q[..., start:stop, :], rank, estimator, seed, sizes.panel)
                 for first in range(start, stop, sizes.panel):
                     last = min(first + sizes.panel, stop)
                     _attend_panel(part, first, last, A * scale, B, limit, sizes)
@@ -174,6 +208,12 @@ def _working(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _fixed_bases(Q: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B ``(h, d, r)`` for each head of each batch entry of Q, in its working dtype."""
+    batch, dtype = Q.shape[0], torch.promote_types(Q.dtype, torch.float32)
+    return A.to(dtype).repeat(batch, 1, 1), B.to(dtype).repeat(batch, 1, 1)
+
+
 @lru_cache(maxsize=64)
 def _projections(start: int, stop: int, seed: int) -> Tensor:
     """One panel of the projection matrix, at most 128 KiB; every head and block uses the same.
@@ -184,7 +224,9 @@ def _projections(start: int, stop: int, seed: int) -> Tensor:
         return projections(start, stop, seed=seed)
 
 
-def _bases(Q: Tensor, rank: int, estimator: str, seed: int, panel: int) -> tuple[Tensor, Tensor]:
+def _group_bases(
+    Q: Tensor, rank: int, estimator: str, seed: int, panel: int
+) -> tuple[Tensor, Tensor]:
     """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
 
     Column j of B has a one for every member of group j; A picks the first member or averages them.

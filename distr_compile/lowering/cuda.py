@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from distr_compile.estimators import auto_grouping_block
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
-"""Most MiB of Qhat and Khat at a time; one grouping block of one key head is the least possible."""
+"""Most MiB of Qhat, Khat and what makes them at a time; one grouping block of one key head is the
+least possible."""
 
 
 _failed: dict[tuple[object, ...], str] = {}
@@ -45,6 +48,7 @@ def attention(
     rank: int,
     estimator: str,
     grouping_block: int = 0,
+    rounds: int = 1,
     seed: int = 0,
     softcap: float = 0.0,
     out: Tensor,
@@ -61,13 +65,14 @@ def attention(
         scale: multiplies the scores.
         is_causal: row i sees keys ``j <= i + causal_offset``.
         causal_offset: see ``is_causal``.
-        rank: r, d or a divisor of it.
+        rank: r, d or a divisor of it; with ``projection`` any up to d.
         estimator: a name in ``estimators.ESTIMATORS``.
         grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
+        rounds: of ``projection``, 1 or 2.
         seed: names the random numbers of the estimator.
         softcap: c > 0 turns a score s into ``c * tanh(s / c)``.
         out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
-        workspace: bound on Qhat and Khat together, bytes.
+        workspace: bound on Qhat, Khat and what the estimator needs to make them, bytes.
 
     Raises:
         KernelFailed: a kernel does not compile or start on this device; said once as a warning.
@@ -78,6 +83,8 @@ def attention(
         q.dtype,
         q.shape[3],
         rank,
+        estimator if rank < q.shape[3] else "",
+        rounds,
         v.shape[3],
         is_causal,
         None if mask is None else mask.dtype,
@@ -98,7 +105,8 @@ def attention(
                 causal_offset=causal_offset if is_causal else None,
                 rank=rank,
                 estimator=estimator,
-                block=grouping_block or auto_grouping_block(q.shape[2]),
+                block=grouping_block or auto_grouping_block(q.shape[2], estimator),
+                rounds=rounds,
                 seed=seed,
                 softcap=softcap,
                 out=out,
@@ -133,6 +141,7 @@ def _attend(
     rank: int,
     estimator: str,
     block: int,
+    rounds: int,
     seed: int,
     softcap: float,
     out: Tensor,
@@ -140,7 +149,6 @@ def _attend(
 ) -> None:
     # Here, not above: without Triton that is one more kernel that failed.
     from distr_compile.kernels.attention_fwd import attention_fwd
-    from distr_compile.kernels.lsh import lsh_factors
     from distr_compile.lowering.tiles import tile_for
 
     num_queries, head_dim = q.shape[2:]
@@ -157,8 +165,19 @@ def _attend(
     )
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    limit = None if is_exact else workspace
-    for chunk in _chunks(q.shape, k.shape, block, rank * q.element_size(), limit):
+    prologue = None
+    if not is_exact:
+        prologue = _prologue(
+            q, k, mask, rank=rank, estimator=estimator, block=block, rounds=rounds, seed=seed
+        )
+    for chunk in _chunks(
+        q.shape,
+        k.shape,
+        block,
+        rank * q.element_size(),
+        workspace if prologue else None,
+        *(prologue.own_bytes if prologue else ()),
+    ):
         rows, offset, seen = chunk.rows, 0, num_keys
         if causal_offset is not None:
             offset = causal_offset + rows.start
@@ -166,16 +185,12 @@ def _attend(
         Q = q[chunk.batch, chunk.heads, rows]
         K = k[chunk.batch if k.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
         V = v[chunk.batch if v.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
-        if is_exact:
-            Qhat, Khat = Q, K[:, :, None]
-        else:
-            Qhat, Khat = lsh_factors(
+        Qhat, Khat = Q, K[:, :, None]
+        if prologue:
+            Qhat, Khat = prologue.factors(
                 Q,
                 K,
-                rank=rank,
-                estimator=estimator,
-                grouping_block=block,
-                seed=seed,
+                *prologue.counted_in(chunk, seen),
                 is_causal=causal_offset is not None,
                 causal_offset=offset,
             )
@@ -205,10 +220,70 @@ class _Chunk:
     rows: slice
 
 
+@dataclass(frozen=True)
+class _Prologue:
+    """What makes Qhat and Khat of a chunk.
+
+    Attributes:
+        factors: ``(Q, K, *counted, is_causal=, causal_offset=)`` -> Qhat, Khat.
+        own_bytes: its memory beside its results, for a key head once and for each grouping block.
+        counted: which rows of all queries, and of all keys, it looks at; empty if it does not ask.
+    """
+
+    factors: Callable[..., tuple[Tensor, Tensor]]
+    own_bytes: tuple[int, int] = (0, 0)
+    counted: tuple[Tensor | None, ...] = ()
+
+    def counted_in(self, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
+        """``counted`` of the chunk's queries, and of its keys of which it sees the first."""
+        for rows, place in zip(self.counted, (chunk.rows, slice(seen)), strict=False):
+            if rows is None:
+                yield None
+            else:
+                within = (slice(None),) * (rows.dim() - 3)
+                yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
+
+
+def _prologue(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *,
+    rank: int,
+    estimator: str,
+    block: int,
+    rounds: int,
+    seed: int,
+) -> _Prologue:
+    from distr_compile.kernels.lsh import lsh_factors
+    from distr_compile.kernels.projection import counted_rows, projection_factors, workspace_bytes
+
+    options: dict[str, Any] = {"rank": rank, "grouping_block": block, "seed": seed}
+    if estimator != "projection":
+        return _Prologue(partial(lsh_factors, estimator=estimator, **options))
+    _, heads, num_queries, head_dim = q.shape
+    key_heads, num_keys = k.shape[1:3]
+    rep = heads // key_heads
+    return _Prologue(
+        partial(projection_factors, rounds=rounds, **options),
+        workspace_bytes(block, num_keys, head_dim, rank, rep, q.element_size()),
+        counted_rows(mask, num_queries, num_keys, key_heads, rep),
+    )
+
+
 def _chunks(
-    q_shape: torch.Size, k_shape: torch.Size, block: int, row_bytes: int, limit: int | None
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    block: int,
+    row_bytes: int,
+    limit: int | None,
+    head_bytes: int = 0,
+    block_bytes: int = 0,
 ) -> Iterator[_Chunk]:
     """Cut a call so that the Qhat and Khat of a chunk, ``row_bytes`` a row, take ``limit`` bytes.
+
+    The prologue's ``head_bytes`` for each key head and ``block_bytes`` for each of its grouping
+    blocks are counted in.
 
     As many heads as fit with all their rows, so that K is read once; where one key head is too
     much, as many of its grouping blocks as fit, but at least one.
@@ -217,13 +292,14 @@ def _chunks(
     key_heads, num_keys = k_shape[1:3]
     rep = heads // key_heads
     blocks = -(-num_queries // block)
-    of_block = (rep * block + num_keys) * row_bytes
-    together = batch * key_heads if limit is None else limit // max(1, blocks * of_block)
+    of_block = (rep * block + num_keys) * row_bytes + block_bytes
+    of_head = blocks * of_block + head_bytes
+    together = batch * key_heads if limit is None else limit // max(1, of_head)
     some_batches = max(1, min(batch, together // key_heads))
     some_heads = max(1, min(key_heads, together))
     some_rows = num_queries
     if limit is not None and together == 0:
-        some_rows = block * max(1, limit // of_block)
+        some_rows = block * max(1, (limit - head_bytes) // of_block)
     for b in range(0, batch, some_batches):
         for h in range(0, key_heads, some_heads):
             last = min(h + some_heads, key_heads)

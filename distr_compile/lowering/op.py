@@ -26,8 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, auto_grouping_block
 from distr_compile.kernels import reference
-from distr_compile.kernels.reference import NUM_PROJECTIONS
-from distr_compile.lowering import cpu, cuda
+from distr_compile.lowering import cpu, cuda, fixed
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -40,9 +39,6 @@ SCHEMA = (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NOT_YET = {
-    "basis_q": None,
-    "basis_k": None,
-    "rounds": 1,
     "strict": False,
     "dropout_p": 0.0,
 }
@@ -106,19 +102,22 @@ def attention(
         v: ``(B or 1, H_k, M, d_v)``.
         mask: broadcastable to ``(B, H, N, M)``; bool (True = attend), or any floating dtype (added
             to the scaled scores).
-        basis_q: not supported yet.
-        basis_k: not supported yet.
+        basis_q: A of ``calibrated``, and of no other estimator: ``(H_k, d, r)`` fp32. Where the
+            call has kernels and half-precision inputs it is rounded to their dtype; else the
+            products are fp32.
+        basis_k: B, likewise.
         sinks: ``(H,)`` floating: a logit per head that adds to the denominator of the softmax only.
         scale: multiplies Q K^T; give the scale of the original width d.
         is_causal: row i sees keys ``j <= i + causal_offset``, from the top left as in SDPA.
         causal_offset: 0 when None; only with ``is_causal``.
-        rank: columns left of the d: d itself (exact), or a divisor of d that is at least 16.
+        rank: columns left of the d: d itself (exact), or fewer that are at least 16; the LSH
+            estimators take divisors of d only.
         estimator: a name in ``estimators.ESTIMATORS``.
-        grouping_block: query rows per grouping; 0 for ``estimators.auto_grouping_block(N)``.
-        rounds: only 1 yet.
+        grouping_block: query rows per grouping; 0 for ``estimators.auto_grouping_block``.
+        rounds: how often the estimator refines its basis: 1, or 2 where it takes that.
         strict: only False yet.
         min_seq_len: exact attention where ``min(N, M)`` is below it; always where N < 16.
-        seed: names the random projections of the LSH estimators.
+        seed: names the random numbers of the estimator.
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
         dropout_p: only 0 yet.
         site: number handed to ``count_exact_calls``.
@@ -146,8 +145,10 @@ def attention(
         grouping_block=grouping_block,
         min_seq_len=min_seq_len,
         softcap=softcap,
-        not_yet=(basis_q, basis_k, rounds, strict, dropout_p),
+        rounds=rounds,
+        not_yet=(strict, dropout_p),
     )
+    bases = _validate_bases(q, k, basis_q, basis_k, rank, estimator)
     softmax: dict[str, Any] = {
         "scale": scale,
         "is_causal": is_causal,
@@ -158,7 +159,7 @@ def attention(
     short = _is_short(q.shape[2], k.shape[2], min_seq_len)
     if short:
         _tell_exact(site, None)
-        rank = q.shape[3]
+        rank, bases = q.shape[3], None
     if rank == q.shape[3] and _sdpa_can(softcap, sinks):
         return _lay_out(_exact(q, k, v, mask, **softmax))
     grouping: dict[str, Any] = {
@@ -167,16 +168,19 @@ def attention(
         "grouping_block": grouping_block,
         "seed": seed,
     }
+    if ESTIMATORS[estimator].rounds != (1,):
+        grouping["rounds"] = rounds
     out = _empty_output(q, v)
     if _has_kernels(q):
         try:
-            return cuda.attention(q, k, v, mask, **softmax, **grouping, out=out)
+            Qhat, Khat = (q, k) if bases is None else fixed.factors(q, k, *bases)
+            return cuda.attention(Qhat, Khat, v, mask, **softmax, **grouping, out=out)
         except cuda.KernelFailed as failure:
             _tell_exact(site, str(failure))
             rank = q.shape[3]
     if rank == q.shape[3]:
         return _lay_out(_exact(q, k, v, mask, **softmax))
-    return cpu.attention(q, k, v, mask, **softmax, **grouping, out=out)
+    return cpu.attention(q, k, v, mask, **softmax, **grouping, fixed=bases, out=out)
 
 
 def _attention_fake(
@@ -215,8 +219,10 @@ def _attention_fake(
         grouping_block=grouping_block,
         min_seq_len=min_seq_len,
         softcap=softcap,
-        not_yet=(basis_q, basis_k, rounds, strict, dropout_p),
+        rounds=rounds,
+        not_yet=(strict, dropout_p),
     )
+    _validate_bases(q, k, basis_q, basis_k, rank, estimator)
     return _empty_output(q, v)
 
 
@@ -314,6 +320,7 @@ def _validate(
     grouping_block: int,
     min_seq_len: int,
     softcap: float,
+    rounds: int,
     not_yet: tuple[object, ...],
 ) -> None:
     """Refuse what the op cannot do; of symbolic sizes only relations are asked."""
@@ -347,11 +354,16 @@ def _validate(
         )
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
+    accepted = ESTIMATORS[estimator].rounds
+    if rounds not in accepted:
+        raise ValueError(
+            f"rounds: got {rounds}; with {estimator} must be {' or '.join(map(str, accepted))}"
+        )
     if causal_offset is not None and not is_causal:
         raise ValueError("causal_offset: got a value without is_causal; set is_causal=True with it")
     if not softcap >= 0:
         raise ValueError(f"softcap: got {softcap}; must be > 0, or 0 for none")
-    _validate_sizes(q, k, v, rank, grouping_block, min_seq_len)
+    _validate_sizes(q, k, v, rank, estimator, grouping_block, min_seq_len)
     if sinks is not None:
         _require(
             sinks.dim() == 1 and sinks.is_floating_point() and sinks.shape[0] == q.shape[1],
@@ -365,7 +377,13 @@ def _validate(
 
 
 def _validate_sizes(
-    q: Tensor, k: Tensor, v: Tensor, rank: int, grouping_block: int, min_seq_len: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rank: int,
+    estimator: str,
+    grouping_block: int,
+    min_seq_len: int,
 ) -> None:
     batch, heads, _, head_dim = q.shape
     k_batch, key_heads, num_keys, k_width = k.shape
@@ -390,11 +408,15 @@ def _validate_sizes(
         heads % key_heads == 0,
         lambda: f"k: got {key_heads} heads; must divide the {heads} heads of q",
     )
+    if ESTIMATORS[estimator].divides:
+        narrower, words = head_dim % max(rank, 1) == 0, "a divisor of it that is"
+    else:
+        narrower, words = rank < head_dim, "less and"
     _require(
-        (rank == head_dim) | ((rank >= MIN_RANK) & (head_dim % max(rank, 1) == 0)),
+        (rank == head_dim) | ((rank >= MIN_RANK) & narrower),
         lambda: (
-            f"rank: got {rank} for head_dim {head_dim}; must be head_dim (exact) or a divisor of "
-            f"it that is at least {MIN_RANK}"
+            f"rank: got {rank} for head_dim {head_dim}; must be head_dim (exact) or, with "
+            f"{estimator}, {words} at least {MIN_RANK}"
         ),
     )
     _require(
@@ -402,6 +424,47 @@ def _validate_sizes(
         lambda: f"grouping_block: got {grouping_block}; must be rows >= 1, or 0 for auto",
     )
     _require(min_seq_len >= 0, lambda: f"min_seq_len: got {min_seq_len}; must be >= 0")
+
+
+def _validate_bases(
+    q: Tensor,
+    k: Tensor,
+    basis_q: Tensor | None,
+    basis_k: Tensor | None,
+    rank: int,
+    estimator: str,
+) -> tuple[Tensor, Tensor] | None:
+    """A and B where the estimator needs them, else None."""
+    if ESTIMATORS[estimator].needs == "nothing":
+        if basis_q is not None or basis_k is not None:
+            names = ", ".join(e.name for e in ESTIMATORS.values() if e.needs == "bases")
+            raise ValueError(
+                f"basis_q, basis_k: got a tensor with {estimator}; accepted with {names} only: "
+                "leave them out"
+            )
+        return None
+    if basis_q is None or basis_k is None:
+        raise ValueError(
+            f"basis_q, basis_k: got None with {estimator}; must be two tensors of (key heads, "
+            "head_dim, rank): take them from a file that distr calibrate wrote"
+        )
+    wanted = (k.shape[1], q.shape[3], rank)
+    for name, basis in (("basis_q", basis_q), ("basis_k", basis_k)):
+        if basis.dtype != torch.float32 or basis.device != q.device:
+            raise ValueError(
+                f"{name}: got {basis.dtype} on {basis.device}; must be torch.float32 on "
+                f"{q.device}: cast or move it"
+            )
+        fits = basis.dim() == 3 and all(
+            got == size for got, size in zip(basis.shape, wanted, strict=True)
+        )
+        _require(
+            fits,
+            lambda name=name, basis=basis: (  # type: ignore[misc]
+                f"{name}: got {tuple(basis.shape)}; must be (key heads, head_dim, rank) = {wanted}"
+            ),
+        )
+    return basis_q, basis_k
 
 
 def _validate_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
@@ -463,12 +526,14 @@ def _flops(
     v: tuple[int, ...],
     *_: Any,
     rank: int,
+    estimator: str,
     grouping_block: int,
+    rounds: int = 1,
     min_seq_len: int = 0,
     out_shape: Any = None,
     **__: Any,
 ) -> int:
-    """FLOPs of one call from the shapes: both products of attention, the hash, and the group sums.
+    """FLOPs of one call from the shapes: both products of attention, and the estimator's own.
 
     A masked or causal call counts every score, as PyTorch's own formulas do.
     """
@@ -479,11 +544,16 @@ def _flops(
     products = 2 * batch * heads * num_queries * num_keys * (rank + v[3])
     if rank == head_dim:
         return products
-    blocks = -(-num_queries // (grouping_block or auto_grouping_block(num_queries)))
-    hashing = 2 * NUM_PROJECTIONS * batch * heads * num_queries * head_dim
-    query_sums = batch * heads * num_queries * head_dim
-    key_sums = blocks * batch * key_heads * num_keys * head_dim
-    return products + hashing + query_sums + key_sums
+    factors = ESTIMATORS[estimator].cost(
+        num_queries,
+        num_keys,
+        head_dim,
+        rank,
+        block=grouping_block or auto_grouping_block(num_queries, estimator),
+        rounds=rounds,
+        rep=heads // key_heads,
+    )
+    return products + batch * key_heads * factors.flops
 
 
 _library = torch.library.Library("distr", "FRAGMENT")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from distr_compile.bases import BasesOfModel, site_name
+from distr_compile.estimators import ESTIMATORS
 from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
 from distr_compile.passes import vocabulary as voc
@@ -70,6 +72,8 @@ class Outcome:
     rows: tuple[SiteRow, ...]
     not_attention: tuple[NotAttention, ...]
     decides_at_run_time: bool
+    names: dict[int, str]
+    """Number of a site -> its name in a file of bases."""
 
 
 def find_all(module: fx.GraphModule) -> list[Placed]:
@@ -104,13 +108,18 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
 
 
 def apply(
-    placed: list[Placed], choose: Callable[[Placed], LayerChoice], *, change: bool
+    placed: list[Placed],
+    choose: Callable[[Placed], LayerChoice],
+    bases: BasesOfModel,
+    *,
+    change: bool,
 ) -> Outcome:
     """Decide about every find and, if ``change``, rewrite its graph.
 
     Args:
         placed: from :func:`find_all`.
         choose: the layer of a find and its plan.
+        bases: gives A and B to the estimators that need them.
         change: False leaves the graphs as they are and reports what would be done.
     """
     rows: list[SiteRow] = []
@@ -119,7 +128,9 @@ def apply(
     decides_at_run_time = False
     # Choices first: a rewrite takes out the nodes that tell the layer.
     choices = [choose(place) for place in placed]
-    for place, choice in zip(placed, choices, strict=True):
+    site_names = _site_names(placed, choices)
+    named: dict[int, str] = {}
+    for place, choice, in_file in zip(placed, choices, site_names, strict=True):
         found = place.found
         names = (choice.name, *choice.repeats)
         if isinstance(found, Unmatched):
@@ -131,21 +142,44 @@ def apply(
             continue
         decision = decide(found, choice.plan, choice.extra, grad_mode)
         is_sdpa = False
+        pair = None
+        if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
+            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
+            pair = bases(in_file, rank=decision.rank, **sizes)
+        named[len(rows)] = in_file
         if change:
-            decision, is_sdpa = _rewrite(place.graph, found, decision, len(rows))
+            decision, is_sdpa = _rewrite(place.graph, found, decision, len(rows), pair)
         decides_at_run_time |= decision.is_distr and decision.min_seq_len > 0
         decides_at_run_time |= decision.is_distr and not isinstance(found.num_queries, int)
         for name in names:
             rows.append(_row(found, name, decision, is_sdpa, len(rows)))
-    return Outcome(tuple(rows), tuple(others), decides_at_run_time)
+    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named)
+
+
+def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:
+    """The name of each find among the bases; those of one layer are numbered in graph order."""
+    layers = [
+        choice.name if isinstance(place.found, AttentionSite) else None
+        for place, choice in zip(placed, choices, strict=True)
+    ]
+    return [
+        site_name(layer or "", layers[:i].count(layer), layers.count(layer))
+        for i, layer in enumerate(layers)
+    ]
 
 
 def _rewrite(
-    graph: fx.Graph, site: AttentionSite, decision: Decision, number: int
+    graph: fx.Graph,
+    site: AttentionSite,
+    decision: Decision,
+    number: int,
+    bases: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[Decision, bool]:
     if decision.is_distr:
         try:
-            rewrite(graph, site, decision, number)
+            if bases is not None:
+                bases = _on_device(bases, site.device)
+            rewrite(graph, site, decision, number, bases)
         except RefusedError as refused:
             reason = Reason(refused.code, refused.text)
             return Decision("exact", (reason,), decision.rank, 0, decision.plan), False
@@ -154,15 +188,34 @@ def _rewrite(
     return decision, is_sdpa
 
 
+def _on_device(
+    bases: tuple[torch.Tensor, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Tensors that outlive the call must serve autograd too.
+    with torch.inference_mode(False):
+        A, B = (basis.contiguous().to(device) for basis in bases)
+        return A, B
+
+
 def _row(
     site: AttentionSite, layer: str, decision: Decision, is_sdpa: bool, number: int
 ) -> SiteRow:
-    plan = decision.plan
     shapes = {
         "q": _shape((site.batch, site.num_heads, site.num_queries, site.head_dim)),
         "k": _shape((site.batch, site.num_key_heads, site.num_keys, site.head_dim)),
         "v": _shape((site.batch, site.num_key_heads, site.num_keys, site.value_dim)),
     }
+    approximation: dict[str, Any] = {}
+    if decision.is_distr:
+        plan, groups_are_whole = decision.plan, site.head_dim % decision.rank == 0
+        approximation = {
+            "group_size": site.head_dim // decision.rank if groups_are_whole else None,
+            "rank": decision.rank,
+            "estimator": plan.estimator,
+            "rounds": plan.rounds,
+            "sees": ESTIMATORS[plan.estimator].sees,
+            "grouping_block": plan.grouping_block,
+        }
     return SiteRow(
         layer=layer,
         form=site.form,
@@ -170,9 +223,7 @@ def _row(
         dtype=str(site.dtype).removeprefix("torch."),
         mask=site.mask_kind,
         decision=decision.decision,
-        group_size=plan.group_size if decision.is_distr else 1,
-        estimator=plan.estimator if decision.is_distr else None,
-        grouping_block=plan.grouping_block if decision.is_distr else None,
+        **approximation,
         reasons=decision.reasons,
         flops=decisions.flops(site),
         site=number,

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from distr_compile.estimators import MIN_QUERIES, MIN_RANK, possible_group_sizes
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, possible_group_sizes
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.dispatch import break_even
-from distr_compile.passes.site import AttentionSite
-from distr_compile.passes.vocabulary import hint
+from distr_compile.passes.site import AddStep, AttentionSite, FillStep
+from distr_compile.passes.vocabulary import hint, same_size, shape_of
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -25,7 +25,7 @@ class Decision:
     Attributes:
         decision: ``"distr"`` or ``"exact"``.
         reasons: every reason for exact; empty for distr.
-        rank: columns left of Q and K (d / group_size).
+        rank: columns left of Q and K; 0 where the head width is not known.
         min_seq_len: the op itself decides below this length, where sizes are symbolic; else 0.
         plan: what the policy said.
     """
@@ -61,27 +61,81 @@ def decide(
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)
         reasons.append(Reason("dtype", f"dtype is {str(site.dtype)[6:]}; accepted: {accepted}"))
-    width = site.head_dim if isinstance(site.head_dim, int) else 0
     return Decision(
         decision="exact" if reasons else "distr",
         reasons=tuple(reasons),
-        rank=width // plan.group_size,
+        rank=_rank(site, plan),
         min_seq_len=0 if reasons else _run_time_limit(site, plan),
         plan=plan,
     )
 
 
+def _rank(site: AttentionSite, plan: LayerPlan) -> int:
+    """The columns the plan leaves of this site's, whether or not that can be; see ``Decision``."""
+    if not isinstance(site.head_dim, int):
+        return 0
+    return plan.rank or site.head_dim // (plan.group_size or 1)
+
+
 def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     if plan.is_exact:
         return [Reason("group-size-1", "the policy says group_size = 1")]
-    width, group_size = site.head_dim, plan.group_size
-    if not isinstance(width, int):
-        return [Reason("rank", "the head width is not known while compiling")]
-    if width % group_size or width // group_size < MIN_RANK:
-        sizes = ", ".join(map(str, possible_group_sizes(width)))
-        why = f"must divide the width and leave at least {MIN_RANK} columns: one of {sizes}"
-        return [Reason("rank", f"group_size: got {group_size} for head width {width}; {why}")]
-    return []
+    reasons = []
+    if not isinstance(site.head_dim, int):
+        reasons.append(Reason("rank", "the head width is not known while compiling"))
+    elif fault := _rank_fault(site.head_dim, plan):
+        reasons.append(Reason("rank", fault))
+    if plan.causal == "strict" and not ESTIMATORS[plan.estimator].strict:
+        why = f"causal is strict, and {plan.estimator} sees {ESTIMATORS[plan.estimator].sees}"
+        if site.is_causal:
+            reasons.append(Reason("looks-ahead", why))
+        elif _may_be_causal(site):
+            mask = 'the mask has a row per query and may be causal; causal = "block" if it is not'
+            reasons.append(Reason("looks-ahead", f"{why}; {mask}"))
+    return reasons
+
+
+def _rank_fault(width: int, plan: LayerPlan) -> str | None:
+    """Why a width cannot become the rank of the plan, and what it can become."""
+    divides = ESTIMATORS[plan.estimator].divides
+    if plan.rank is None:
+        group_size = plan.group_size or 1
+        if width // group_size >= MIN_RANK and not (divides and width % group_size):
+            return None
+        accepted = f"must leave at least {MIN_RANK} columns: at most {max(width // MIN_RANK, 1)}"
+        if divides:
+            sizes = ", ".join(map(str, possible_group_sizes(width)))
+            accepted = (
+                f"must divide the width and leave at least {MIN_RANK} columns: one of {sizes}"
+            )
+        return f"group_size: got {group_size} for head width {width}; {accepted}"
+    if plan.rank < width and not (divides and width % plan.rank):
+        return None
+    got = f"rank: got {plan.rank} for head width {width}"
+    if plan.rank >= width:
+        got += ", which is exact attention"
+    if width <= MIN_RANK:
+        return f"{got}; no rank is less than this width and at least {MIN_RANK}"
+    if not divides:
+        return f"{got}; must be less than the width: {MIN_RANK} to {width - 1}"
+    ranks = [width // size for size in possible_group_sizes(width) if size > 1]
+    any_rank = " or ".join(e.name for e in ESTIMATORS.values() if not e.divides)
+    one_of = f"one of {', '.join(map(str, ranks))}" if ranks else "none does"
+    return (
+        f"{got}; with {plan.estimator} it must be less than the width and divide it: {one_of}; "
+        f"{any_rank} takes any from {MIN_RANK} to {width - 1}"
+    )
+
+
+def _may_be_causal(site: AttentionSite) -> bool:
+    """Whether a mask of unknown content could hide later keys: it has a row for each query."""
+    if site.kind in {"mha", "encoder"}:  # their masks are merged inside the node
+        return site.mask_kind != "none"
+    masks = [site.mask]
+    masks += [s.term for s in site.steps if isinstance(s, AddStep)]
+    masks += [s.condition for s in site.steps if isinstance(s, FillStep)]
+    shapes = [shape_of(mask) for mask in masks if mask is not None]
+    return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
 
 
 def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
@@ -107,15 +161,15 @@ def _limit(site: AttentionSite, plan: LayerPlan) -> tuple[int | None, str]:
     if plan.min_seq_len != "auto":
         return plan.min_seq_len, ""
     width, dtype = site.head_dim, str(site.dtype).removeprefix("torch.")
-    rank = width // plan.group_size if isinstance(width, int) else 0
-    found = break_even(site.device, site.dtype, head_dim=width, rank=rank)
+    found = break_even(site.device, site.dtype, head_dim=width, rank=_rank(site, plan))
     limit = None
     if found is not None:
         limit = found.causal_tokens if site.is_causal else found.tokens
     if found is None or limit is None:
         name = site.device.type
         if name == "cuda":
-            name = f"{architecture(site.device)} in {dtype} at width {width}, G = {plan.group_size}"
+            left = f"G = {plan.group_size}" if plan.rank is None else f"r = {plan.rank}"
+            name = f"{architecture(site.device)} in {dtype} at width {width}, {left}"
         return None, f"not known to be faster on {name}"
     return limit, f" (auto, {found.source})"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +19,18 @@ def erase_idle(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         erase_idle(graph, user)
     graph.erase_node(node)
+
+
+def declare_constants(module: fx.GraphModule) -> None:
+    """Tell AOTAutograd of the buffers that :meth:`Emitter.constant` made.
+
+    Of a graph of Dynamo it wants to know where every buffer comes from, for guards on those that
+    are one tensor under two names; ours are none of the model's.
+    """
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is not None:
+        for name, _ in module.named_buffers():
+            sources.setdefault(name, ConstantSource(name))
 
 
 class Emitter:
@@ -60,10 +73,26 @@ class Emitter:
         zeros = self.function(torch.zeros_like, hidden, dtype=dtype)
         return self.method("masked_fill", zeros, hidden, value)
 
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A tensor that belongs to the graph: a buffer ``name`` of its module."""
+        module = self.graph.owning_module
+        assert module is not None
+        module.register_buffer(name, value)
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.get_attr(name)
+        example = self._anchor.meta.get("example_value")
+        fake = example[0] if isinstance(example, tuple) else example
+        if isinstance(fake, FakeTensor):
+            node.meta["example_value"] = fake.fake_mode.from_tensor(value)
+        self._made.append(node)
+        return node
+
     def undo(self) -> None:
         """Take out everything written so far; nothing may read it yet."""
         for node in reversed(self._made):
             self.graph.erase_node(node)
+            if node.op == "get_attr":
+                delattr(self.graph.owning_module, str(node.target))
         self._made.clear()
 
     def _keep(self, node: fx.Node) -> fx.Node:

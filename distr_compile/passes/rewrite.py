@@ -33,7 +33,13 @@ from distr_compile.passes.site import (
 from distr_compile.passes.vocabulary import same_shape, same_size, shape_of, target_name
 
 
-def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: int) -> None:
+def rewrite(
+    graph: fx.Graph,
+    site: AttentionSite,
+    decision: Decision,
+    number: int,
+    bases: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
     """Put ``distr.attention`` in the place of a site.
 
     Args:
@@ -41,6 +47,7 @@ def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: in
         site: from :func:`.match.find`.
         decision: from :func:`.decide.decide`, ``"distr"``.
         number: the site's number within its graph, for the run-time counter.
+        bases: A and B, ``(H_k, d, r)`` on the site's device, for an estimator that needs them.
 
     Raises:
         RefusedError: the operands cannot be laid out; the graph is as it was.
@@ -50,8 +57,12 @@ def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: in
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
     ) -> fx.Node:
-        no_bases = (None, None)
-        sinks = () if site.sinks is None else (*no_bases, emit.method("flatten", site.sinks))
+        rest: tuple[Any, ...] = ()
+        if bases is not None:
+            names = (f"distr_basis_q_{number}", f"distr_basis_k_{number}")
+            rest = tuple(map(emit.constant, names, bases))
+        if site.sinks is not None:
+            rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
         softcap = {"softcap": site.softcap} if site.softcap else {}
         return emit.function(
             torch.ops.distr.attention.default,
@@ -59,12 +70,13 @@ def rewrite(graph: fx.Graph, site: AttentionSite, decision: Decision, number: in
             k,
             v,
             mask,
-            *sinks,
+            *rest,
             scale=scale,
             is_causal=is_causal,
             rank=decision.rank,
             estimator=plan.estimator,
             grouping_block=0 if plan.grouping_block == "auto" else plan.grouping_block,
+            rounds=plan.rounds,
             min_seq_len=decision.min_seq_len,
             site=number,
             **softcap,

@@ -65,12 +65,13 @@ class Case:
     """One call of a host function.
 
     Attributes:
-        function: "attention_fwd" or "lsh_factors".
+        function: "attention_fwd", "lsh_factors" or "projection_factors".
         dtype: of the inputs, a name in torch.
         value_dim: d_v, the width of V, here also the d of Q and K.
         rank: r, the width of Qhat and Khat.
         variant: "plain", "causal", "mask", "bias", "softcap", "sinks" or "odd": lengths that no
-            power of two divides. With lsh_factors an estimator.
+            power of two divides. With lsh_factors an estimator, with projection_factors "plain",
+            "causal" or "mask".
     """
 
     function: str
@@ -235,9 +236,33 @@ def _lsh(architecture: str, case: Case, tile: Any) -> Any:
     )
 
 
+def _projection(architecture: str, case: Case, tile: Any) -> Any:
+    import torch
+
+    from distr_compile.kernels.projection import projection_factors
+
+    dtype = getattr(torch, case.dtype)
+    Q = torch.empty(2, 8, 4096, case.value_dim, dtype=dtype, device="meta")
+    keys = queries = None
+    if case.variant == "mask":
+        keys = torch.empty(2, 1, 4096, dtype=torch.bool, device="meta")
+        queries = keys[:, None]
+    projection_factors(
+        Q,
+        torch.empty_like(Q),
+        queries,
+        keys,
+        rank=case.rank,
+        grouping_block=1024,
+        seed=0,
+        is_causal=case.variant == "causal",
+    )
+
+
 CALLS: dict[str, Callable[[str, Case, Any], Any]] = {
     "attention_fwd": _attention,
     "lsh_factors": _lsh,
+    "projection_factors": _projection,
 }
 
 
@@ -361,6 +386,10 @@ PLAN = [
     ("lsh_factors float16", "lsh-mean", "32/16 64/32 128/64 256/128"),
     ("lsh_factors float16", "lsh-sample", "128/64"),
     ("lsh_factors float32", "lsh-mean", "128/64 256/128"),
+    ("projection_factors float16", "plain", "32/16 64/32 128/64 256/128"),
+    ("projection_factors bfloat16", "causal", "128/64"),
+    ("projection_factors float16", "mask", "128/96"),
+    ("projection_factors float32", "plain", "64/32 128/64 256/128"),
 ]
 """Host function and dtype, variants, widths d_v/r: every entry of the tables of tiles is in it."""
 

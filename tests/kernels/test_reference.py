@@ -329,7 +329,7 @@ def test_estimate_cuts_rows_into_blocks() -> None:
     assert [b.Qhat.shape for b in blocks] == [(1, 2, n, 16) for n in (32, 32, 6)]
     assert all(b.Khat.shape == (1, 1, 9, 16) for b in blocks)
     assert len(reference.estimate(q, k, rank=16)) == 1
-    assert auto_grouping_block(70) == 70
+    assert auto_grouping_block(70, "lsh-mean") == 70
     for block in blocks:
         torch.testing.assert_close(block.Khat.sum(-1), k.sum(-1))
 

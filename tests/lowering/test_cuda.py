@@ -51,6 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
     "causal, offset": {"is_causal": True, "causal_offset": -5, "grouping_block": 20},
     "causal, late": {"is_causal": True, "causal_offset": 9, "grouping_block": 33},
     "soft cap": {"softcap": 1.5, "grouping_block": 16},
+    "projection": {"estimator": "projection", "rank": 20, "grouping_block": 33},
+    "projection, two rounds": {"estimator": "projection", "rounds": 2},
+    "projection, causal": {
+        "estimator": "projection",
+        "is_causal": True,
+        "causal_offset": 13,  # the first block sees more keys than the rank
+        "grouping_block": 20,
+    },
     "exact": {"rank": 32},
     "exact, causal": {"rank": 32, "is_causal": True, "causal_offset": 2},
 }
@@ -86,6 +94,32 @@ def test_any_workspace_gives_the_definition(
     got = run(q, k, v, mask, workspace=workspace, **CASES[name])
     reference_out = wanted(q, k, v, mask, **CASES[name])
     torch.testing.assert_close(got.double().cpu(), reference_out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["padding", "per row", "per head", "bias"])
+def test_projection_gives_the_same_bits_in_any_workspace(kind: str, is_causal: bool) -> None:
+    """The mask tells which rows count also where a chunk has a part of the rows only."""
+    q, k, v = qkv(H=2, Hk=1, N=70)
+    keep = torch.arange(70, device=DEVICE) < torch.tensor([[40], [65]], device=DEVICE)
+    mask = keep[:, None, None]
+    if kind == "per row":
+        mask = mask & (torch.arange(70, device=DEVICE)[:, None] % 3 > 0)
+    elif kind == "per head":
+        mask = mask & (torch.arange(2, device=DEVICE)[:, None, None] != 1)
+    elif kind == "bias":
+        mask = torch.randn(1, 1, 70, 70).to(DEVICE).masked_fill(~mask, -torch.inf)
+    # What must not count is large enough to show.
+    q, k = (torch.where(keep[:, None, :, None], t, 100 * t) for t in (q, k))
+    options = {"estimator": "projection", "grouping_block": 30, "is_causal": is_causal}
+    results = [run(q, k, v, mask, workspace=w, **options) for w in (1, 100_000, 1 << 28)]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    expected = wanted(q, k, v, mask, **options)
+    rows = keep[:, None, :, None].cpu().expand_as(expected)
+    torch.testing.assert_close(
+        results[0].double().cpu()[rows], expected[rows], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_sinks_go_with_their_heads() -> None:
@@ -125,14 +159,17 @@ SIZES = [
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("own", [(0, 0), (30_000, 200_000)])
 @pytest.mark.parametrize("limit", [1 << 20, cuda.WORKSPACE_MIB << 20])
-def test_chunks_keep_the_bound_and_cover_everything_once(size: tuple[int, ...], limit: int) -> None:
+def test_chunks_keep_the_bound_and_cover_everything_once(
+    size: tuple[int, ...], limit: int, own: tuple[int, int]
+) -> None:
     B, H, Hk, N, M, block = size
     row_bytes = 2 * 64
     rep = H // Hk
     rows_done = 0
     for chunk in cuda._chunks(
-        torch.Size((B, H, N, 128)), torch.Size((B, Hk, M, 128)), block, 128, limit
+        torch.Size((B, H, N, 128)), torch.Size((B, Hk, M, 128)), block, 128, limit, *own
     ):
         batches = range(B)[chunk.batch]
         key_heads = range(Hk)[chunk.key_heads]
@@ -141,7 +178,8 @@ def test_chunks_keep_the_bound_and_cover_everything_once(size: tuple[int, ...], 
         assert [h // rep for h in heads] == [h for h in key_heads for _ in range(rep)]
         assert rows.start % block == 0
         blocks = -(-len(rows) // block)
-        taken = (rep * len(rows) + blocks * M) * row_bytes * len(batches) * len(key_heads)
+        of_head = (rep * len(rows) + blocks * M) * row_bytes + own[0] + blocks * own[1]
+        taken = of_head * len(batches) * len(key_heads)
         is_least = len(batches) * len(key_heads) * blocks == 1
         assert taken <= limit or is_least
         rows_done += len(batches) * len(heads) * len(rows)

@@ -49,12 +49,13 @@ def error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
 def test_the_op_is_the_definition(
-    dtype: torch.dtype, rank: int, is_causal: bool, key_heads: int
+    dtype: torch.dtype, rank: int, is_causal: bool, key_heads: int, estimator: str
 ) -> None:
     """The groupings can differ only where a projection is nearly 0, which these inputs avoid."""
     q, k, v = qkv(Hk=key_heads, dtype=dtype)
-    options = {**OPTIONS, "rank": rank, "is_causal": is_causal}
+    options = {**OPTIONS, "rank": rank, "is_causal": is_causal, "estimator": estimator}
     wide = [t.double() for t in (q, k, v)]
     wanted = reference.attention(*wide, **options)
     limit = error(reference.attention(q, k, v, **options), wanted)
@@ -76,20 +77,23 @@ def test_streams() -> None:
     assert all(torch.equal(got, wanted) for got in results)
 
 
-def test_cuda_graph_of_the_op() -> None:
+@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
+def test_cuda_graph_of_the_op(estimator: str) -> None:
     q, k, v = qkv()
+    mask = torch.arange(1000, device="cuda") < 900
+    options = {**OPTIONS, "rank": 32, "estimator": estimator}
     for _ in range(3):
-        op(q, k, v, rank=32, **OPTIONS)
+        op(q, k, v, mask, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = op(q, k, v, rank=32, **OPTIONS)
+        got = op(q, k, v, mask, **options)
     for seed in range(3):
         fresh = qkv(N=1000 + seed)
         for old, new in zip((q, k, v), fresh, strict=True):
             old.copy_(new[:, :, :1000])
         graph.replay()
-        torch.testing.assert_close(got, op(q, k, v, rank=32, **OPTIONS), rtol=0, atol=0)
+        torch.testing.assert_close(got, op(q, k, v, mask, **options), rtol=0, atol=0)
 
 
 class Block(nn.Module):
@@ -130,21 +134,26 @@ def test_compiled_models(mode: str, dynamic: bool) -> None:
     assert row.runtime_reason is None
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
+def test_nothing_waits_for_the_device(estimator: str) -> None:
     q, k, v = qkv()
-    op(q, k, v, rank=32, **OPTIONS)
+    mask = torch.arange(1000, device="cuda") < 900
+    options = {**OPTIONS, "estimator": estimator}
+    op(q, k, v, mask, rank=32, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for rank in (16, 32, 64):
-            op(q, k, v, rank=rank, is_causal=True, **OPTIONS)
+            op(q, k, v, rank=rank, is_causal=True, **options)
+            op(q, k, v, mask, rank=rank, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_is_bounded_and_given_back() -> None:
-    """Khat of all blocks would take 32 GiB here."""
+@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
+def test_memory_is_bounded_and_given_back(estimator: str) -> None:
+    """Khat of all blocks would take 16 GiB here."""
     q, k, v = qkv(B=1, H=1, Hk=1, N=131072)
-    options = {**OPTIONS, "grouping_block": 64}
+    options = {**OPTIONS, "grouping_block": 64, "estimator": estimator}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = op(q, k, v, rank=32, **options)

@@ -129,6 +129,7 @@ def exact_attention(
     scale: float,
     is_causal: bool = False,
     rank: int,
+    estimator: str,
     softcap: float = 0.0,
     **_: Any,
 ) -> Tensor:
@@ -141,7 +142,7 @@ def exact_attention(
     assert heads % k.shape[1] == 0
     assert k.shape[1:3] == v.shape[1:3]
     assert k.shape[3] == width
-    assert rank == width // 2
+    assert 16 <= rank < width if estimator == "projection" else rank == width // 2
     assert isinstance(scale, float)
     key, value = (x.repeat_interleave(heads // x.shape[1], 1).double() for x in (k, v))
     scores = q.double() @ key.mT * scale

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from distr_compile.estimators import ESTIMATORS
 from distr_compile.passes import match
 from distr_compile.passes.apply import find_all
 from distr_compile.passes.site import AttentionSite
@@ -408,6 +409,50 @@ def test_every_reason_is_collected(
     assert capture.codes == codes
     assert (capture.row.decision == "distr") == (not codes)
     assert error(capture.output, eager(plain, inputs)) < 1e-5
+
+
+def test_rank_and_rounds_reach_the_op_and_the_report() -> None:
+    inputs = example_inputs(plain)
+    policy = {"rank": 24, "estimator": "projection", "rounds": 2, "min_seq_len": 0}
+    capture = run(plain, inputs, policy=policy)
+    (call,) = capture.calls
+    assert (call["rank"], call["rounds"], call["estimator"]) == (24, 2, "projection")
+    row = capture.row
+    assert (row.group_size, row.rank, row.rounds) == (None, 24, 2)
+    assert row.sees == ESTIMATORS["projection"].sees
+    assert error(capture.output, eager(plain, inputs)) < 1e-5
+
+    capture = run(plain, inputs, policy={"rank": 20, "min_seq_len": 0})
+    assert capture.calls[0]["rank"] == 20
+    assert (capture.row.group_size, capture.row.rank, capture.row.rounds) == (2, 20, 1)
+    row = run_exact(plain, inputs).row
+    assert (row.group_size, row.rank, row.rounds, row.sees) == (1, None, None, None)
+
+
+def causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    return (q @ k.mT * C).masked_fill(~padding[:, None, None], -torch.inf).softmax(-1) @ v
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return (q @ k.mT * C + table).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "may_be_causal"),
+    [(plain, False), (padded, False), (causal_call, True), (fused, True), (biased, True)],
+)
+def test_strict_causality(function: Callable[..., Tensor], may_be_causal: bool) -> None:
+    """A mask with a row per query counts as causal unless the graph says what is in it."""
+    inputs = example_inputs(function)
+    policy = {"causal": "strict", "min_seq_len": 0}
+    capture = run(function, inputs, policy=policy)
+    assert capture.codes == ({"looks-ahead"} if may_be_causal else set())
+    assert run(function, inputs, policy={**policy, "causal": "block"}).codes == set()
+    assert error(capture.output, eager(function, inputs)) < 1e-5
 
 
 def test_half_precision_with_a_finite_mask_is_kept() -> None:

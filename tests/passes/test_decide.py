@@ -10,16 +10,17 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from distr_compile.estimators import possible_group_sizes
+from distr_compile.estimators import ESTIMATORS, possible_group_sizes
 from distr_compile.lowering import dispatch
 from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
 from distr_compile.passes.decide import DTYPES, decide, flops
-from distr_compile.passes.site import AttentionSite
+from distr_compile.passes.site import AddStep, AttentionSite, FillStep, Level
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
-FORCED = LayerPlan(min_seq_len=0)
+FORCED = LayerPlan(estimator="lsh-mean", min_seq_len=0)
+PROJECTION = LayerPlan(min_seq_len=0, estimator="projection")
 
 
 def site(**fields: Any) -> AttentionSite:
@@ -27,11 +28,11 @@ def site(**fields: Any) -> AttentionSite:
     node = fx.Graph().placeholder("softmax")
     sizes = {"batch": 2, "num_heads": 4, "num_key_heads": 4, "num_queries": 128, "num_keys": 128}
     return AttentionSite(
-        kind="softmax",
         anchor=node,
         form="matmul softmax matmul",
         output=node,
         **{"dtype": torch.float32, "device": torch.device("cpu"), "head_dim": 64, "value_dim": 64}
+        | {"kind": "softmax"}
         | sizes
         | fields,
     )
@@ -76,9 +77,119 @@ def test_the_text_for_a_group_size_says_what_fits() -> None:
     )
 
 
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 40, 64, 96])
+@pytest.mark.parametrize("rank", [16, 20, 24, 32, 40, 48, 64, 96])
+def test_ranks_that_fit_the_width(head_dim: int, rank: int) -> None:
+    for plan, any_rank in ((FORCED, False), (PROJECTION, True)):
+        decision = decide(site(head_dim=head_dim), replace(plan, rank=rank))
+        fits = rank < head_dim and (any_rank or head_dim % rank == 0)
+        assert [reason.code for reason in decision.reasons] == ([] if fits else ["rank"])
+        assert decision.rank == rank
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4, 5, 8])
+def test_projection_rounds_the_rank_down(group_size: int) -> None:
+    plan = replace(PROJECTION, group_size=group_size)
+    assert codes(site(), plan) == ([] if group_size <= 4 else ["rank"])
+    assert decide(site(), plan).rank == 64 // group_size
+
+
+@pytest.mark.parametrize(
+    ("plan", "width", "text"),
+    [
+        (
+            replace(FORCED, rank=40),
+            64,
+            "rank: got 40 for head width 64; with lsh-mean it must be less than the width and "
+            "divide it: one of 32, 16; projection or calibrated takes any from 16 to 63",
+        ),
+        (
+            replace(FORCED, rank=64),
+            64,
+            "rank: got 64 for head width 64, which is exact attention; with lsh-mean it must be "
+            "less than the width and divide it: one of 32, 16; projection or calibrated takes any "
+            "from 16 to 63",
+        ),
+        (
+            replace(FORCED, rank=20),
+            24,
+            "rank: got 20 for head width 24; with lsh-mean it must be less than the width and "
+            "divide it: none does; projection or calibrated takes any from 16 to 23",
+        ),
+        (
+            replace(PROJECTION, rank=99),
+            64,
+            "rank: got 99 for head width 64, which is exact attention; must be less than the "
+            "width: 16 to 63",
+        ),
+        (
+            replace(PROJECTION, rank=16),
+            16,
+            "rank: got 16 for head width 16, which is exact attention; no rank is less than this "
+            "width and at least 16",
+        ),
+        (
+            replace(PROJECTION, group_size=5),
+            64,
+            "group_size: got 5 for head width 64; must leave at least 16 columns: at most 4",
+        ),
+    ],
+)
+def test_the_text_for_a_rank_says_what_fits(plan: LayerPlan, width: int, text: str) -> None:
+    assert decide(site(head_dim=width), plan).reasons == (Reason("rank", text),)
+
+
+STRICT = replace(FORCED, causal="strict")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_strict_causality_leaves_what_looks_ahead_exact(estimator: str) -> None:
+    plan = replace(STRICT, estimator=estimator)
+    assert codes(site(), plan) == []
+    assert codes(site(is_causal=True), replace(plan, causal="block")) == []
+    decision = decide(site(is_causal=True, mask_kind="causal"), plan)
+    sees = ESTIMATORS[estimator].sees
+    text = f"causal is strict, and {estimator} sees {sees}"
+    expected = () if ESTIMATORS[estimator].strict else (Reason("looks-ahead", text),)
+    assert decision.reasons == expected
+
+
+def mask(*shape: int) -> fx.Node:
+    node = fx.Graph().placeholder("mask")
+    node.meta["example_value"] = torch.zeros(shape)
+    return node
+
+
+@pytest.mark.parametrize(
+    ("shape", "may_be_causal"),
+    [((2, 1, 128, 128), True), ((128, 128), True), ((2, 1, 1, 128), False), ((128,), False)],
+)
+def test_strict_causality_with_a_mask_of_unknown_content(
+    shape: tuple[int, ...], may_be_causal: bool
+) -> None:
+    """A mask with a row per query may be a causal one that came in as an input."""
+    node, level = mask(*shape), Level((2, 4, 128, 128))
+    given = site(kind="sdpa", mask=node, mask_kind="float")
+    added = site(steps=(AddStep(node, 1, level, node),), mask_kind="float")
+    filled = site(steps=(FillStep(node, -1e9, False, level, node),), mask_kind="bool")
+    for found in (given, added, filled):
+        assert codes(found, FORCED) == []
+        assert codes(found, STRICT) == (["looks-ahead"] if may_be_causal else [])
+    if may_be_causal:
+        (reason,) = decide(given, STRICT).reasons
+        assert reason.text.endswith('may be causal; causal = "block" if it is not')
+
+
+def test_strict_causality_with_masks_inside_a_fused_call() -> None:
+    for kind in ("mha", "encoder"):
+        assert codes(site(kind=kind, mask_kind="bool"), STRICT) == ["looks-ahead"]
+        assert codes(site(kind=kind), STRICT) == []
+
+
 def test_a_symbolic_width() -> None:
     (reason,) = decide(site(head_dim=symbol(64)), FORCED).reasons
     assert reason == Reason("rank", "the head width is not known while compiling")
+    assert codes(site(head_dim=symbol(64)), replace(PROJECTION, rank=16)) == ["rank"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +232,11 @@ def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
         assert codes(unknown, LayerPlan()) == ["not-faster"]
     (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons
     assert "not known to be faster on sm_90 in bfloat16 at width 64, G = 4" in reason.text
-    assert codes(gpu, LayerPlan(group_size=3)) == ["rank", "not-faster"]
+    odd = LayerPlan(group_size=3, estimator="lsh-mean")
+    assert codes(gpu, odd) == ["rank", "not-faster"]
+    assert codes(gpu, LayerPlan(rank=32)) == []
+    (reason,) = decide(gpu, LayerPlan(rank=16)).reasons
+    assert "not known to be faster on sm_90 in bfloat16 at width 64, r = 16" in reason.text
 
 
 @pytest.mark.parametrize("symbolic", ["num_queries", "num_keys"])
@@ -148,10 +263,11 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_every_reason_is_collected() -> None:
     shared = Reason("shared-graph", "graph shared by layers a, b")
     hard = site(num_queries=4, num_keys=8, requires_grad=True, dtype=torch.complex64)
-    plan = LayerPlan(group_size=3, min_seq_len=64)
+    plan = LayerPlan(estimator="lsh-mean", group_size=3, min_seq_len=64, causal="strict")
+    hard = replace(hard, is_causal=True)
     decision = decide(hard, plan, (shared,), grad_mode=True)
     assert [reason.code for reason in decision.reasons] == [
-        *("rank", "shared-graph", "decode", "min-seq-len", "gradients", "dtype"),
+        *("rank", "looks-ahead", "shared-graph", "decode", "min-seq-len", "gradients", "dtype"),
     ]
     assert not decision.is_distr
     assert decision.min_seq_len == 0

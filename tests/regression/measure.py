@@ -31,7 +31,13 @@ BASELINE = Path(__file__).with_name("baseline.json")
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 TOKENS, TEXTS, IMAGES = 256, 4, 2
 BLOCKS: tuple[int | str, ...] = ("auto", 64)
-ESTIMATORS = ("lsh-sample", "lsh-mean")
+ESTIMATORS = {
+    "lsh-sample": {"estimator": "lsh-sample"},
+    "lsh-mean": {"estimator": "lsh-mean"},
+    "projection": {"estimator": "projection"},
+    "projection-2": {"estimator": "projection", "rounds": 2},
+}
+"""Fields of the policy, by their name in the baseline."""
 
 Model = Callable[[], tuple[nn.Module, Tensor, Callable[[object], Tensor]]]
 """Makes a model, its input, and what picks the compared tensor (rows, width) out of its output."""
@@ -96,10 +102,10 @@ def measure(name: str) -> Iterator[tuple[str, dict[str, float]]]:
         }
 
     yield f"{name} exact", run({"group_size": 1})
-    for estimator in ESTIMATORS:
+    for estimator, fields in ESTIMATORS.items():
         for block in BLOCKS:
-            fields = {"estimator": estimator, "grouping_block": block, "min_seq_len": 0}
-            yield f"{name} {estimator} {block}", run({"group_size": 2, **fields})
+            same = {"group_size": 2, "grouping_block": block, "min_seq_len": 0}
+            yield f"{name} {estimator} {block}", run({**same, **fields})
 
 
 def main() -> None:

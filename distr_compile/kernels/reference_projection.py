@@ -1,0 +1,180 @@
+"""The estimator ``projection`` of ``reference.py``: bases A and B from two small Gram matrices.
+
+Per key head and grouping block it replaces S = Q K^T by (Q A)(K B)^T, where Q A spans (nearly) the
+leading r left singular vectors of S and B is the least-squares choice for that span. Nothing of the
+size of S is made: Cq = Q^T Q and Ck = K^T K, both of d x d, say all there is to know.
+
+Everything here is at least fp32. The bases of two correct implementations differ by signs, and in
+directions that are lost in rounding by anything: compare A B^T, or scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE = 2.0**-18
+"""Added to the diagonal of Cq, relative to its Frobenius norm: well above the rounding of fp32.
+
+As if Q had d more rows, a multiple of each unit vector. Least squares over the longer Q never
+divides by a rounding error, and is still exact where the rows of K lie in the span.
+"""
+
+
+def counted_rows(
+    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which query and key rows enter the Gram matrices; the others are hidden by the mask.
+
+    Left out are keys hidden from every query, queries from which every key is hidden, and, where
+    ``num_queries == num_keys`` (self-attention with padding), query i where key i is left out. A
+    float entry hides when it is at most half the lowest finite number of its dtype, and NaN hides
+    its query and its key. Causality is not looked at: the keys are cut where it ends a block.
+    Nothing of the size of the mask is made.
+
+    Args:
+        mask: bool (True = attend) or floating, broadcastable to ``(B, H, N, M)``; or none.
+        num_queries: N.
+        num_keys: M.
+        key_heads: H_k.
+        rep: query heads per key head.
+
+    Returns:
+        Two bool tensors, ``(B or 1, H_k or 1, rep, N)`` for the queries of each head and
+        ``(B or 1, H_k or 1, M)`` for the keys, views where the mask is broadcast; None for both
+        without a mask or any entry of one.
+    """
+    if mask is None or not mask.numel():
+        return None, None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
+    if mask.dtype == torch.bool:
+        queries, keys = mask.any(-1), mask.any(-2).any(2)
+    else:
+        hidden = torch.finfo(mask.dtype).min / 2
+        queries, keys = mask.amax(-1) > hidden, mask.amax(-2).amax(2) > hidden
+    if num_queries == num_keys:
+        queries = queries & keys[:, :, None]
+    return queries.expand(-1, -1, rep, num_queries), keys.expand(-1, -1, num_keys)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two 2^e with |x| / 2^e in [1, 2), elementwise; 1 where x is 0."""
+    exponent = torch.where(x == 0, 0, torch.frexp(x).exponent - 1)
+    return torch.ldexp(torch.ones_like(x), exponent)
+
+
+def gram(rows: Tensor, counts: Tensor | None, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """X^T X of the counted rows, scaled to a Frobenius norm in [1, 4), plus a ridge.
+
+    A matrix of 0 gives the identity: nothing is known, so all directions are alike.
+
+    Args:
+        rows: X, ``(..., n, d)``. Entries that are not finite count as 0: they spoil their own row
+            of the scores, not the basis of all.
+        counts: ``(..., n)`` bool, broadcast; None counts all.
+        ridge: added to the diagonal of what is scaled; ``RIDGE`` for Q. 0 for K: there it would
+            move the span, also where K has rank r.
+
+    Returns:
+        C ``(..., d, d)`` in at least fp32, and integers e ``(..., 1, 1)`` with X^T X = 4^e C but
+        for the ridge. The scaling is exact, and nothing overflows on the way.
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    kept = rows.isfinite() if counts is None else rows.isfinite() & counts[..., None]
+    rows = rows.where(kept, 0)
+    largest = power_of_two(rows.abs().amax((-2, -1), keepdim=True))
+    rows = rows / largest
+    return normalised(rows.mT @ rows, largest, ridge=ridge)
+
+
+def normalised(C: Tensor, unit: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """The end of ``gram``, from the sum C of (x / unit)^T (x / unit) over rows x.
+
+    Args:
+        C: ``(..., d, d)`` fp32 or fp64.
+        unit: ``(..., 1, 1)``, a power of two.
+        ridge: as in ``gram``.
+
+    Returns:
+        As ``gram``.
+    """
+    norm = C.square().sum((-2, -1), keepdim=True).sqrt()
+    exponent = (torch.frexp(norm).exponent - 1) // 2
+    C = C * torch.ldexp(torch.ones_like(norm), -2 * exponent)
+    identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    C = torch.where(norm > 0, C + ridge * identity, identity)
+    return C, exponent + torch.frexp(unit).exponent - 1
+
+
+def projection_bases(
+    Cq: Tensor, Ck: Tensor, start: Tensor, *, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """A, B from the Gram matrices: Q K^T is about (Q A)(K B)^T.
+
+    Subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) on S S^T, S = Q K^T, without
+    S: for Y = Q X, S S^T Y = Q (Ck Cq X). Of all factors with the columns of Q X as their span,
+    those with orthonormal Q A are taken: then K B = S^T (Q A) is the least-squares choice and no
+    larger than S, so that rounding Qhat and Khat costs what rounding S would. ``r == d`` gives
+    A B^T = I.
+
+    Args:
+        Cq: ``(..., d, d)`` of the queries, from ``gram``; fp32 or fp64.
+        Ck: of the keys, likewise.
+        start: ``(d, r)``, what the iteration starts from.
+        rounds: applications of S S^T; 1 or 2.
+
+    Returns:
+        A and B, ``(..., d, r)``: A^T Cq A = I and B = Cq A.
+    """
+    X = start.to(Cq.device, Cq.dtype) / 64
+    for _ in range(rounds):
+        # Any orthonormal basis of the span will do. Directions that are lost in rounding come out
+        # as any others: a larger span is never worse.
+        X = torch.linalg.qr(Ck @ (Cq @ X)).Q
+    # With orthonormal X no eigenvalue of X^T Cq X is below the ridge: Cholesky cannot fail.
+    L = torch.linalg.cholesky(X.mT @ (Cq @ X))
+    A = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
+    B = Cq @ A
+    # One Newton-Schulz step for A^T B = I: the condition of Cq left an error of up to 2^-6 in fp32.
+    polish = 1.5 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - 0.5 * (A.mT @ B)
+    return A @ polish, B @ polish
+
+
+def balance(
+    Cq: Tensor,
+    Ck: Tensor,
+    Q_exponent: Tensor,
+    K_exponent: Tensor,
+    *,
+    num_queries: int,
+    num_keys: int,
+    rank: int,
+) -> Tensor:
+    """The power of two 2^e for which Q A 2^e and K B 2^-e have about the same mean square.
+
+    The columns of Q A have the length 2^(Q's exponent); K B = S^T (Q A) has at most the Frobenius
+    norm of S, whose square is the sum of Cq * Ck. Being a power of two the factor costs no
+    accuracy, and the bound need not be sharp.
+
+    Args:
+        Cq: of ``gram``, ``(..., d, d)``; Ck likewise.
+        Ck: see ``Cq``.
+        Q_exponent: of ``gram``, ``(..., 1, 1)``.
+        K_exponent: likewise.
+        num_queries: rows of Q in the block, those of the ``rep`` heads counted each.
+        num_keys: rows of K, at least 1.
+        rank: r.
+
+    Returns:
+        ``(..., 1, 1)``, from 2^-120 to 2^120.
+    """
+    energy = (Cq * Ck).sum((-2, -1), keepdim=True) * (num_queries / (num_keys * rank))
+    exponent = (torch.frexp(energy).exponent // 2 + K_exponent - Q_exponent) // 2
+    return torch.ldexp(torch.ones_like(energy), exponent.clamp(-120, 120))
+
+
+def saturate(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to ``dtype``; what is finite stays finite (fp16: scores of 4e9 and more lose size)."""
+    largest = torch.finfo(dtype).max
+    return t.clamp(-largest, largest).to(dtype)
