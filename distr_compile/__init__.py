@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from distr_compile.explaining import explain
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
+    from distr_compile.tuning.calibrate import Calibration, calibrate
 
 __all__ = [
+    "Calibration",
     "DistrWarning",
     "LayerPlan",
     "Policy",
@@ -24,6 +26,7 @@ __all__ = [
     "Report",
     "Rule",
     "SiteRow",
+    "calibrate",
     "explain",
     "report",
 ]
@@ -32,6 +35,7 @@ _HOMES = {
     **dict.fromkeys(("LayerPlan", "Policy", "PolicyError", "Rule"), "policy"),
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
     "explain": "explaining",
+    **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),
 }
 
 

@@ -8,7 +8,8 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .policy import Policy, PolicyError
 
@@ -77,6 +78,29 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dynamic", action="store_true", help="symbolic sizes")
     explain.add_argument("--no-fold", action="store_true", help="one line per attention")
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[common],
+        help='run a model over data and write the bases for estimator = "calibrated"',
+    )
+    calibrate.set_defaults(run=_calibrate)
+    calibrate.add_argument(
+        "target",
+        metavar="TARGET",
+        help=TARGET_HELP + "; only of a factory are the weights those of the model that you use",
+    )
+    calibrate.add_argument("--out", metavar="FILE", required=True, help="bases.safetensors")
+    calibrate.add_argument("--policy", metavar="FILE", help="layers to calibrate (default: all)")
+    calibrate.add_argument(
+        "--write", action="store_true", help="also write the table [bases] into that policy"
+    )
+    calibrate.add_argument("--shape", type=_shape, help="main input, batch first: 8,256")
+    calibrate.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the model"
+    )
+    calibrate.add_argument("--batches", type=_count, default=8, metavar="N", help="default: 8")
+    calibrate.add_argument("--text", metavar="FILE", help="text to feed, of hf: targets that read")
+
     policy = commands.add_parser("policy", help="check a policy file, print its JSON schema")
     actions = policy.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", parents=[common], help="check a policy file")
@@ -94,6 +118,12 @@ def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: positive sizes such as 2,128")
     return tuple(map(int, re.split("[,x]", text)))
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of batches >= 1")
+    return int(text)
 
 
 def _build(
@@ -140,8 +170,44 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    if options.write and not options.policy:
+        raise _CommandError("--write: got no --policy to write into; add --policy FILE", USAGE)
+    policy = Policy.load(options.policy) if options.policy else None
+    target = _build(options.target, options.shape, options.dtype)
+    problem = target.input_problem()
+    if problem:
+        raise _CommandError(problem)
+
+    from .targets import TargetError
+    from .tuning import inputs
+    from .tuning.calibrate import calibrate
+
+    batches: list[Any]
+    try:
+        if options.text:
+            batches = inputs.text_batches(target, Path(options.text), options.batches)
+        else:
+            batches = inputs.shuffled_batches(target, options.batches)
+    except TargetError as error:
+        raise _CommandError(str(error)) from error
+    result = calibrate(target.model, batches, policy, path=options.out)
+    for name, layer in result.bases.layers.items():
+        heads, width = layer.singular_values.shape
+        print(f"{name or '(root)'}: {layer.rows} rows, {heads} key heads of width {width}")
+    for name, reason in result.refused.items():
+        print(f"{name or '(root)'}: no bases: {reason}")
+    folder = Path(options.policy).parent if options.policy else Path()
+    print(f"\n{result.policy_lines(folder)}", end="")
+    if policy is not None and options.write:
+        policy.with_bases(result.path, result.sha256).save(options.policy)
+    return OK
+
+
 def _policy_check(options: argparse.Namespace) -> int:
     policy = Policy.load(options.policy)
+    if policy.bases is not None:
+        policy.read_bases()
     model = _build(options.model).model if options.model else None
     names = [name for name, _ in model.named_modules()] if model is not None else []
     if model is not None:

@@ -153,7 +153,7 @@ def test_policy_check_says_what_the_file_says(models, capsys):
     assert main(["policy", "check", "p.toml"]) == OK
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "OK p.toml"
-    assert "default: group_size = 2, estimator = lsh-mean" in out
+    assert "default: group_size = 2, estimator = projection" in out
     assert "rule 1: blocks.*.attn: group_size = 1" in out
     assert err == ""
 

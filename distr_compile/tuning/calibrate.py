@@ -1,0 +1,356 @@
+"""Bases for the estimator ``calibrated``: run a model over data once and keep what Q and K span.
+
+The pass rewrites the model as always, but every call of the op becomes an observer, which adds up
+the Gram matrices of Q and K and returns exact attention: what later layers see is exact, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch import Tensor, fx, nn
+
+from distr_compile import identity
+from distr_compile.backend import Chooser
+from distr_compile.bases import Bases, BasesOfModel, LayerBases, fingerprint
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK
+from distr_compile.explaining import untraced
+from distr_compile.kernels.reference_projection import RIDGE, counted_rows
+from distr_compile.passes.apply import Outcome, apply, find_all
+from distr_compile.policy import Policy, Rule
+
+_OP = torch.ops.distr.attention.default
+
+_OBSERVING = Policy({"estimator": "projection", "rank": MIN_RANK, "min_seq_len": 0})
+"""Makes the pass rewrite whatever can be approximated at all."""
+
+_SMALLEST_SCALE = 2.0**-12
+"""Relative to the largest singular value; what the data hardly has must not blow up K B."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ``calibrate`` made.
+
+    Attributes:
+        path: of the file of bases.
+        sha256: of its bytes, in hex, as a policy needs it.
+        bases: the file's content.
+        refused: the attentions that have no bases -> why not.
+    """
+
+    path: Path
+    sha256: str
+    bases: Bases
+    refused: Mapping[str, str]
+
+    def policy_lines(self, policy_folder: str | os.PathLike[str] = os.curdir) -> str:
+        """The table ``[bases]`` for a policy file in ``policy_folder``."""
+        file = Path(os.path.relpath(self.path, policy_folder or os.curdir)).as_posix()
+        return tomlkit.dumps({"bases": {"file": file, "sha256": self.sha256}})
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
+    *,
+    path: str | os.PathLike[str],
+    layers: str | Sequence[str] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Run ``model`` over ``batches`` and write the bases of its attentions to ``path``.
+
+    The model runs exactly, once, under ``torch.no_grad()``. Rows that a mask hides do not count
+    (``kernels.reference_projection.counted_rows``), and neither do calls with fewer than 16 query
+    rows, which are always exact. The Gram matrices are summed in fp64 where the device has it.
+
+    Args:
+        model: the module that will be compiled: that very object's names and weights are in the
+            file. Usually in eval mode.
+        batches: arguments of one call each: a dict of keywords, a tuple of positional arguments,
+            or one argument. A batch encoding of a tokenizer is a mapping and will do.
+        policy: bases are made for the layers to which it gives the estimator "calibrated"; its
+            ``[bases]`` are not looked at. None: for all layers.
+        path: the safetensors file to write, whole or not at all.
+        layers: further limits the layers to those that one of these patterns names, globs or
+            regular expressions as in a rule of a policy.
+        progress: show a bar on the terminal's stderr.
+
+    Returns:
+        The bases, and the attentions without any.
+
+    Raises:
+        ValueError: no batch, or no attention for which bases could be made.
+        PolicyError: the policy or a pattern is wrong.
+    """
+    wanted = _wanted(policy, layers)
+    observer = _Observer(wanted)
+    count = 0
+    with untraced() as options, _bar(progress) as bar:
+        compiled = torch.compile(model, backend=observer, **options)
+        total = len(batches) if isinstance(batches, Sequence) else None
+        task = bar.add_task("calibrating", total=total)
+        for count, batch in enumerate(batches, 1):
+            args, kwargs = _arguments(batch)
+            compiled(*args, **kwargs)
+            bar.update(task, completed=count)
+    if not count:
+        raise ValueError("batches: got none; give at least one: bases are made from data")
+    made = {
+        name: statistics.bases()
+        for name, statistics in observer.statistics.items()
+        if name not in observer.mixed and statistics.rows
+    }
+    unseen = dict.fromkeys(observer.statistics, "no row of the data was counted")
+    refused = {**unseen, **observer.exact, **observer.mixed}
+    refused = {name: why for name, why in refused.items() if name not in made}
+    if not made:
+        why = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"calibrate: got no attention to make bases for ({why or 'none was found'}); accepted: "
+            "a model with attention that can be approximated, and a policy that gives some layer "
+            'estimator = "calibrated" (or none)'
+        )
+    bases = Bases(made, fingerprint(model), torch.__version__)
+    data = bases.to_bytes()
+    _write(Path(path), data)
+    return Calibration(Path(path), hashlib.sha256(data).hexdigest(), bases, refused)
+
+
+def _wanted(policy: Any, layers: str | Sequence[str] | None) -> Callable[[str], bool]:
+    checked = None if policy is None else Policy.from_any(policy)
+    patterns = [layers] if isinstance(layers, str) else list(layers or ("*",))
+    # As a policy, so that a bad pattern is told as everywhere.
+    rules: tuple[Rule, ...] = Policy(rule=[{"layers": p, "rounds": 1} for p in patterns]).rule
+
+    def wanted(layer: str) -> bool:
+        if not any(rule.matches(layer) for rule in rules):
+            return False
+        if checked is None:
+            return True
+        plan = checked.resolve(layer)
+        return ESTIMATORS[plan.estimator].needs == "bases" and not plan.is_exact
+
+    return wanted
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple):
+        return batch, {}
+    return (batch,), {}
+
+
+def _bar(show: bool) -> Progress:
+    return Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not show,
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(eq=False)
+class _Observer:
+    """A Dynamo backend: the pass, then observers in the place of its op, then plain execution.
+
+    Attributes:
+        wanted: whether a layer is to have bases.
+        statistics: by the name of the attention.
+        exact: the attentions that were left exact in some graph -> why.
+        mixed: those whose rows cannot be told from another's -> why.
+    """
+
+    wanted: Callable[[str], bool]
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    exact: dict[str, str] = field(default_factory=dict)
+    mixed: dict[str, str] = field(default_factory=dict)
+    _codes: dict[str, object] = field(default_factory=dict)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        root = identity.find_root()
+        placed = find_all(gm)
+        frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
+        chooser = Chooser(_OBSERVING, root, frame)
+        bases = BasesOfModel(_OBSERVING, None)  # never asked: no plan needs any
+        outcome = apply(placed, chooser, bases, change=True)
+        shared = _shared_sites(outcome)
+        observed: dict[int, str] = {}
+        for row in outcome.rows:
+            name = outcome.names.get(row.site, row.layer)
+            if not self.wanted(row.layer):
+                continue
+            if row.decision == "exact":
+                self.exact[name] = "; ".join(reason.text for reason in row.reasons)
+            elif row.site in shared:
+                self.mixed[name] = "one body is called for several layers"
+            elif self._codes.setdefault(name, frame.code_key) != frame.code_key:
+                self.mixed[name] = "a graph break cuts the layer in two: its attentions mix"
+            else:
+                observed[row.site] = name
+        for module in gm.modules():
+            if isinstance(module, fx.GraphModule):
+                self._observe(module, observed)
+        return gm.forward
+
+    def _observe(self, module: fx.GraphModule, names: Mapping[int, str]) -> None:
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target is _OP:
+                name = names.get(node.kwargs["site"])
+                into = None if name is None else self.statistics.setdefault(name, Statistics())
+                node.target = _observing(into)
+        module.recompile()
+
+
+def _shared_sites(outcome: Outcome) -> set[int]:
+    """Numbers of the rows of bodies that are called for several layers: a row for each of them."""
+    shared: set[int] = set()
+    first = -1
+    for row in outcome.rows:
+        if row.site in outcome.names:
+            first = row.site
+        elif row.decision == "distr":
+            shared |= {first, row.site}
+    return shared
+
+
+def _observing(statistics: Statistics | None) -> Callable[..., Tensor]:
+    def observe(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any, **options: Any
+    ) -> Tensor:
+        if statistics is not None and q.shape[2] >= MIN_QUERIES:
+            statistics.add(q, k, mask)
+        out: Tensor = _OP(q, k, v, mask, *rest, **{**options, "rank": q.shape[3]})
+        return out
+
+    return observe
+
+
+class Statistics:
+    """The Gram matrices of one attention, Cq = sum of q^T q and Ck, of the rows that count.
+
+    Attributes:
+        Cq: ``(H_k, d, d)``, fp64 where the device has it: of the query heads of each key head.
+        Ck: likewise.
+        query_rows: ``(H_k,)``, how many rows Cq is the sum over; those of all its query heads.
+        key_rows: likewise of Ck.
+        rows: query rows of one query head, the mean over the heads.
+    """
+
+    def __init__(self) -> None:
+        self.Cq: Tensor | None = None
+        self.Ck: Tensor | None = None
+        self.query_rows: Tensor | None = None
+        self.key_rows: Tensor | None = None
+        self._rep = 1
+
+    @property
+    def rows(self) -> int:
+        """See the class."""
+        if self.query_rows is None:
+            return 0
+        return round(self.query_rows.cpu().double().mean().item() / self._rep)
+
+    def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Add one call of the op.
+
+        Args:
+            q: ``(B, H, N, d)``; entries that are not finite count as 0.
+            k: ``(B or 1, H_k, M, d)``.
+            mask: as the op takes it.
+        """
+        key_heads, rep = k.shape[1], q.shape[1] // k.shape[1]
+        queries, keys = counted_rows(mask, q.shape[2], k.shape[2], key_heads, rep)
+        stacked = q.unflatten(1, (key_heads, rep))
+        Cq, query_rows = _gram(stacked, queries)
+        Ck, key_rows = _gram(k[:, :, None], None if keys is None else keys[:, :, None])
+        self._rep = rep
+        self.Cq = Cq if self.Cq is None else self.Cq + Cq
+        self.Ck = Ck if self.Ck is None else self.Ck + Ck
+        self.query_rows = query_rows + (0 if self.query_rows is None else self.query_rows)
+        self.key_rows = key_rows + (0 if self.key_rows is None else self.key_rows)
+
+    def bases(self) -> LayerBases:
+        """The bases of every rank, on the CPU."""
+        assert self.Cq is not None
+        assert self.Ck is not None
+        assert self.query_rows is not None
+        assert self.key_rows is not None
+        # Per row, so that Qhat and Khat come out equally large.
+        Cq, Ck = (
+            C.cpu().double() / n.cpu().double().clamp(min=1)[:, None, None]
+            for C, n in ((self.Cq, self.query_rows), (self.Ck, self.key_rows))
+        )
+        A, B, singular_values = nested_bases(Cq, Ck)
+        return LayerBases(A.float(), B.float(), singular_values.float(), self.rows)
+
+
+def _gram(rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """X^T X per key head, and its number of rows; of ``(b, H_k, rep, n, d)``."""
+    b, key_heads, rep, n, _ = rows.shape
+    exact = torch.float32 if rows.device.type == "mps" else torch.float64
+    kept = rows.isfinite()
+    if counted is None:
+        count = torch.full((key_heads,), b * rep * n, device=rows.device)
+    else:
+        # A mask may have the batch size where K, shared by all entries, has not.
+        b = max(b, counted.shape[0])
+        kept = kept & counted[..., None]
+        count = counted.expand(b, key_heads, rep, n).sum((0, 2, 3))
+    X = rows.to(exact).where(kept, 0).expand(b, -1, -1, -1, -1).transpose(0, 1).flatten(1, 3)
+    return X.mT @ X, count
+
+
+def nested_bases(Cq: Tensor, Ck: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A and B of every rank: the first r columns give the least-squares Q A B^T K^T of rank r.
+
+    For Cq = Rq^T Rq and Ck = Rk^T Rk, the norm of Q X K^T is that of Rq X Rk^T, whose truncated SVD
+    U s V^T is the best of rank r. Qhat = Q Rq^-1 U has orthonormal columns and Khat = K Rq^T U is
+    the least-squares match, which never divides by the small directions of K; both then are scaled
+    by roots of s, so that rounding treats them alike. A ridge as in ``reference_projection.gram``
+    keeps Rq away from singular.
+
+    Args:
+        Cq: ``(..., d, d)`` fp64, symmetric, not negative.
+        Ck: likewise.
+
+    Returns:
+        A and B, ``(..., d, d)`` with A B^T = I, and s ``(..., d)``, falling. The largest entry of
+        each column of A is positive.
+    """
+    identity_matrix = torch.eye(Cq.shape[-1], dtype=Cq.dtype, device=Cq.device)
+    norm = torch.linalg.matrix_norm(Cq)[..., None, None]
+    Cq = torch.where(norm > 0, Cq + RIDGE * norm * identity_matrix, identity_matrix)
+    values, W = torch.linalg.eigh(Cq)
+    root = values.clamp(min=RIDGE / 2 * norm[..., 0]).sqrt()[..., None, :]
+    Rq, inverse = (W * root) @ W.mT, (W / root) @ W.mT
+    values, W = torch.linalg.eigh(Ck)
+    U, s, _ = torch.linalg.svd(Rq @ (W * values.clamp(min=0).sqrt()[..., None, :]))
+    scale = s.clamp(min=_SMALLEST_SCALE * s[..., :1]).sqrt()
+    scale = torch.where(scale > 0, scale, 1)[..., None, :]
+    A = inverse @ U
+    largest = A.gather(-2, A.abs().argmax(-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
+    return A * (scale * sign), Rq @ U / scale * sign, s

@@ -1,0 +1,589 @@
+"""Calibration: the sums it makes, the bases that come of them, and where they may be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import HEADS, KEY_HEADS, WIDTH, Attention, noise, stack, stack_with_inputs
+from torch import Tensor, nn
+
+from distr_compile import explain
+from distr_compile.bases import Bases, fingerprint
+from distr_compile.cli import FOUND_ERROR, OK, USAGE, main
+from distr_compile.policy import Policy, PolicyError
+from distr_compile.tuning.calibrate import Calibration, Statistics, calibrate, nested_bases
+
+FIELDS = {"estimator": "calibrated", "rank": 16, "min_seq_len": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> tuple[nn.Module, Calibration, Policy]:
+    model = stack()
+    batches = [noise(1, 2, 64), noise(2, 3, 40)]
+    result = calibrate(model, batches, path=tmp_path / "b.safetensors", progress=False)
+    policy = Policy({**FIELDS, "causal": "strict"}).with_bases(result.path, result.sha256)
+    return model, result, policy
+
+
+def run(
+    model: nn.Module, policy: Policy, *args: Any, compiler: str = "eager", **more: Any
+) -> Tensor:
+    options = {"policy": policy, "compiler": compiler}
+    with torch.no_grad():
+        out: Tensor = torch.compile(model, backend="distr", options=options, **more)(*args)
+    return out
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+# --- the sums -----------------------------------------------------------------------------------
+
+
+def numpy_gram(rows: Tensor, counted: np.ndarray) -> np.ndarray:
+    """Of (tokens..., heads of one key head, d)."""
+    X = rows.detach().double().numpy()[counted].reshape(-1, rows.shape[-1])
+    return X.T @ X
+
+
+def test_statistics_are_the_gram_matrices_of_the_rows_that_count() -> None:
+    q, k = torch.randn(2, HEADS, 20, WIDTH), torch.randn(2, KEY_HEADS, 20, WIDTH)
+    q[0, 0, 3, 5] = torch.inf
+    keep = torch.ones(2, 20, dtype=torch.bool)
+    keep[1, 12:] = False
+    statistics = Statistics()
+    statistics.add(q, k, keep[:, None, None, :])
+    statistics.add(q[:1], k[:1], None)
+    assert statistics.rows == 20 + 12 + 20
+    assert statistics.Cq is not None
+    assert statistics.Ck is not None
+    assert statistics.Cq.dtype == torch.float64
+    q = q.nan_to_num(posinf=0)
+    for head in range(KEY_HEADS):
+        Cq, Ck = np.zeros((WIDTH, WIDTH)), np.zeros((WIDTH, WIDTH))
+        for entry, counted in ((0, keep[0]), (1, keep[1]), (0, keep[0])):
+            for query_head in (2 * head, 2 * head + 1):
+                Cq += numpy_gram(q[entry, query_head], counted.numpy())
+            Ck += numpy_gram(k[entry, head], counted.numpy())
+        np.testing.assert_allclose(statistics.Cq[head], Cq, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(statistics.Ck[head], Ck, rtol=1e-12, atol=1e-12)
+    assert statistics.query_rows is not None
+    assert statistics.query_rows.tolist() == [2 * 52, 2 * 52]
+
+
+def test_keys_shared_by_all_batch_entries_count_once_for_each_that_masks_them() -> None:
+    q, k = torch.randn(2, 1, 20, WIDTH), torch.randn(1, 1, 24, WIDTH)
+    keep = torch.ones(2, 1, 1, 24, dtype=torch.bool)
+    keep[1, ..., 10:] = False
+    statistics = Statistics()
+    statistics.add(q, k, keep)
+    K = k[0, 0].double()
+    assert statistics.Ck is not None
+    torch.testing.assert_close(statistics.Ck[0], K.T @ K + K[:10].T @ K[:10])
+    assert statistics.key_rows is not None
+    assert statistics.key_rows.tolist() == [34]
+
+
+def test_a_model_is_observed_with_exact_activations(tmp_path: Path) -> None:
+    """The second layer's sums are those of the exact first layer; padding is left out."""
+    model, x = stack(), noise(3, 2, 32)
+    keep = torch.ones(2, 32, dtype=torch.bool)
+    keep[0, 20:] = False
+    batch = {"x": x, "keep": keep}
+    result = calibrate(model, [batch, batch], path=tmp_path / "b", progress=False)
+    assert result.refused == {}
+    assert list(result.bases.layers) == ["layers.0", "layers.1"]
+    with torch.no_grad():
+        first, second = model.layers  # type: ignore[misc]
+        q, k, _ = second.operands(x + first(x, keep))  # type: ignore[operator]
+    layer = result.bases.layers["layers.1"]
+    assert layer.rows == 2 * (32 + 20)
+    rows = keep.numpy()
+    for head in range(KEY_HEADS):
+        Q = np.concatenate([q[:, 2 * head + i].double().numpy()[rows] for i in range(2)])
+        K = k[:, head].double().numpy()[rows]
+        values = np.linalg.svd(Q @ K.T, compute_uv=False)[:WIDTH] / np.sqrt(len(Q) * len(K))
+        # The ridge adds up to 2^-18 of the norm of Cq to the squares of Q's singular values.
+        np.testing.assert_allclose(layer.singular_values[head], values, rtol=1e-3, atol=1e-5)
+
+
+# --- the bases ----------------------------------------------------------------------------------
+
+
+def grams(Q: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    return Q.mT @ Q, K.mT @ K
+
+
+def correlated(seed: int, rows: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    mixing = mixing * torch.logspace(0, -2, width, dtype=torch.float64)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64) @ mixing
+
+
+def test_every_rank_is_the_best_possible() -> None:
+    """Against NumPy's truncated SVD of the whole matrix of scores: at most 0.1 % more error."""
+    Q, K = correlated(0, 200, 32), correlated(1, 300, 32)
+    A, B, s = nested_bases(*grams(Q, K))
+    S = (Q @ K.T).numpy()
+    values = np.linalg.svd(S, compute_uv=False)
+    np.testing.assert_allclose(s, values[:32], rtol=1e-4, atol=2e-5 * values[0])
+    for rank in range(1, 32):
+        error = np.linalg.norm(S - ((Q @ A[:, :rank]) @ (K @ B[:, :rank]).T).numpy())
+        best = np.sqrt((values[rank:] ** 2).sum())
+        # The ridge is not in S: it shows where S has hardly anything left.
+        assert best * (1 - 1e-9) <= error <= best * 1.001 + 1e-5 * values[0], rank
+
+
+def test_the_full_rank_is_exact() -> None:
+    A, B, _ = nested_bases(*grams(correlated(0, 200, 64), correlated(1, 300, 64)))
+    torch.testing.assert_close(A @ B.mT, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-10)
+    # As stored: A and B in fp32, and roots that differ by up to 2^9.
+    torch.testing.assert_close(A.float() @ B.float().mT, torch.eye(64), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("narrow", ["queries", "keys"])
+def test_exact_where_the_data_has_no_more_than_the_rank(narrow: str) -> None:
+    Q, K = correlated(0, 100, 32), correlated(1, 100, 32)
+    if narrow == "queries":
+        Q = Q[:, :16] @ torch.randn(16, 32, dtype=torch.float64)
+    else:
+        K = K[:, :16] @ torch.randn(16, 32, dtype=torch.float64)
+    A, B, _ = nested_bases(*grams(Q, K))
+    S = Q @ K.T
+    assert relative(Q @ A[:, :16] @ (K @ B[:, :16]).T, S) < 1e-4
+
+
+@pytest.mark.parametrize("zero", ["Q", "K", "both"])
+def test_nothing_but_zeros_gives_finite_bases(zero: str) -> None:
+    Q, K = correlated(0, 50, 16), correlated(1, 50, 16)
+    Q, K = Q * (zero == "K"), K * (zero == "Q")
+    A, B, s = nested_bases(*grams(Q, K))
+    for t in (A, B, s):
+        assert t.isfinite().all()
+    torch.testing.assert_close(A @ B.mT, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_factors_come_out_equally_large(calibrated: Any) -> None:
+    model, result, _ = calibrated
+    with torch.no_grad():
+        q, k, _ = model.layers[0].operands(noise(1, 2, 64))
+    layer = result.bases.layers["layers.0"]
+    Qhat = q.unflatten(1, (KEY_HEADS, -1)) @ layer.basis_q[:, None, :, :16]
+    Khat = k @ layer.basis_k[..., :16]
+    ratio = Qhat.square().mean((0, 2, 3, 4)) / Khat.square().mean((0, 2, 3))
+    assert ((ratio > 0.5) & (ratio < 2)).all(), ratio
+
+
+# --- compiled models ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_every_compiler_takes_the_bases(calibrated: Any, compiler: str) -> None:
+    model, _, policy = calibrated
+    x = noise(1, 2, 64)
+    exact = model(x).detach()
+    got = run(model, policy, x, compiler=compiler)
+    assert 1e-4 < relative(got, exact) < 0.1
+    dynamic = run(model, policy, x, compiler=compiler, dynamic=True)
+    torch.testing.assert_close(dynamic, got, rtol=1e-4, atol=1e-5)
+    full = policy.with_default(rank=WIDTH - 1)
+    assert relative(run(model, full, x, compiler=compiler), exact) < relative(got, exact) / 3
+
+
+@pytest.mark.parametrize("changed", [1, 15, 16, 31, 47])
+def test_no_later_token_moves_an_earlier_output(calibrated: Any, changed: int) -> None:
+    """Strictly causal, inside a block and at its edge: equal but for sums in another order."""
+    model, _, policy = calibrated
+    x = noise(4, 2, 48)
+    other = x.clone()
+    other[:, changed:] = noise(5, 2, 48)[:, changed:] * 30
+    policy = policy.with_default(grouping_block=16)
+    before, after = run(model, policy, x), run(model, policy, other)
+    torch.testing.assert_close(after[:, :changed], before[:, :changed], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(after[:, changed:], before[:, changed:])
+
+
+def test_the_report_says_that_nothing_else_is_seen(calibrated: Any) -> None:
+    model, _, policy = calibrated
+    for row in explain(model, noise(1, 2, 64), policy=policy).rows:
+        assert (row.decision, row.estimator, row.rank) == ("distr", "calibrated", 16)
+        assert row.sees == "nothing but the row itself"
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner.layers:  # type: ignore[union-attr]
+            torch._dynamo.graph_break()
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [Checkpointed, Broken])
+def test_bodies_and_several_graphs(make: Any, tmp_path: Path) -> None:
+    model, x = make().eval(), noise(1, 2, 64)
+    result = calibrate(model, [x], path=tmp_path / "b", progress=False)
+    assert list(result.bases.layers) == ["inner.layers.0", "inner.layers.1"]
+    policy = Policy(FIELDS).with_bases(result.path, result.sha256)
+    assert 1e-4 < relative(run(model, policy, x, compiler="aot_eager"), model(x).detach()) < 0.1
+
+
+@torch.compiler.nested_compile_region
+def region(layer: Attention, x: Tensor) -> Tensor:
+    return Attention.forward(layer, x)
+
+
+class Regional(Attention):
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        return region(self, x)  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """One module called twice, and two attentions in a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = stack().layers[0]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 2 * self.layer(x.flip(1) + 1)  # type: ignore[no-any-return]
+
+
+def test_calls_of_one_layer_have_bases_each(tmp_path: Path) -> None:
+    model, x = Twice().eval(), noise(1, 2, 64)
+    result = calibrate(model, [x], path=tmp_path / "b", progress=False)
+    assert list(result.bases.layers) == ["layer#1of2", "layer#2of2"]
+    policy = Policy(FIELDS).with_bases(result.path, result.sha256)
+    error = relative(run(model, policy, x), model(x).detach())
+    assert error < 0.12
+    names = list(result.bases.layers)
+    swapped = dict(zip(names[::-1], result.bases.layers.values(), strict=True))
+    data = dataclasses.replace(result.bases, layers=swapped).to_bytes()
+    result.path.write_bytes(data)
+    policy = policy.with_bases(result.path, hashlib.sha256(data).hexdigest())
+    torch.compiler.reset()
+    assert relative(run(model, policy, x), model(x).detach()) > 1.2 * error
+
+
+def test_a_body_shared_by_layers_is_refused(tmp_path: Path) -> None:
+    """Neither can it be calibrated nor take bases, of which it would need several."""
+    model = nn.Sequential(Regional(), Regional()).eval()
+    with pytest.raises(ValueError, match="one body is called for several layers"):
+        calibrate(model, [noise(1, 2, 64)], path=tmp_path / "b", progress=False)
+    assert not (tmp_path / "b").exists()
+    for row in explain(model, noise(1, 2, 64), policy=Policy(FIELDS)).rows:
+        assert row.decision == "exact"
+        assert "each of which has bases of its own" in row.reasons[0].text
+
+
+SECOND_PROCESS = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from models import noise, stack
+from distr_compile.tuning.calibrate import calibrate
+from distr_compile.policy import Policy
+model, x = stack(), noise(1, 2, 64)
+result = calibrate(model, [noise(int(sys.argv[1]), 2, 64)], path="b", progress=False)
+policy = Policy({fields!r}).with_bases(result.path, result.sha256)
+with torch.no_grad():
+    got = torch.compile(model, backend="distr", options={{"policy": policy}})(x)
+    eager = {{"policy": policy, "compiler": "eager"}}
+    torch.compiler.reset()
+    wanted = torch.compile(model, backend="distr", options=eager)(x)
+torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+hits = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+print("hits", hits, "moved", (wanted - model(x)).norm().item())
+"""
+
+
+def test_cached_code_takes_the_bases_of_the_present_file(tmp_path: Path) -> None:
+    """Inductor's caches are of the code; bases made from other data are inputs of it."""
+    script = SECOND_PROCESS.format(folder=str(Path(__file__).parent), fields=FIELDS)
+    outputs = []
+    for seed in ("1", "1", "7"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, seed],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split())
+    assert [out[1] for out in outputs] == ["0", "1", "1"]
+    assert outputs[0][3] == outputs[1][3] != outputs[2][3]
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def test_the_file_is_deterministic_and_read_back(calibrated: Any, tmp_path: Path) -> None:
+    model, result, _ = calibrated
+    batches = [noise(1, 2, 64), noise(2, 3, 40)]
+    again = calibrate(model, batches, path=tmp_path / "again", progress=False)
+    assert again.path.read_bytes() == result.path.read_bytes()
+    read = Bases.from_bytes(result.path.read_bytes())
+    assert read.fingerprint == fingerprint(model)
+    assert read.torch_version == torch.__version__
+    for name, layer in result.bases.layers.items():
+        assert read.layers[name].rows == layer.rows == 248
+        assert torch.equal(read.layers[name].basis_q, layer.basis_q)
+        assert torch.equal(read.layers[name].basis_k, layer.basis_k)
+        assert torch.equal(read.layers[name].singular_values, layer.singular_values)
+
+
+def error_of(model: nn.Module, policy: Policy) -> str:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        run(model, policy, noise(1, 2, 64))
+    assert isinstance(caught.value.inner_exception, PolicyError)
+    with pytest.raises(PolicyError) as explained:
+        explain(model, noise(1, 2, 64), policy=policy)
+    assert str(explained.value) == str(caught.value.inner_exception)
+    return str(explained.value)
+
+
+def test_bases_of_other_weights_are_refused(calibrated: Any) -> None:
+    model, _, policy = calibrated
+    with torch.no_grad():
+        model.layers[1].out.bias += 1e-3
+    assert "bases: file: got bases of a model with fingerprint" in error_of(model, policy)
+
+
+def test_bases_of_another_dtype_are_refused(calibrated: Any) -> None:
+    model = calibrated[0]
+    assert fingerprint(model) != fingerprint(model.bfloat16())
+
+
+def test_a_changed_file_is_refused(calibrated: Any) -> None:
+    model, result, policy = calibrated
+    result.path.write_bytes(result.path.read_bytes() + b" ")
+    message = error_of(model, policy)
+    assert f"accepted: the file of SHA-256 {result.sha256}" in message
+    assert "run distr calibrate" in message
+
+
+def test_a_missing_file_is_refused(calibrated: Any) -> None:
+    model, result, policy = calibrated
+    result.path.unlink()
+    assert "No such file" in error_of(model, policy)
+
+
+def test_a_file_of_another_kind_is_refused(calibrated: Any) -> None:
+    model, result, policy = calibrated
+    result.path.write_bytes(b"not a safetensors file")
+    sha256 = hashlib.sha256(b"not a safetensors file").hexdigest()
+    policy = policy.with_bases(result.path, sha256)
+    assert "got not a file of format 'distr-bases 1'" in error_of(model, policy)
+
+
+def test_a_policy_without_bases_is_refused(calibrated: Any) -> None:
+    message = error_of(calibrated[0], Policy(FIELDS))
+    assert 'bases: got estimator = "calibrated" and no table [bases]' in message
+
+
+def test_a_layer_without_bases_is_refused(calibrated: Any, tmp_path: Path) -> None:
+    model = calibrated[0]
+    some = calibrate(model, [noise(1, 2, 64)], path=tmp_path / "s", layers="*.0", progress=False)
+    policy = Policy(FIELDS).with_bases(some.path, some.sha256)
+    message = error_of(model, policy)
+    assert "got no bases for the attention 'layers.1'; it has: 'layers.0'" in message
+    # A rule that keeps the layer exact asks for none.
+    exact = policy.with_rule("layers.1", group_size=1)
+    assert relative(run(model, exact, noise(1, 2, 64)), model(noise(1, 2, 64)).detach()) < 0.1
+
+
+def test_bases_of_another_width_are_refused(calibrated: Any) -> None:
+    model, result, policy = calibrated
+    cut = {
+        name: dataclasses.replace(
+            layer,
+            basis_q=layer.basis_q[:1],
+            basis_k=layer.basis_k[:1],
+            singular_values=layer.singular_values[:1],
+        )
+        for name, layer in result.bases.layers.items()
+    }
+    data = dataclasses.replace(result.bases, layers=cut).to_bytes()
+    result.path.write_bytes(data)
+    policy = policy.with_bases(result.path, hashlib.sha256(data).hexdigest())
+    assert "got bases for 1 key heads of width 32 at 'layers.0'" in error_of(model, policy)
+
+
+# --- what is calibrated -------------------------------------------------------------------------
+
+
+def test_the_policy_says_which_layers(tmp_path: Path) -> None:
+    policy = {"rule": [{"layers": "*.1", "estimator": "calibrated"}]}
+    result = calibrate(stack(), [noise(1, 2, 64)], policy, path=tmp_path / "b", progress=False)
+    assert list(result.bases.layers) == ["layers.1"]
+
+
+def test_refused_attention_is_listed(tmp_path: Path) -> None:
+    result = calibrate(
+        stack(), [noise(1, 2, 8), noise(1, 2, 64)], path=tmp_path / "b", progress=False
+    )
+    assert result.refused == {}  # of the 8 rows nothing is known, of the 64 all
+    with pytest.raises(ValueError, match=r"layers\.0.: N_q is 8; fewer than 16"):
+        calibrate(stack(), [noise(1, 2, 8)], path=tmp_path / "b", progress=False)
+
+
+def test_without_data_or_layers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batches: got none"):
+        calibrate(stack(), [], path=tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match="no attention to make bases for"):
+        calibrate(stack(), [noise(1, 2, 64)], {}, path=tmp_path / "b", progress=False)
+
+
+def test_the_callers_compilation_is_left_alone(calibrated: Any) -> None:
+    """Calibrating leaves no compiled code behind, and the model as it was."""
+    model, _, _ = calibrated
+    counter = torch._dynamo.testing.CompileCounter()
+    torch.compile(model, backend=counter)(noise(1, 2, 64))
+    assert counter.frame_count == 1
+    assert not any("distr" in name for name, _ in model.named_buffers())
+
+
+def test_a_hugging_face_decoder(tmp_path: Path) -> None:
+    """Grouped heads, rotary positions, and a mask that hides the left padding."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaModel(config).eval()
+    ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: Any, _: Any, output: Tensor, name: str) -> None:
+        seen[name] = output
+
+    first = model.layers[0].self_attn
+    handles = [
+        getattr(first, name).register_forward_hook(lambda m, i, o, n=name: keep(m, i, o, n))
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        model(**batch, position_ids=positions)
+        cos, sin = model.rotary_emb(seen["q_proj"], positions)
+    for handle in handles:
+        handle.remove()
+    result = calibrate(
+        model, [{**batch, "position_ids": positions}], path=tmp_path / "b", progress=False
+    )
+    assert result.refused == {}
+    assert list(result.bases.layers) == [f"layers.{i}.self_attn" for i in range(2)]
+    layer = result.bases.layers["layers.0.self_attn"]
+    assert layer.rows == 48 + 28
+    q, k = (seen[n].unflatten(-1, (-1, 32)).transpose(1, 2) for n in ("q_proj", "k_proj"))
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    rows = mask.bool().numpy()
+    for head in range(2):
+        Q = np.concatenate([q[:, 2 * head + i].double().numpy()[rows] for i in range(2)])
+        K = k[:, head].double().numpy()[rows]
+        values = np.linalg.svd(Q @ K.T, compute_uv=False)[:32] / np.sqrt(len(Q) * len(K))
+        np.testing.assert_allclose(
+            layer.singular_values[head], values, rtol=1e-2, atol=1e-3 * values[0]
+        )
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_file_that_the_policy_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("policies").mkdir()
+    policy = Path("policies/p.toml")
+    policy.write_text('# mine\n[default]\nestimator = "calibrated"\nmin_seq_len = 0\n')
+    arguments = ["calibrate", "models:stack_with_inputs", "--out", "b.safetensors"]
+    assert main([*arguments, "--policy", str(policy), "--write", "--batches", "3"]) == OK
+    out = capsys.readouterr().out
+    assert "layers.0: 288 rows, 2 key heads of width 32" in out
+    assert 'file = "../b.safetensors"' in out
+    text = policy.read_text()
+    assert text.startswith("# mine\n[default]")
+    assert text.endswith(out[out.index("[bases]") :])
+    model, inputs = stack_with_inputs()
+    rows = explain(model, *inputs, policy=policy).rows
+    assert [row.decision for row in rows] == ["distr", "distr"]
+    assert main(["calibrate", "models:stack_with_inputs", "--out", "b", "--write"]) == USAGE
+    assert main([*arguments, "--text", "t.txt"]) == FOUND_ERROR
+    assert "accepted: hf: targets that take input_ids" in capsys.readouterr().err
+
+
+def test_the_command_reads_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    vocabulary = {word: i for i, word in enumerate("a b c d e [UNK]".split())}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="[UNK]")
+    fast.save_pretrained("model")
+    config = {
+        "model_type": "bert",
+        "vocab_size": 6,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    Path("model/config.json").write_text(json.dumps(config))
+    Path("t.txt").write_text("a b c d e " * 30)
+    arguments = ["calibrate", "hf:model", "--out", "b", "--shape", "2,40", "--text", "t.txt"]
+    assert main(arguments) == OK
+    assert "120 rows, 2 key heads of width 32" in capsys.readouterr().out
+    Path("t.txt").write_text("a b")
+    assert main(arguments) == FOUND_ERROR
+    assert "got 2 tokens; accepted: 40 or more" in capsys.readouterr().err
