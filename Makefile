@@ -12,7 +12,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types survey baseline bench gpu plots clean
+.PHONY: help demo test test-oldest lint types survey baseline bench bench-error gpu plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ baseline: $(VENV)/stamp ## measure anew the accuracies that tests/regression hol
 bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/pass_time.py
+
+bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
+	$(BIN)/python -m benchmarks.estimator_error
 
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)

@@ -27,6 +27,8 @@ ESTIMATED = {
     "lsh-mean G=2": ("lsh-mean", 2),
     "lsh-mean G=4": ("lsh-mean", 4),
     "lsh-sample G=2": ("lsh-sample", 2),
+    "projection G=2": ("projection", 2),
+    "projection G=4": ("projection", 4),
 }
 DEFAULT = "sdpa default"
 FLEX = "flex"
@@ -166,18 +168,31 @@ class Sample:
 def samples(cell: Cell, inputs: Inputs, rank: int, estimator: str) -> Iterator[Sample]:
     """Rows of the first block of the first head and of the last block of the last head, in fp64."""
     rep = cell.heads // cell.key_heads
-    block = auto_grouping_block(cell.tokens)
+    block = auto_grouping_block(cell.tokens, estimator)
     for b, h, start in ((0, 0, 0), (-1, cell.heads - 1, (cell.tokens - 1) // block * block)):
         key_h = h // rep
         rows = torch.linspace(start, min(start + block, cell.tokens) - 1, 4).long()
         K = inputs.k[b, None, key_h, None].double()
         heads = slice(key_h * rep, (key_h + 1) * rep)
-        Q = inputs.q[b, None, heads, start : start + block].double()
+        Q = inputs.q[b, None, heads].double()
+        mask = inputs.mask
+        if mask is not None:
+            shape = (cell.batch, cell.heads, -1, -1)
+            mask = mask.expand(shape)[b, None, heads]
         if rank < cell.head_dim:
-            (factors,) = reference.estimate(
-                Q, K, rank=rank, estimator=estimator, grouping_block=block
-            )
+            # All rows, since which of them count depends on all of the mask.
+            factors = reference.estimate(
+                Q,
+                K,
+                mask,
+                rank=rank,
+                estimator=estimator,
+                grouping_block=block,
+                is_causal=cell.is_causal,
+            )[start // block]
             Q, K = factors.Qhat, factors.Khat
+        else:
+            Q = Q[:, :, start : start + block]
         yield Sample(
             b,
             h,

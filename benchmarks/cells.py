@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels.reference import NUM_PROJECTIONS
+from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 HEADS = ((4, 32), (1, 10))  # (batch, heads): a model's, and the paper's
@@ -60,21 +59,24 @@ class Cell:
         """4 B H N M d, half of it if causal: what exact attention multiplies and adds."""
         return self._scores * 4 * self.head_dim
 
-    def flops(self, rank: int) -> float:
-        """What is really done at width ``rank``: both products, the hash and the group sums.
+    def flops(self, rank: int, estimator: str = "lsh-mean") -> float:
+        """What is really done at width ``rank``: both products, and what makes Qhat and Khat."""
+        products = self._scores * 2 * (rank + self.head_dim)
+        return products + self.prologue_flops(rank, estimator)
 
-        Group sums count as the matrix products with 0/1 matrices that they are in the kernels.
-        """
-        return self._scores * 2 * (rank + self.head_dim) + self.prologue_flops(rank)
-
-    def prologue_flops(self, rank: int) -> float:
-        """What grouping costs, once for each block of query rows."""
+    def prologue_flops(self, rank: int, estimator: str = "lsh-mean") -> float:
+        """What the estimator costs, as it says itself."""
         if rank == self.head_dim:
             return 0
-        blocks = -(-self.tokens // auto_grouping_block(self.tokens))
-        column = self.batch * self.tokens * self.head_dim
-        hashing = 2 * NUM_PROJECTIONS * self.heads * column
-        return hashing + 2 * rank * column * (self.heads + blocks * self.key_heads)
+        cost = ESTIMATORS[estimator].cost(
+            self.tokens,
+            self.tokens,
+            self.head_dim,
+            rank,
+            auto_grouping_block(self.tokens, estimator),
+            rep=self.heads // self.key_heads,
+        )
+        return self.batch * self.key_heads * cost.flops
 
     @property
     def bytes(self) -> float:

@@ -1,6 +1,6 @@
 """Time of approximate attention on this CPU beside ``F.scaled_dot_product_attention``.
 
-    python benchmarks/cpu_attention.py [--threads 2] [--dtypes float32 bfloat16] [--json PATH]
+    python benchmarks/cpu_attention.py [--threads 2] [--estimator projection] [--json PATH]
 
 Every round runs each variant once, in turn, so that a busy machine slows all of them; the ratio to
 SDPA is taken within a round. ``padded`` is the alternative that was not taken: Qhat and Khat, given
@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from distr_compile.estimators import DEFAULT_ESTIMATOR, ESTIMATORS
 from distr_compile.lowering import op  # noqa: F401  (registers the op)
 
 GROUP_SIZES = (2, 4)
 BLOCKS = (0, 1024, 256, 64)
 
 
-def variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+def variants(q: Tensor, k: Tensor, v: Tensor, estimator: str) -> dict[str, Callable[[], Tensor]]:
     head_dim = q.shape[-1]
     scale = head_dim**-0.5
     half = head_dim // 2
@@ -42,7 +43,7 @@ def variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]
             name = f"distr, G = {group_size}, block {block or 'auto'}"
             calls[name] = lambda rank=head_dim // group_size, block=block: (  # type: ignore[misc]
                 torch.ops.distr.attention(
-                    q, k, v, scale=scale, rank=rank, estimator="lsh-mean", grouping_block=block
+                    q, k, v, scale=scale, rank=rank, estimator=estimator, grouping_block=block
                 )
             )
     return calls
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--estimator", default=DEFAULT_ESTIMATOR, choices=list(ESTIMATORS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -90,7 +92,7 @@ def main() -> None:
         shape = (1, args.tokens, args.heads, args.head_dim)
         q, k, v = (torch.randn(shape, dtype=getattr(torch, name)).transpose(1, 2) for _ in range(3))
         with torch.inference_mode():
-            rows = measure(variants(q, k, v), args.rounds)
+            rows = measure(variants(q, k, v, args.estimator), args.rounds)
         print(f"\n{name}, {args.heads} heads x {args.tokens} tokens x {args.head_dim}")
         print(tabulate(rows, headers="keys", floatfmt=("", ".0f", ".0f", ".0f", ".2f")))
         results += [{"dtype": name, **row} for row in rows]
@@ -102,7 +104,10 @@ def main() -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        sizes = {name: getattr(args, name) for name in ("tokens", "heads", "head_dim", "rounds")}
+        sizes = {
+            name: getattr(args, name)
+            for name in ("tokens", "heads", "head_dim", "rounds", "estimator")
+        }
         document = {"machine": machine, "sizes": sizes, "results": results}
         args.json.write_text(json.dumps(document, indent=2) + "\n")
 

@@ -20,6 +20,7 @@ from benchmarks.session import Job, Measured, Session
 from distr_compile.estimators import auto_grouping_block
 from distr_compile.kernels.attention_fwd import Tile, attention_fwd
 from distr_compile.kernels.lsh import lsh_factors
+from distr_compile.kernels.projection import projection_factors
 from distr_compile.lowering import cuda, op  # noqa: F401  (op registers itself)
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.tiles import tile_for
@@ -94,7 +95,14 @@ def measure_attention(
     found = session.compare("attention", key, calls, seconds=seconds, check=check)
     for name, what in found.items():
         if "error" not in what:
-            what.update(rates(session, cell, cell.flops(table[name].rank), what["median_ms"]))
+            what.update(
+                rates(
+                    session,
+                    cell,
+                    cell.flops(table[name].rank, table[name].estimator),
+                    what["median_ms"],
+                )
+            )
     return {**asdict(cell), "run": session.run, "arms": found}
 
 
@@ -109,31 +117,41 @@ def prologue(session: Session) -> Iterator[Job]:
 
 
 def measure_prologue(session: Session, cell: Cell, rank: int, key: str) -> Measured:
-    """The grouping alone, the attention after it alone, and the whole call."""
+    """Making Qhat and Khat alone, the attention after it alone, and the whole call.
+
+    For the default estimator, and for ``projection`` beside it.
+    """
     inputs = arms.make_inputs(cell, session.device)
     q, k, v = inputs.q, inputs.k, inputs.v
-    block = auto_grouping_block(cell.tokens)
-    estimator: dict[str, Any] = {"rank": rank, "estimator": "lsh-mean", "grouping_block": block}
-    group = partial(lsh_factors, q, k, **estimator, seed=0)
     out = torch.empty_like(q)
-    calls = {
-        "prologue": group,
-        "attention": partial(
+    calls: dict[str, Callable[[], Any]] = {}
+    suffixes = {"lsh-mean": "", "projection": ", projection"}
+    for estimator, suffix in suffixes.items():
+        block = auto_grouping_block(cell.tokens, estimator)
+        size: dict[str, Any] = {"rank": rank, "grouping_block": block}
+        if estimator == "projection":
+            make = partial(projection_factors, q, k, **size, seed=0)
+        else:
+            make = partial(lsh_factors, q, k, **size, estimator=estimator, seed=0)
+        calls[f"prologue{suffix}"] = make
+        calls[f"attention{suffix}"] = partial(
             attention_fwd,
-            *group(),
+            *make(),
             v,
             scale=cell.scale,
             grouping_block=block,
             tile=current_tile(session, cell, rank),
             out=out,
-        ),
-        "whole": partial(cuda.attention, q, k, v, scale=cell.scale, **estimator, out=out),
-    }
+        )
+        calls[f"whole{suffix}"] = partial(
+            cuda.attention, q, k, v, scale=cell.scale, estimator=estimator, **size, out=out
+        )
     found = session.compare("prologue", key, calls)
     measured = {**asdict(cell), "rank": rank, "run": session.run, "arms": found}
-    if not any("error" in what for what in found.values()):
-        share = found["prologue"]["median_ms"] / found["whole"]["median_ms"]
-        measured["prologue_percent"] = 100 * share
+    for suffix in suffixes.values():
+        part, whole = found[f"prologue{suffix}"], found[f"whole{suffix}"]
+        if "error" not in part and "error" not in whole:
+            measured[f"prologue_percent{suffix}"] = 100 * part["median_ms"] / whole["median_ms"]
     return measured
 
 
@@ -177,7 +195,9 @@ def tiles(session: Session) -> Iterator[Job]:
 def measure_tiles(session: Session, cell: Cell, rank: int, key: str) -> Measured:
     """The attention kernel alone, with the tile of the table and with others."""
     inputs = arms.make_inputs(cell, session.device)
-    block = cell.tokens if rank == cell.head_dim else auto_grouping_block(cell.tokens)
+    block = cell.tokens
+    if rank < cell.head_dim:
+        block = auto_grouping_block(cell.tokens, "lsh-mean")
     blocks = -(-cell.tokens // block)
     Qhat = inputs.q[..., :rank].contiguous()
     Khat = torch.randn(
