@@ -17,8 +17,9 @@ grouping block.
 The least it can move and compute is in ``estimators.py``; Q and K are read twice. Products of fp16
 and bf16 inputs run on tensor cores with fp32 accumulation, A and B as sums of two numbers of the
 inputs' dtype, which keeps 22 and 16 of their bits. Products of fp32 numbers are three tf32 products
-each on NVIDIA, fp32 elsewhere. Nothing depends on the order in which programs run, nor on how a
-caller cuts heads and grouping blocks into calls: there are no atomics.
+each on NVIDIA, but for the small ones of Gram-Schmidt, and fp32 elsewhere. Nothing depends on the
+order in which programs run, nor on how a caller cuts heads and grouping blocks into calls: there
+are no atomics.
 """
 
 # Triton's decorators and the kernels under them cannot be typed.
@@ -121,9 +122,12 @@ def _gram_of_rows(
             is_row = tl.load(counted + place, mask=is_row, other=0) != 0
         rows = X + token * stride_n + head * stride_h
         left = _load_finite(rows, stride_d, column, is_row, HEAD_DIM)
-        right = left
         if COLUMNS < WIDTH:
             right = _load_finite(rows, stride_d, some, is_row, HEAD_DIM)
+        else:
+            # The same numbers by another expression: Triton 3.6 fails to compile the product of a
+            # tile with itself for sm_100.
+            right = tl.where((some < HEAD_DIM)[None, :], left, 0.0)
         if dtype != tl.float16:
             # Squares of fp16 numbers fit fp32. Others are divided by the power of two below the
             # largest so far; 2^-127 is no normal number, so 126 is the last.
@@ -305,7 +309,7 @@ def _sum_kernel(
     """``grams[unit]``: Cq of each block, then Ck, with causality of each block; not yet scaled."""
     unit = (tl.program_id(0) // matrices).to(tl.int64)
     matrix = tl.program_id(0) % matrices
-    rest = jobs  # of no use
+    rest = jobs  # none
     if matrix < num_blocks:
         first = matrix * query_chunks
         last = first + query_chunks
@@ -369,7 +373,6 @@ def _scales_of_grams(Cq, Ck, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RIDGE:
         on = first + tl.arange(0, SLICE)[:, None] == tl.arange(0, WIDTH)[None, :]
         q_squares += cq * cq
         k_squares += ck * ck
-        # Not the factors' product: each is within 2^52 of 1 for fp16, whose squares are not scaled.
         products += cq * ck
         q_diagonal += tl.where(on, cq, 0.0)
         k_diagonal += tl.where(on, ck, 0.0)
@@ -430,7 +433,7 @@ def _orthonormalise(
         for _ in range(2):
             for earlier in range(0, first, PANEL):
                 e = tl.load(_block_of(X, 0, earlier, RANKS, WIDTH, PANEL))
-                w = tl.dot(tl.trans(e), x, input_precision=PRECISION)
+                w = tl.dot(tl.trans(e), x, input_precision="ieee")
                 x -= tl.dot(e, w, input_precision=PRECISION)
             for j in range(PANEL):
                 a = tl.sum(tl.where(column == j, x, 0.0), 1)[:, None]
@@ -460,7 +463,7 @@ def _orthonormalise_in_gram(
         y = tl.load(_block_of(Y, 0, first, RANKS, WIDTH, PANEL))
         for earlier in range(0, first, PANEL):
             f = tl.load(_block_of(Y, 0, earlier, RANKS, WIDTH, PANEL))
-            w = tl.dot(tl.trans(f), x, input_precision=PRECISION)
+            w = tl.dot(tl.trans(f), x, input_precision="ieee")
             e = tl.load(_block_of(X, 0, earlier, RANKS, WIDTH, PANEL))
             x -= tl.dot(e, w, input_precision=PRECISION)
             y -= tl.dot(f, w, input_precision=PRECISION)
@@ -939,7 +942,7 @@ def projection_factors(
         CAUSAL=is_causal,
         LARGEST=torch.finfo(Q.dtype).max,
         PRECISION=precision,
-        num_warps=4 if width <= 64 else 8,
+        num_warps=4 if width * Q.element_size() <= 128 else 8,
         num_stages=1,
     )
     return Qhat, Khat

@@ -57,6 +57,11 @@ MATRIX = {
 SPILLS = {
     ("_attention_fwd", "float32", 256, 256): 300,  # on NVIDIA: every tile we tried
     ("_group_kernel", "float16", 256, 128): 120,  # on gfx942 with Triton 3.6
+    ("_solve_kernel", "float16", 128, 64): 72,  # on sm_80 with Triton 3.6
+    # Products over 256 rows of few columns; panels of 16 are the narrowest.
+    ("_solve_kernel", "float16", 256, 128): 900,
+    ("_solve_kernel", "float32", 256, 128): 900,
+    ("_multiply_kernel", "float32", 256, 128): 300,
 }
 
 
@@ -410,6 +415,7 @@ SLICE = [
     Case("attention_fwd", "float16", 128, 128, "bias"),
     Case("attention_fwd", "float32", 64, 32, "causal"),
     Case("lsh_factors", "float16", 128, 64, "lsh-mean"),
+    Case("projection_factors", "float16", 64, 32, "plain"),
 ]
 """What ``make test`` compiles for each architecture, all of it in ``PLAN``."""
 
