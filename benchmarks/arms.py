@@ -40,6 +40,13 @@ torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 FACTOR = 4
 """A kernel may err by this times the error of the same formula in its own precision."""
 
+ALGEBRA = {"projection": 2.0**-11}
+"""What making the factors costs besides, relative to the largest value, whatever the dtype.
+
+The bases of ``projection`` come from Gram matrices in fp32, which square the condition of Q and K:
+where it is 1000, scores keep 5e-4 of their precision.
+"""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -163,6 +170,7 @@ class Sample:
     Khat: Tensor
     V: Tensor
     mask: Tensor
+    algebra: float = 0.0
 
 
 def samples(cell: Cell, inputs: Inputs, rank: int, estimator: str) -> Iterator[Sample]:
@@ -201,6 +209,7 @@ def samples(cell: Cell, inputs: Inputs, rank: int, estimator: str) -> Iterator[S
             K,
             inputs.v[b, None, key_h, None].double(),
             _mask_of_rows(cell, inputs.mask, b, h, rows),
+            ALGEBRA.get(estimator, 0.0),
         )
 
 
@@ -216,9 +225,9 @@ def errors(samples: Iterator[Sample], out: Tensor, *, scale: float) -> dict[str,
     """Error of ``out`` on sampled rows, and the most it may be, relative to the largest value.
 
     A kernel is right when it errs by no more than ``FACTOR`` times what the same formula errs in
-    the kernel's own precision, and a rounding of the result.
+    the kernel's own precision, a rounding of the result, and what ``ALGEBRA`` says.
     """
-    error = allowed = largest = 0.0
+    error = allowed = largest = algebra = 0.0
     for s in samples:
         options = {"scale": scale, "rank": s.Qhat.shape[-1]}
         mask = s.mask.to(out.device)
@@ -230,7 +239,8 @@ def errors(samples: Iterator[Sample], out: Tensor, *, scale: float) -> dict[str,
         error = here if here != here else max(error, here)  # NaN stays
         allowed = max(allowed, (same - wanted).abs().max().item())
         largest = max(largest, wanted.abs().max().item())
-    allowed = FACTOR * allowed + torch.finfo(out.dtype).eps * largest
+        algebra = max(algebra, s.algebra)
+    allowed = FACTOR * allowed + (torch.finfo(out.dtype).eps + algebra) * largest
     return {
         "max_error": error / largest,
         "allowed_error": allowed / largest,
