@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distr_compile.kernels.reference import NUM_PROJECTIONS
+from distr_compile.estimators import NUM_PROJECTIONS
 
 CHUNK_ROWS = 512
 """Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""

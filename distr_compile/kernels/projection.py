@@ -785,8 +785,8 @@ def projection_factors(
             last block may be short.
         K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
             A and B.
-        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``counted_rows``: the rows of Q that
-            influence A and B. None, for both this and ``keys``: all.
+        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``reference_projection.counted_rows``: the
+            rows of Q that influence A and B. None, for both this and ``keys``: all.
         keys: bool ``(B or 1, H_k or 1, M)``, the rows of K that do.
         rank: r, from 1 to d.
         rounds: of the subspace iteration, 1 or 2.
@@ -946,28 +946,6 @@ def projection_factors(
         num_stages=1,
     )
     return Qhat, Khat
-
-
-def counted_rows(
-    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """``reference_projection.counted_rows``, by two reductions over the mask as it is in memory.
-
-    Dimensions that the mask is broadcast over are not expanded, and nothing of its size is made. A
-    float mask with NaN is taken to hide the rows and keys that have one.
-    """
-    if mask is None or mask.numel() == 0:
-        return None, None
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    mask = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
-    if mask.dtype == torch.bool:
-        queries, keys = mask.any(-1), mask.any(-2).any(2)
-    else:
-        least = torch.finfo(mask.dtype).min / 2
-        queries, keys = mask.amax(-1) > least, mask.amax(-2).amax(2) > least
-    if num_queries == num_keys:
-        queries = queries & keys[:, :, None]
-    return queries.expand(-1, -1, rep, num_queries), keys.expand(-1, -1, num_keys)
 
 
 def workspace_bytes(

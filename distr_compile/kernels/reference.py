@@ -26,11 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS, auto_grouping_block
+from distr_compile.estimators import ESTIMATORS, NUM_PROJECTIONS, auto_grouping_block
 from distr_compile.kernels import reference_projection as projection
-
-NUM_PROJECTIONS = 16
-"""N' of section 3.2: bits per hash value."""
 
 
 def _fmix32(h: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels.reference import NUM_PROJECTIONS, order_of_projected, projections
+from distr_compile.estimators import NUM_PROJECTIONS, auto_grouping_block
+from distr_compile.kernels.reference import order_of_projected, projections
 from distr_compile.kernels.reference_projection import counted_rows
 from distr_compile.lowering import cpu_projection
 

@@ -256,7 +256,8 @@ def _prologue(
     seed: int,
 ) -> _Prologue:
     from distr_compile.kernels.lsh import lsh_factors
-    from distr_compile.kernels.projection import counted_rows, projection_factors, workspace_bytes
+    from distr_compile.kernels.projection import projection_factors, workspace_bytes
+    from distr_compile.kernels.reference_projection import counted_rows
 
     options: dict[str, Any] = {"rank": rank, "grouping_block": block, "seed": seed}
     if estimator != "projection":
