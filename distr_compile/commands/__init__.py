@@ -1,0 +1,1 @@
+"""The subcommands of ``distr``, a module each: ``add`` makes its parser, ``run`` does the work."""

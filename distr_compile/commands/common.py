@@ -1,0 +1,70 @@
+"""What several subcommands share: exit codes, errors, parsers of arguments, the model to look at.
+
+Nothing here loads torch before a model is built: checking a policy does not need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distr_compile.targets import Target
+
+# Exit codes: fine; an error was found; the command was written wrongly.
+OK, FOUND_ERROR, USAGE = 0, 1, 2
+
+TARGET_HELP = "timm:NAME, hf:NAME (model type, config.json or hub name) or pkg.module:factory"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class CommandError(Exception):
+    """A message for the user and the exit code that goes with it."""
+
+    def __init__(self, message: str, code: int = FOUND_ERROR) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes, written 2,128 or 2x128."""
+    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: positive sizes such as 2,128")
+    return tuple(map(int, re.split("[,x]", text)))
+
+
+def count(text: str) -> int:
+    """A number of batches."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of batches >= 1")
+    return int(text)
+
+
+def build(
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    dtype: str | None = None,
+    attn: str | None = None,
+) -> Target:
+    """The model a target names; see ``targets.build``.
+
+    Raises:
+        CommandError: it cannot be built.
+    """
+    from distr_compile import targets
+
+    kind = targets.DTYPES[dtype] if dtype else None
+    try:
+        return targets.build(name, shape=shape, dtype=kind, attn=attn)
+    except targets.TargetSyntaxError as error:
+        raise CommandError(str(error), USAGE) from error
+    except targets.TargetError as error:
+        raise CommandError(str(error)) from error
+
+
+def check_inputs(target: Target) -> None:
+    """Refuse a target whose inputs do not fit its model."""
+    problem = target.input_problem()
+    if problem:
+        raise CommandError(problem)

@@ -1,0 +1,62 @@
+"""``distr explain``: every attention of a model, and what becomes of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+from distr_compile.commands.common import (
+    DTYPES,
+    OK,
+    TARGET_HELP,
+    CommandError,
+    build,
+    check_inputs,
+    shape,
+)
+from distr_compile.policy import Policy
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "explain",
+        parents=[common],
+        help="list every attention of a model and what becomes of it; compiles nothing",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model")
+    parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
+    parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
+    parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
+    parser.add_argument("--no-fold", action="store_true", help="one line per attention")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report."""
+    # A wrong policy is told at once, before a model is built.
+    policy = Policy.from_any(options.policy)
+    target = build(options.target, options.shape, options.dtype, options.attn)
+    check_inputs(target)
+
+    import torch
+    import torch._dynamo.config as dynamo
+
+    from distr_compile.explaining import explain
+
+    sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
+    with torch.no_grad(), sizes or contextlib.nullcontext():
+        report = explain(target.model, *target.args, policy=policy, **target.kwargs)
+    print(report.table(fold=not options.no_fold))
+    if options.json:
+        report.to_json(options.json)
+    if report.unmatched:
+        raise CommandError(
+            "no attention is named by " + ", ".join(map(repr, report.unmatched)) + "; see the "
+            "layers in the table above"
+        )
+    return OK

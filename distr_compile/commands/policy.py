@@ -1,0 +1,56 @@
+"""``distr policy``: whether a policy file is right, and the schema of such files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from distr_compile.commands.common import OK, TARGET_HELP, build
+from distr_compile.policy import Policy
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand and its two actions."""
+    parser = commands.add_parser("policy", help="check a policy file, print its JSON schema")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", parents=[common], help="check a policy file")
+    check.set_defaults(run=run_check)
+    check.add_argument("policy", metavar="FILE")
+    check.add_argument(
+        "--model", metavar="TARGET", help="its rules must name modules of " + TARGET_HELP
+    )
+    schema = actions.add_parser("schema", parents=[common], help="print the JSON schema")
+    schema.set_defaults(run=run_schema)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Print what the policy says, if it is right."""
+    policy = Policy.load(options.policy)
+    if policy.bases is not None:
+        policy.read_bases()
+    model = build(options.model).model if options.model else None
+    names = [name for name, _ in model.named_modules()] if model is not None else []
+    if model is not None:
+        policy.check_layers(names)
+    fields = policy.to_dict()
+    print(f"OK {options.policy}")
+    print(f"  default: {_fields(fields['default'])}")
+    for number, rule in enumerate(fields["rule"], 1):
+        layers = rule.pop("layers")
+        line = f"  rule {number}: {layers}: {_fields(rule)}"
+        if model is not None:
+            named = sum(number - 1 in policy.rules_matching(name) for name in names)
+            line += f" ({named} module{'' if named == 1 else 's'})"
+        print(line)
+    return OK
+
+
+def _fields(table: dict[str, object]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in table.items())
+
+
+def run_schema(options: argparse.Namespace) -> int:
+    """Print the JSON schema."""
+    print(json.dumps(Policy.json_schema(), indent=2))
+    return OK
