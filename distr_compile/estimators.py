@@ -186,6 +186,17 @@ ESTIMATORS: dict[str, Estimator] = {
             auto_block=_lsh_block,
         ),
         Estimator(
+            name="lsh-signed",
+            summary="as lsh-mean, after turning the columns of Q and K where Q's sum is negative",
+            sees="all query rows of the grouping block",
+            source="arXiv 2507.17245, eq. 2 and section 3.2, with columns turned to one side first",
+            divides=True,
+            adjoint="the groups and signs held constant: a column of Khat passes its gradient to"
+            " each column of its group, one of Qhat 1/G of it, turned back",
+            cost=_lsh_cost,
+            auto_block=_lsh_block,
+        ),
+        Estimator(
             name="projection",
             summary="Qhat is Q times a randomised basis of the strongest directions of QK^T, Khat"
             " is K times the best match to it",

@@ -31,7 +31,8 @@ def test_every_entry_is_whole() -> None:
 
 def test_what_the_estimators_take() -> None:
     taken = {name: (e.divides, e.rounds, e.strict) for name, e in ESTIMATORS.items()}
-    assert taken["lsh-sample"] == taken["lsh-mean"] == (True, (1,), False)
+    lsh = [taken[name] for name in ("lsh-sample", "lsh-mean", "lsh-signed")]
+    assert lsh == 3 * [(True, (1,), False)]
     assert taken["projection"] == (False, (1, 2), False)
     assert taken["calibrated"] == (False, (1,), True)
     assert [e.name for e in ESTIMATORS.values() if e.needs == "bases"] == ["calibrated"]
@@ -45,7 +46,7 @@ def test_calibrated_costs_two_products_whatever_the_block() -> None:
         assert cost.bytes == 4 * (200 + 70) * (64 + 20) + 4 * 2 * 64 * 20
 
 
-@pytest.mark.parametrize("name", ["lsh-sample", "lsh-mean"])
+@pytest.mark.parametrize("name", ["lsh-sample", "lsh-mean", "lsh-signed"])
 def test_auto_block_of_lsh(name: str) -> None:
     blocks = {0: 1, 1: 1, 200: 200, 4096: 4096, 4097: 2048, 16384: 2048, 20000: 2560, 32768: 4096}
     assert {n: auto_grouping_block(n, name) for n in blocks} == blocks
@@ -60,7 +61,7 @@ def test_auto_block_of_projection() -> None:
 SIZES = {"num_queries": 100, "num_keys": 70, "head_dim": 64, "rank": 16}
 
 
-@pytest.mark.parametrize("name", ["lsh-sample", "lsh-mean"])
+@pytest.mark.parametrize("name", ["lsh-sample", "lsh-mean", "lsh-signed"])
 def test_cost_of_lsh(name: str) -> None:
     cost = ESTIMATORS[name].cost(**SIZES, block=100, element_bytes=4)
     assert cost.flops == 2 * 16 * 100 * 64 + 2 * (100 + 70) * 64 * 16

@@ -5,9 +5,11 @@ The definition is ``kernels/reference.py`` (arXiv 2507.17245, section 3.2 and eq
 1. ``_project_kernel``: N' = 16 random projections of every column of Q, as partial sums over chunks
    of rows. The projection matrix is made in registers from a hash of (row, projection, seed).
 2. ``_order_kernel``: adds the partial sums in a fixed order, reads the signs as a Gray code and
-   orders the columns by their position along the Gray sequence, ties by index.
-3. ``_group_kernel``: Qhat and Khat as products with 0/1 matrices that sum the columns of a group.
-   A tile of K is read once for up to ``BLOCKS_PER_PROGRAM`` grouping blocks.
+   orders the columns by their position along the Gray sequence, ties by index. For ``lsh-signed``
+   it also turns columns, which flips all bits of their codes.
+3. ``_group_kernel``: Qhat and Khat as products with 0/1 matrices that sum the columns of a group,
+   -1 for a column that is turned. A tile of K is read once for up to ``BLOCKS_PER_PROGRAM``
+   grouping blocks.
 
 The least a prologue can move and compute, for one head, e bytes per element and n grouping blocks::
 
@@ -95,11 +97,12 @@ def _project_kernel(
     WIDTH: tl.constexpr,
     NUM: tl.constexpr,
     ROWS: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """``partial[unit, block, chunk]`` = Q^T P over the rows of one chunk, ``(HEAD_DIM, NUM)``.
 
     A unit is a key head of one batch element. The rows of its ``rep`` query heads are stacked token
-    by token.
+    by token. With SIGNED the first projection is the sum of a column.
     """
     pid = tl.program_id(0)
     chunk = pid % num_chunks
@@ -122,7 +125,10 @@ def _project_kernel(
             mask=(row < last)[:, None] & is_column[None, :],
             other=0.0,
         )
-        P = _random_numbers(row[:, None] * NUM + p[None, :], offset).to(q.dtype)
+        P = _random_numbers(row[:, None] * NUM + p[None, :], offset)
+        if SIGNED:
+            P = tl.where((p == 0)[None, :], 1, P)
+        P = P.to(q.dtype)
         if q.dtype == tl.float32:
             # Parts of at most 11 bits, which tf32 holds exactly, add up to the 24 bits of q.
             for _ in tl.static_range(3):
@@ -144,11 +150,13 @@ def _order_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     NUM: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
-    """Write the order of ``reference.order_of_projected`` and its inverse, a block per program.
+    """Write the order of ``reference.group_columns`` and its inverse, a block per program.
 
     ``order[unit, block]`` is ``(2, HEAD_DIM)``: the column at every place, and the place of every
-    column, which is the number of columns that stand before it.
+    column, which is the number of columns that stand before it. A column that is turned, in either
+    row, has ``~number``, which is negative, for its number.
     """
     pid = tl.program_id(0).to(tl.int64)
     column, p = tl.arange(0, WIDTH), tl.arange(0, NUM)
@@ -159,6 +167,9 @@ def _order_kernel(
         entry = (chunk * HEAD_DIM + column[:, None]) * NUM + p[None, :]
         sums += tl.load(partial + entry, mask=is_column[:, None], other=0.0)
 
+    if SIGNED:
+        turned = tl.sum(tl.where((p == 0)[None, :] & (sums > 0), 1, 0), 1) == 0
+        sums = tl.where(turned[:, None], -sums, sums)
     position = tl.sum((sums > 0).to(tl.int32) << (NUM - 1 - p)[None, :], 1)
     position ^= position >> 8
     position ^= position >> 4
@@ -167,8 +178,11 @@ def _order_kernel(
     key = tl.where(is_column, position * WIDTH + column, 2**31 - 1)
     place = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
     order += pid * (2 * HEAD_DIM)
-    tl.store(order + place, column, mask=is_column)
-    tl.store(order + HEAD_DIM + column, place, mask=is_column)
+    at_place, of_column = column, place
+    if SIGNED:
+        at_place, of_column = tl.where(turned, ~column, column), tl.where(turned, ~place, place)
+    tl.store(order + place, at_place, mask=is_column)
+    tl.store(order + HEAD_DIM + column, of_column, mask=is_column)
 
 
 @triton.jit
@@ -195,6 +209,7 @@ def _group_tile(
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Sums of the first COUNT columns of every group, ``(ROWS, GROUPS)`` fp32.
 
@@ -206,17 +221,28 @@ def _group_tile(
         is_group = group < HEAD_DIM // GROUP_SIZE
         for member in range(COUNT):
             column = tl.load(order + group * GROUP_SIZE + member, mask=is_group, other=0)
-            sums += tl.load(
+            is_turned = column < 0
+            if SIGNED:
+                column = tl.where(is_turned, ~column, column)
+            entry = tl.load(
                 x[:, None] + (column * stride_d)[None, :],
                 mask=is_row[:, None] & is_group[None, :],
                 other=0.0,
             )
+            if SIGNED:
+                entry = tl.where(is_turned[None, :], -entry, entry)
+            sums += entry
         return sums
     else:
         column = tl.arange(0, WIDTH)
         place = tl.load(order + HEAD_DIM + column, mask=column < HEAD_DIM, other=0)
+        is_turned = place < 0
+        if SIGNED:
+            place = tl.where(is_turned, ~place, place)
         counts = (column < HEAD_DIM) & (place % GROUP_SIZE < COUNT)
-        member = tl.where(counts, place // GROUP_SIZE, -1)[:, None] == group[None, :]
+        member = (tl.where(counts, place // GROUP_SIZE, -1)[:, None] == group[None, :]).to(tl.int32)
+        if SIGNED:
+            member = tl.where(is_turned[:, None], -member, member)
         return tl.dot(tile, member.to(tile.dtype))
 
 
@@ -265,6 +291,7 @@ def _group_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     SAMPLE: tl.constexpr,
+    SIGNED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """Qhat and Khat, both contiguous. The first ``key_programs`` programs have a tile of K each.
@@ -310,6 +337,7 @@ def _group_kernel(
                     GROUP_SIZE,
                     GROUPS,
                     ROWS,
+                    SIGNED,
                 )
                 out = Khat + (unit_block * num_keys + key) * RANK
                 tl.store(
@@ -338,6 +366,7 @@ def _group_kernel(
             GROUP_SIZE,
             GROUPS,
             ROWS,
+            SIGNED,
         )
         if not SAMPLE:
             qhat *= 1.0 / GROUP_SIZE
@@ -372,7 +401,8 @@ def lsh_factors(
         K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
             one grouping.
         rank: r, a divisor of d.
-        estimator: "lsh-sample" (Qhat takes the first column of each group) or "lsh-mean".
+        estimator: "lsh-sample" (Qhat takes the first column of each group), "lsh-mean" or
+            "lsh-signed".
         grouping_block: query rows per grouping, at least 1.
         seed: names the projection matrix.
         is_causal: row i sees keys ``j <= i + causal_offset`` only. Rows of Khat that no row of
@@ -388,7 +418,8 @@ def lsh_factors(
     num_blocks = triton.cdiv(num_rows, grouping_block)
     Qhat = Q.new_empty(batch, heads, num_rows, rank)
     Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, rank)
-    order = _order(_project(Q, key_heads, grouping_block, seed))
+    signed = estimator == "lsh-signed"
+    order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed)
 
     rows = _tile_rows(Q, GROUP_TILE_BYTES)
     key_tiles = triton.cdiv(num_keys, rows)
@@ -421,23 +452,28 @@ def lsh_factors(
         ROWS=rows,
         SPAN=BLOCKS_PER_PROGRAM,
         SAMPLE=estimator == "lsh-sample",
+        SIGNED=signed,
         CAUSAL=is_causal,
         num_warps=_num_warps(head_dim),
     )
     return Qhat, Khat
 
 
-def lsh_order(Q: Tensor, key_heads: int, *, grouping_block: int, seed: int) -> Tensor:
-    """The order of Q's columns in every grouping block, as ``lsh_factors`` finds it.
+def lsh_order(
+    Q: Tensor, key_heads: int, *, grouping_block: int, seed: int, signed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The order and the signs of Q's columns in every grouping block, as ``lsh_factors`` finds it.
 
     Returns:
-        ``(B, key_heads, ceil(N / grouping_block), d)`` int64 permutation; see
-        ``reference.group_columns``.
+        ``(B, key_heads, ceil(N / grouping_block), d)`` int64, the permutation and, for each column,
+        1 or -1; see ``reference.group_columns``.
     """
-    return _order(_project(Q, key_heads, grouping_block, seed))[..., 0, :].long()
+    order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed).long()
+    columns, places = order.unbind(-2)
+    return torch.where(columns < 0, ~columns, columns), torch.where(places < 0, -1, 1)
 
 
-def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int) -> Tensor:
+def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: bool) -> Tensor:
     """Projected columns as partial sums, ``(B, H_k, num_blocks, num_chunks, d, 16)`` fp32."""
     batch, heads, num_rows, head_dim = Q.shape
     rep = heads // key_heads
@@ -466,12 +502,13 @@ def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int) -> Tenso
         WIDTH=_padded(head_dim),
         NUM=NUM_PROJECTIONS,
         ROWS=rows,
+        SIGNED=signed,
         num_warps=_num_warps(head_dim),
     )
     return partial
 
 
-def _order(partial: Tensor) -> Tensor:
+def _order(partial: Tensor, signed: bool) -> Tensor:
     """``(B, H_k, num_blocks, 2, d)`` int32: the order of the columns and its inverse."""
     *units, num_chunks, head_dim, _ = partial.shape
     order = partial.new_empty(*units, 2, head_dim, dtype=torch.int32)
@@ -482,6 +519,7 @@ def _order(partial: Tensor) -> Tensor:
         HEAD_DIM=head_dim,
         WIDTH=_padded(head_dim),
         NUM=NUM_PROJECTIONS,
+        SIGNED=signed,
         num_warps=_num_warps(head_dim),
     )
     return order

@@ -105,23 +105,35 @@ def order_of_projected(projected: Tensor) -> Tensor:
     return torch.sort(gray_position(code), dim=-1, stable=True).indices
 
 
-def group_columns(Q: Tensor, *, seed: int = 0) -> Tensor:
+def group_columns(Q: Tensor, *, seed: int = 0, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Sort the columns of one grouping block of Q, similar ones side by side (section 3.2).
+
+    With ``signed`` the first of the N' projections is the plain sum of a column, and a column whose
+    sum is not positive is turned: it is hashed as its negative. Columns that point away from each
+    other are far apart by their hash, though one says as much about the other as an equal one.
 
     Args:
         Q: ``(B, H_k, rep, l, d)``: l query rows of the ``rep`` query heads that share a key head.
             They share one grouping: their rows are stacked token by token, so row ``i`` of head
             ``h`` is multiplied by row ``i * rep + h`` of the projection matrix.
         seed: names the projection matrix.
+        signed: see above.
 
     Returns:
-        ``(B, H_k, d)`` int64 permutation; places ``j*G`` to ``j*G + G - 1`` are the group G_j.
+        ``(B, H_k, d)`` int64 permutation, places ``j*G`` to ``j*G + G - 1`` are the group G_j; and
+        ``(B, H_k, d)`` the sign of every column, -1 where it is turned, in at least fp32.
     """
     rep, rows = Q.shape[-3:-1]
     stacked = Q.transpose(-3, -2).flatten(-3, -2)
     stacked = stacked.to(torch.promote_types(Q.dtype, torch.float32))
     P = projections(0, rows * rep, seed=seed).to(Q.device, stacked.dtype)
-    return order_of_projected(P.T @ stacked)
+    if signed:
+        P[:, 0] = 1
+    projected = P.T @ stacked
+    sign = torch.ones_like(projected[..., 0, :])
+    if signed:
+        sign = torch.where(projected[..., 0, :] > 0, sign, -sign)
+    return order_of_projected(projected * sign[..., None, :]), sign
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,8 @@ def estimate(
 
     ``lsh-sample`` (the paper's choice, eq. 2) and ``lsh-mean``: in each group G_j, Qhat has one
     column standing for all of the group's columns, the first of them in sorted order or their mean,
-    and Khat the sum of the group's columns of K.
+    and Khat the sum of the group's columns of K. ``lsh-signed``: likewise with the mean, of columns
+    of Q and K that ``group_columns`` has turned, which changes no product of Q and K.
 
     ``projection``: Qhat = Q A and Khat = K B with the bases of
     ``reference_projection.projection_bases``. The query heads of a key head share them. Keys and
@@ -237,8 +250,9 @@ def _group_factors(
     Q: Tensor, K: Tensor, rank: int, estimator: str, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Qhat ``(B, H_k, rep, l, r)`` and Khat ``(B, H_k, M, r)`` of the LSH estimators (eq. 2)."""
-    order = group_columns(Q, seed=seed)
-    K = K.expand(Q.shape[0], -1, -1, -1)
+    order, sign = group_columns(Q, seed=seed, signed=estimator == "lsh-signed")
+    K = (K * sign[:, :, None].to(K.dtype)).expand(Q.shape[0], -1, -1, -1)
+    Q = Q * sign[:, :, None, None].to(Q.dtype)
     group_size = Q.shape[-1] // rank
     Q_groups = Q.gather(-1, order[:, :, None, None, :].expand_as(Q))
     Q_groups = Q_groups.unflatten(-1, (rank, group_size))

@@ -229,28 +229,36 @@ def _group_bases(
 ) -> tuple[Tensor, Tensor]:
     """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
 
-    Column j of B has a one for every member of group j; A picks the first member or averages them.
+    Column j of B has a one for every member of group j, or a minus one where the column is turned;
+    A picks the first member or averages them.
     As products they need no gather, take any strides, and cost d r per row: little next to the
     scores.
     """
     rep, rows, head_dim = Q.shape[2:]
+    signed = estimator == "lsh-signed"
     projected: Tensor | None = None
     for first in range(0, rows, panel):
         stacked = _stack(Q[..., first : first + panel, :])
         start = first * rep
         P = _projections(start, start + stacked.shape[1], seed).to(Q.device, stacked.dtype)
+        if signed:  # the first projection is the sum of a column
+            P = torch.cat([P.new_ones(len(P), 1), P[:, 1:]], dim=1)
         product = torch.matmul(P.T, stacked)
         projected = product if projected is None else projected.add_(product)
     if projected is None:  # no query rows, nothing to compute
         projected = Q.new_zeros(Q.shape[0] * Q.shape[1], NUM_PROJECTIONS, head_dim)
+    sign = torch.ones_like(projected[:, 0])
+    if signed:
+        sign = torch.where(projected[:, 0] > 0, sign, -sign)
+        projected *= sign[:, None]
     order = order_of_projected(projected)
 
     group_size = head_dim // rank
     unit = torch.arange(order.shape[0], device=Q.device)[:, None]
     group = torch.arange(rank, device=Q.device)
     B = projected.new_zeros(order.shape[0], head_dim, rank)
-    B[unit, order, group.repeat_interleave(group_size)] = 1
-    if estimator == "lsh-mean":
+    B[unit, order, group.repeat_interleave(group_size)] = sign.gather(-1, order)
+    if estimator != "lsh-sample":
         return B / group_size, B
     A = torch.zeros_like(B)
     A[unit, order[:, ::group_size], group] = 1

@@ -45,18 +45,25 @@ def blocks_of(Q: Tensor, block: int) -> list[Tensor]:
 
 
 def factors_of_order(
-    Q: Tensor, K: Tensor, order: Tensor, group_size: int, estimator: str, block: int
+    Q: Tensor,
+    K: Tensor,
+    order: Tensor,
+    sign: Tensor,
+    group_size: int,
+    estimator: str,
+    block: int,
 ) -> tuple[Tensor, Tensor]:
-    """Qhat and Khat by eq. 2 in the dtype of Q and K, for a given order of the columns."""
+    """Qhat and Khat by eq. 2 in the dtype of Q and K, for a given order and sign of the columns."""
     key_heads, rep = K.shape[1], Q.shape[1] // K.shape[1]
     Qhat, Khat = [], []
     for i, Q_block in enumerate(blocks_of(Q, block)):
-        columns = order[:, :, i]
+        columns, signs = order[:, :, i], sign[:, :, i, None].to(Q.dtype)
+        Q_block = Q_block * signs.repeat_interleave(rep, 1)
         of_queries = columns.repeat_interleave(rep, 1)[:, :, None].expand_as(Q_block)
         of_keys = columns[:, :, None].expand(-1, -1, K.shape[2], -1)
         groups = Q_block.gather(-1, of_queries).unflatten(-1, (-1, group_size))
         Qhat.append(groups[..., 0] if estimator == "lsh-sample" else groups.mean(-1))
-        expanded = K.expand(Q.shape[0], key_heads, -1, -1)
+        expanded = K.expand(Q.shape[0], key_heads, -1, -1) * signs
         Khat.append(expanded.gather(-1, of_keys).unflatten(-1, (-1, group_size)).sum(-1))
     return torch.cat(Qhat, 2), torch.stack(Khat, 2)
 
@@ -69,24 +76,27 @@ def assert_as_precise(got: Tensor, own: Tensor, exact: Tensor) -> None:
     assert (got.double() - exact).abs().max() <= bound
 
 
-def projected_exactly(Q: Tensor, key_heads: int, block: int, seed: int) -> tuple[Tensor, Tensor]:
+def projected_exactly(
+    Q: Tensor, key_heads: int, block: int, seed: int, signed: bool
+) -> tuple[Tensor, Tensor]:
     """``(B, H_k, num_blocks, d, 16)`` fp64: every p.q, and |p||q|."""
     numbers, sizes = [], []
     for Q_block in blocks_of(Q.double(), block):
         rows = Q_block.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
         P = reference.projections(0, rows.shape[2], seed=seed).to(DEVICE, torch.float64)
+        P[:, :signed] = 1
         numbers.append(rows.transpose(-1, -2) @ P)
         sizes.append(rows.norm(dim=2)[..., None] * P.norm(dim=0))
     return torch.stack(numbers, 2), torch.stack(sizes, 2)
 
 
 def assert_signs_are_those_of_the_definition(
-    Q: Tensor, key_heads: int, block: int, seed: int, num_chunks: int
+    Q: Tensor, key_heads: int, block: int, seed: int, num_chunks: int, signed: bool = False
 ) -> None:
-    partial = lsh._project(Q, key_heads, block, seed)
+    partial = lsh._project(Q, key_heads, block, seed, signed)
     assert partial.shape[3] == num_chunks
     got = partial.sum(3)
-    exact, size = projected_exactly(Q, key_heads, block, seed)
+    exact, size = projected_exactly(Q, key_heads, block, seed, signed)
     assert (got - exact).abs().le(5e-5 * size).all()
     clear = (exact.abs() > 1e-4 * size) | (size == 0)  # a lone row can have a projection of 0
     assert clear.double().mean() > 0.99
@@ -101,6 +111,7 @@ def test_signs_are_those_of_the_definition(shape: tuple, dtype: torch.dtype) -> 
     num_chunks = math.ceil(min(block, N) * (H // Hk) / 512)
     for seed in (0, 2**31 + 7):
         assert_signs_are_those_of_the_definition(Q, Hk, block, seed, num_chunks)
+    assert_signs_are_those_of_the_definition(Q, Hk, block, 3, num_chunks, signed=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,13 +132,21 @@ def test_order_is_the_references_for_the_same_numbers(width: int, chunks: int) -
     partial[1, 1] = partial[1, 1, :, :, :1]  # one code
     partial[1, 2, 0, :, : width // 2] = torch.nan
     partial = partial.to(DEVICE)
-    columns, places = lsh._order(partial).unbind(-2)
-    wanted = reference.order_of_projected(partial.sum(3).transpose(-1, -2))
+    columns, places = lsh._order(partial, signed=False).unbind(-2)
+    projected = partial.sum(3).transpose(-1, -2)
+    wanted = reference.order_of_projected(projected)
     assert torch.equal(columns.long(), wanted)
     assert torch.equal(places.long(), wanted.argsort(-1))
 
+    columns, places = lsh._order(partial, signed=True).long().unbind(-2)
+    turned = ~(projected[..., 0, :] > 0)
+    wanted = reference.order_of_projected(torch.where(turned[..., None, :], -projected, projected))
+    assert torch.equal(torch.where(columns < 0, ~columns, columns), wanted)
+    assert torch.equal(columns < 0, turned.gather(-1, wanted))
+    assert torch.equal(torch.where(turned, ~places, places), wanted.argsort(-1))
 
-@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean"])
+
+@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "lsh-signed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_factors_are_sums_and_estimates_of_groups(
@@ -137,23 +156,24 @@ def test_factors_are_sums_and_estimates_of_groups(
     Q, K = draw(B, H, N, d, seed=1, dtype=dtype), draw(1, Hk, M, d, seed=2, dtype=dtype)
     options = {"grouping_block": block, "seed": 3}
     Qhat, Khat = lsh.lsh_factors(Q, K, rank=d // group_size, estimator=estimator, **options)
-    order = lsh.lsh_order(Q, Hk, **options)
+    order, sign = lsh.lsh_order(Q, Hk, signed=estimator == "lsh-signed", **options)
     assert Qhat.dtype == Khat.dtype == dtype
     assert torch.equal(order.sort(-1).values, torch.arange(d, device=DEVICE).expand_as(order))
 
-    choice = (group_size, estimator, block)
-    exact = factors_of_order(Q.double(), K.double(), order, *choice)
-    own = factors_of_order(Q, K, order, *choice)
+    choice = (order, sign, group_size, estimator, block)
+    exact = factors_of_order(Q.double(), K.double(), *choice)
+    own = factors_of_order(Q, K, *choice)
     assert_as_precise(Qhat, own[0], exact[0])
     assert_as_precise(Khat, own[1], exact[1])
 
 
+@pytest.mark.parametrize("estimator", ["lsh-mean", "lsh-signed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_factors_are_the_references(dtype: torch.dtype) -> None:
+def test_factors_are_the_references(dtype: torch.dtype, estimator: str) -> None:
     """Numbers whose projections are exact, hence never on the wrong side of zero."""
     Q = draw(1, 4, 150, 64, seed=5).mul(4).round().to(dtype)
     K = draw(1, 2, 90, 64, seed=6, dtype=dtype)
-    options = {"rank": 16, "estimator": "lsh-mean", "grouping_block": 64, "seed": 1}
+    options = {"rank": 16, "estimator": estimator, "grouping_block": 64, "seed": 1}
     Qhat, Khat = lsh.lsh_factors(Q, K, **options)
     blocks = reference.estimate(Q.double(), K.double(), **options)
     eps = torch.finfo(dtype).eps

@@ -12,15 +12,23 @@ from distr_compile.estimators import auto_grouping_block
 from distr_compile.kernels import reference
 
 
-def naive_order(rows: np.ndarray, P: np.ndarray) -> list[int]:
-    """Columns of ``rows`` (l x d) in hash order, bit by bit, the table of Gray codes in full."""
+def naive_order(rows: np.ndarray, P: np.ndarray, signed: bool) -> tuple[list[int], np.ndarray]:
+    """Columns of ``rows`` (l x d) in hash order, bit by bit, the table of Gray codes in full.
+
+    And their signs: with ``signed`` all columns are turned to a positive sum before they are hashed
+    by that sum and 15 projections.
+    """
     table = [position ^ (position >> 1) for position in range(2**16)]
     place = {code: position for position, code in enumerate(table)}
+    sign = np.where(rows.sum(0) > 0, 1, -1) if signed else np.ones(rows.shape[1])
     keys = []
     for column in range(rows.shape[1]):
-        bits = ["1" if P[:, i] @ rows[:, column] > 0 else "0" for i in range(16)]
+        numbers = [P[:, i] @ (sign[column] * rows[:, column]) for i in range(16)]
+        if signed:
+            numbers[0] = sign[column] * rows[:, column].sum()
+        bits = ["1" if number > 0 else "0" for number in numbers]
         keys.append((place[int("".join(bits), 2)], column))
-    return [column for _, column in sorted(keys)]
+    return [column for _, column in sorted(keys)], sign
 
 
 def naive_attention(
@@ -51,15 +59,15 @@ def naive_attention(
             for start in range(0, N, block):
                 rows = range(start, min(start + block, N))
                 stacked = np.stack([q[b, g * rep + h, i] for i in rows for h in range(rep)])
-                order = naive_order(stacked, P[: len(stacked)])
+                order, sign = naive_order(stacked, P[: len(stacked)], estimator == "lsh-signed")
                 groups = [order[j * G : (j + 1) * G] for j in range(rank)]
-                Khat = np.stack([k[kb, g][:, group].sum(1) for group in groups], 1)
+                Khat = np.stack([(k[kb, g] * sign)[:, group].sum(1) for group in groups], 1)
                 for h in range(g * rep, (g + 1) * rep):
                     for i in rows:
                         estimate = [
                             q[b, h, i, group[0]]
                             if estimator == "lsh-sample"
-                            else q[b, h, i, group].mean()
+                            else (q[b, h, i] * sign)[group].mean()
                             for group in groups
                         ]
                         scores = scale * (Khat @ np.array(estimate))
@@ -92,7 +100,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean"])
+@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "lsh-signed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_the_papers(case: tuple, estimator: str) -> None:
     B, H, Hk, N, M, d, dv, rank, block, mask_kind, offset = case
@@ -189,7 +197,7 @@ def test_full_rank_is_exact_attention() -> None:
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean"])
+@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "lsh-signed"])
 def test_equal_columns_lose_nothing(estimator: str) -> None:
     """Eq. 1: where the columns of a group are equal, the approximation is exact."""
     half = torch.randn(1, 2, 50, 16, dtype=torch.float64)
@@ -198,6 +206,19 @@ def test_equal_columns_lose_nothing(estimator: str) -> None:
     got = reference.attention(q, k, v, scale=0.2, rank=16, estimator=estimator)
     exact = reference.attention(q, k, v, scale=0.2, rank=32)
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+
+
+def test_opposite_columns_lose_nothing_once_they_are_turned() -> None:
+    half = torch.randn(1, 2, 50, 16, dtype=torch.float64)
+    q = torch.cat([half, -half], dim=-1)[..., torch.randperm(32)]
+    k, v = (torch.randn(1, 2, 40, 32, dtype=torch.float64) for _ in range(2))
+    exact = reference.attention(q, k, v, scale=0.2, rank=32)
+    signed, mean = (
+        reference.attention(q, k, v, scale=0.2, rank=16, estimator=estimator)
+        for estimator in ("lsh-signed", "lsh-mean")
+    )
+    torch.testing.assert_close(signed, exact, rtol=0, atol=1e-12)
+    assert (mean - exact).norm() > 0.1 * exact.norm()
 
 
 def test_order_follows_the_gray_sequence() -> None:
@@ -317,9 +338,12 @@ def test_first_projections_are_committed_numbers() -> None:
 
 def test_low_precision_groups_the_same_columns() -> None:
     q = torch.randn(1, 2, 3, 100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(
-        reference.group_columns(q, seed=4), reference.group_columns(q.double(), seed=4)
-    )
+    for signed in (False, True):
+        order, sign = reference.group_columns(q, seed=4, signed=signed)
+        wanted = reference.group_columns(q.double(), seed=4, signed=signed)
+        assert torch.equal(order, wanted[0])
+        assert torch.equal(sign.double(), wanted[1])
+        assert sign.unique().tolist() == ([-1, 1] if signed else [1])
 
 
 def test_estimate_cuts_rows_into_blocks() -> None:

@@ -68,7 +68,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "projection"])
+@pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "lsh-signed", "projection"])
 @pytest.mark.parametrize("block", [0, 64])
 def test_dtypes(dtype: torch.dtype, estimator: str, block: int) -> None:
     q, k, v = (draw(2, 3, 197, 64, seed=s, dtype=dtype) for s in range(3))
