@@ -54,12 +54,18 @@ class Estimator:
         source: where the method is described.
         divides: the rank must divide d; if not, any rank from ``MIN_RANK`` on will do.
         rounds: the values of ``rounds`` it takes.
-        strict: no row depends on later ones, so it may stand where ``causal = "strict"``.
+        strict: whether it may stand where ``causal = "strict"``: "always", as no row depends on
+            later ones; "prefix", in a form of its own; or "never". In the prefix form the basis of
+            a grouping block comes from the rows and keys before it, and only scores of those keys
+            are approximated: the block's own keys, and all of the first block, are exact.
         adjoint: how gradients flow from Qhat and Khat to Q and K.
         cost: ``(num_queries, num_keys, head_dim, rank, block, rounds=1, rep=1, element_bytes=2)``
             -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
             block, rounds, query heads per key head, bytes of an element of Q and K.
         auto_block: N query rows -> rows per grouping block, where the policy says "auto".
+        prefix_sees: as ``sees``, of the prefix form.
+        prefix_cost: as ``cost``, of the prefix form in a causal call of offset 0, what its exact
+            scores cost more than those of width r counted in.
     """
 
     name: str
@@ -72,7 +78,9 @@ class Estimator:
     auto_block: Callable[[int], int]
     needs: Literal["nothing", "bases"] = "nothing"
     rounds: tuple[int, ...] = (1,)
-    strict: bool = False
+    strict: Literal["always", "prefix", "never"] = "never"
+    prefix_sees: str = ""
+    prefix_cost: Callable[..., Cost] | None = None
 
 
 def _lsh_block(num_queries: int) -> int:
@@ -126,22 +134,57 @@ def _projection_cost(
 ) -> Cost:
     """Gram matrices, the small products and the inverse per block, then Qhat and Khat.
 
-    A further round is two products with the Gram matrices and what makes the columns orthonormal:
-    one r x r Gram matrix, its inverse, and a product with that.
-
     Q and K are read twice, because no number of Qhat is known before the whole block was seen; the
     Gram matrices are written and read once, in fp32.
     """
     rows, blocks = num_queries * rep, -(-num_queries // block)
     gram = 2 * head_dim**2 * (rows + num_keys)
-    solve = 6 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
-    further = 4 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
     factors = 2 * (rows + blocks * num_keys) * head_dim * rank
     moved = 2 * (rows + num_keys) * head_dim + (rows + blocks * num_keys) * rank
     return Cost(
-        gram + blocks * (solve + (rounds - 1) * further) + factors,
+        gram + blocks * _solve_flops(head_dim, rank, rounds) + factors,
         element_bytes * moved + 8 * head_dim**2 * (blocks + 1),
     )
+
+
+def _prefix_cost(
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    block: int,
+    rounds: int = 1,
+    rep: int = 1,
+    element_bytes: int = 2,
+) -> Cost:
+    """As ``_projection_cost``, of each block but the first: with the keys before it, not with all.
+
+    And what the scores of every block's own keys take at width d, beyond what they would at r.
+    """
+    flops = moved = known = 0
+    for start in range(0, num_queries, block):
+        rows = min(block, num_queries - start) * rep
+        keys, end = min(start, num_keys), min(start + block, num_keys)
+        flops += 2 * rows * (end - keys) * (head_dim - rank)
+        if start:
+            new_rows = block * rep + keys - known
+            flops += 2 * head_dim**2 * new_rows + _solve_flops(head_dim, rank, rounds)
+            flops += 2 * (rows + keys) * head_dim * rank
+            moved += (new_rows + rows + keys - known) * head_dim + (rows + keys) * rank
+            known = keys
+    blocks = -(-num_queries // block)
+    return Cost(flops, element_bytes * moved + 8 * head_dim**2 * 2 * max(blocks - 1, 0))
+
+
+def _solve_flops(head_dim: int, rank: int, rounds: int) -> int:
+    """From the Gram matrices to A and B.
+
+    A further round is two products with the Gram matrices and what makes the columns orthonormal:
+    one r x r Gram matrix, its inverse, and a product with that.
+    """
+    first = 6 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
+    further = 4 * head_dim**2 * rank + 4 * head_dim * rank**2 + rank**3
+    return first + (rounds - 1) * further
 
 
 def _calibrated_cost(
@@ -208,6 +251,9 @@ ESTIMATORS: dict[str, Estimator] = {
             cost=_projection_cost,
             auto_block=_projection_block,
             rounds=(1, 2),
+            strict="prefix",
+            prefix_sees="earlier rows and keys only",
+            prefix_cost=_prefix_cost,
         ),
         Estimator(
             name="calibrated",
@@ -221,7 +267,7 @@ ESTIMATORS: dict[str, Estimator] = {
             cost=_calibrated_cost,
             auto_block=lambda num_queries: max(num_queries, 1),
             needs="bases",
-            strict=True,
+            strict="always",
         ),
     )
 }

@@ -25,6 +25,8 @@ def test_every_entry_is_whole() -> None:
             assert not text.endswith(".")
         assert entry.rounds[0] == 1
         assert entry.needs in ("nothing", "bases")
+        assert entry.strict in ("always", "prefix", "never")
+        assert bool(entry.prefix_sees) == bool(entry.prefix_cost) == (entry.strict == "prefix")
         json.dumps([entry.rounds, entry.strict, entry.divides])
     assert NUM_PROJECTIONS == reference.NUM_PROJECTIONS
 
@@ -32,9 +34,9 @@ def test_every_entry_is_whole() -> None:
 def test_what_the_estimators_take() -> None:
     taken = {name: (e.divides, e.rounds, e.strict) for name, e in ESTIMATORS.items()}
     lsh = [taken[name] for name in ("lsh-sample", "lsh-mean", "lsh-signed")]
-    assert lsh == 3 * [(True, (1,), False)]
-    assert taken["projection"] == (False, (1, 2), False)
-    assert taken["calibrated"] == (False, (1,), True)
+    assert lsh == 3 * [(True, (1,), "never")]
+    assert taken["projection"] == (False, (1, 2), "prefix")
+    assert taken["calibrated"] == (False, (1,), "always")
     assert [e.name for e in ESTIMATORS.values() if e.needs == "bases"] == ["calibrated"]
 
 
@@ -85,6 +87,23 @@ def test_cost_of_projection() -> None:
     moved = 2 * (200 + 70) * d + (200 + 4 * 70) * r
     assert cost(**SIZES, block=30, rep=2).bytes == 2 * moved + 5 * 2 * 4 * d * d
     assert cost(**SIZES, block=30, rep=2, element_bytes=4).bytes == 4 * moved + 5 * 2 * 4 * d * d
+
+
+def test_cost_of_the_prefix_form() -> None:
+    """Blocks of 30, 30, 30, 10 rows; keys before them 0, 30, 60, 70 and their own 30, 30, 10, 0."""
+    cost = ESTIMATORS["projection"].prefix_cost
+    assert cost is not None
+    d, r, rep = 64, 16, 2
+    exact = 2 * rep * (30 * 30 + 30 * 30 + 30 * 10) * (d - r)
+    gram, solve = 2 * d * d * (rep * 90 + 70), 6 * d * d * r + 4 * d * r * r + r**3
+    rows, keys = rep * (30 + 30 + 10), 30 + 60 + 70
+    got = cost(**SIZES, block=30, rep=2)
+    assert got.flops == exact + gram + 3 * solve + 2 * (rows + keys) * d * r
+    moved = (rep * 90 + 70) * d + (rows + 70) * d + (rows + keys) * r
+    assert got.bytes == 2 * moved + 6 * 2 * 4 * d * d
+    further = 4 * d * d * r + 4 * d * r * r + r**3
+    assert cost(**SIZES, block=30, rep=2, rounds=2).flops == got.flops + 3 * further
+    assert cost(**SIZES, block=100).flops == 2 * 100 * 70 * (d - r)  # all of it is exact
 
 
 @pytest.mark.parametrize(("block", "percent"), [(64, 60), (256, 18), (1024, 7.4), (4096, 4.8)])

@@ -152,6 +152,7 @@ def _gram_of_rows(
         "block",
         "num_blocks",
         "causal_offset",
+        "earlier",
         "query_chunks",
         "key_chunks",
         "jobs",
@@ -186,6 +187,7 @@ def _gram_kernel(
     block,
     num_blocks,
     causal_offset,
+    earlier,
     query_chunks,
     key_chunks,
     jobs,
@@ -194,13 +196,15 @@ def _gram_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STRICT: tl.constexpr,
     COUNTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``partial[unit, job]``; a unit is a key head of one batch element.
 
     The jobs of a unit: the chunks of each grouping block of Q, the chunks of K, and with causality
-    for each block the keys it sees beyond its last whole chunk.
+    for each block the keys it sees beyond its last whole chunk. ``earlier`` blocks of Q lie before
+    row 0.
     """
     unit = (tl.program_id(0) // jobs).to(tl.int64)
     job = tl.program_id(0) % jobs
@@ -208,8 +212,8 @@ def _gram_kernel(
     b, h = unit // key_heads, unit % key_heads
     out = partial + tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH)
     exponents += tl.program_id(0)
-    if job < num_blocks * query_chunks:
-        i = job // query_chunks
+    if job < (earlier + num_blocks) * query_chunks:
+        i = job // query_chunks - earlier
         first_token = (i * block).to(tl.int64)
         first = job % query_chunks * CHUNK
         last = min(first + CHUNK, min(block, num_rows - i * block) * rep)
@@ -237,11 +241,11 @@ def _gram_kernel(
             PRECISION,
         )
     else:
-        job -= num_blocks * query_chunks
+        job -= (earlier + num_blocks) * query_chunks
         first = job * CHUNK
         last = min(first + CHUNK, num_keys)
         if job >= key_chunks:
-            last = _keys_seen(job - key_chunks, num_rows, num_keys, block, causal_offset)
+            last = _keys_seen(job - key_chunks, num_rows, num_keys, block, causal_offset, STRICT)
             first = last // CHUNK * CHUNK
         K += b * k_stride_b + h * k_stride_h
         key_counted += b * ck_stride_b + h * ck_stride_h
@@ -269,9 +273,10 @@ def _gram_kernel(
 
 
 @triton.jit
-def _keys_seen(i, num_rows, num_keys, block, causal_offset):
-    """Keys that some row of block i sees."""
-    return min(max(min((i + 1) * block, num_rows) + causal_offset, 0), num_keys)
+def _keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT: tl.constexpr):
+    """Keys that some row of block i sees; if strict, those that come before its first row."""
+    rows = i * block if STRICT else min((i + 1) * block, num_rows)
+    return min(max(rows + causal_offset, 0), num_keys)
 
 
 @triton.jit(
@@ -281,6 +286,7 @@ def _keys_seen(i, num_rows, num_keys, block, causal_offset):
         "block",
         "num_blocks",
         "causal_offset",
+        "earlier",
         "query_chunks",
         "key_chunks",
         "jobs",
@@ -297,6 +303,7 @@ def _sum_kernel(
     block,
     num_blocks,
     causal_offset,
+    earlier,
     query_chunks,
     key_chunks,
     jobs,
@@ -305,21 +312,28 @@ def _sum_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
 ):
-    """``grams[unit]``: Cq of each block, then Ck, with causality of each block; not yet scaled."""
+    """``grams[unit]``: Cq of each block, then Ck, with causality of each block; not yet scaled.
+
+    If strict, Cq of a block is that of all rows before it.
+    """
     unit = (tl.program_id(0) // matrices).to(tl.int64)
     matrix = tl.program_id(0) % matrices
     rest = jobs  # none
     if matrix < num_blocks:
         first = matrix * query_chunks
         last = first + query_chunks
+        if STRICT:
+            last = first + earlier * query_chunks
+            first = tl.full([], 0, tl.int32)
     else:
-        first = num_blocks * query_chunks
+        first = (earlier + num_blocks) * query_chunks
         last = first + key_chunks
         if CAUSAL:
             i = matrix - num_blocks
             rest = last + i
-            seen = _keys_seen(i, num_rows, num_keys, block, causal_offset)
+            seen = _keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT)
             last = first + seen // CHUNK
 
     exponents += unit * jobs
@@ -498,7 +512,15 @@ def _store_parts(parts, x, first, WIDTH: tl.constexpr, RANKS: tl.constexpr, COLU
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_keys", "block", "num_blocks", "causal_offset", "offset"]
+    do_not_specialize=[
+        "num_rows",
+        "num_keys",
+        "block",
+        "num_blocks",
+        "causal_offset",
+        "earlier",
+        "offset",
+    ]
 )
 def _solve_kernel(
     grams,
@@ -512,6 +534,7 @@ def _solve_kernel(
     block,
     num_blocks,
     causal_offset,
+    earlier,
     matrices,
     offset,
     HEAD_DIM: tl.constexpr,
@@ -523,6 +546,7 @@ def _solve_kernel(
     PARTS: tl.constexpr,
     ROUNDS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     RIDGE: tl.constexpr,
     LEAST_PIVOT: tl.constexpr,
     TINY: tl.constexpr,
@@ -540,7 +564,7 @@ def _solve_kernel(
     seen = num_keys
     if CAUSAL:
         k_place += i
-        seen = _keys_seen(i, num_rows, num_keys, block, causal_offset)
+        seen = _keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT)
     Cq = grams + q_place * (WIDTH * WIDTH)
     Ck = grams + k_place * (WIDTH * WIDTH)
     q_factor, q_ridge, q_exponent, k_factor, k_ridge, k_exponent, energy = _scales_of_grams(
@@ -567,7 +591,8 @@ def _solve_kernel(
     _apply_gram(Cq, q_factor, q_ridge, X, Y, WIDTH, RANKS, COLUMNS, PRECISION)
 
     # See reference_projection.balance.
-    rows = (min(block, num_rows - i * block) * rep).to(tl.float32)
+    rows = (earlier + i) * block if STRICT else min(block, num_rows - i * block)
+    rows = (rows * rep).to(tl.float32)
     energy = tl.abs(energy) * (rows / (tl.maximum(seen, 1) * RANK).to(tl.float32))
     balance = tl.where(energy > 0, _exponent(energy) + 1 >> 1, 0)
     balance += k_exponent + tl.load(exponents + k_place)
@@ -683,6 +708,7 @@ def _multiply_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     LARGEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -702,9 +728,11 @@ def _multiply_kernel(
         if CAUSAL:
             # Rows from first_key - causal_offset on see a key of this tile.
             first_row = max(first_key - causal_offset, 0)
-            first_block = max(first_block, first_row // block)
-            if first_row >= num_rows:
+            if STRICT:  # the blocks after its own
+                first_row = max(first_key - causal_offset + block, 0)
+            elif first_row >= num_rows:
                 first_block = last_block
+            first_block = max(first_block, first_row // block)
         if first_block < last_block:
             key = (first_key + tile_row).to(tl.int64)
             is_key = key < num_keys
@@ -774,6 +802,7 @@ def projection_factors(
     seed: int,
     is_causal: bool = False,
     causal_offset: int = 0,
+    earlier: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
 
@@ -795,14 +824,22 @@ def projection_factors(
         is_causal: row i sees keys ``j <= i + causal_offset`` only; keys that no row of a block sees
             do not influence its A and B, and their rows of its Khat may stay unwritten.
         causal_offset: see ``is_causal``.
+        earlier: if not 0, the strict form, of the grouping blocks of Q after this many: their A and
+            B come from all rows before the block, of Q and with ``causal_offset`` of K, and only
+            these keys' rows of its Khat are written.
 
     Returns:
         Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
-        Q's dtype.
+        Q's dtype; N without the ``earlier`` blocks.
 
     Raises:
         ValueError: d or r is out of range.
     """
+    is_strict = earlier > 0
+    if is_strict:
+        first_row = earlier * grouping_block
+        Q, causal_offset, is_causal = Q[:, :, first_row:], causal_offset + first_row, True
+        queries = None if queries is None else queries[..., first_row:]
     batch, heads, num_rows, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
     if not 1 <= rank <= head_dim <= MAX_HEAD_DIM:
@@ -820,7 +857,7 @@ def projection_factors(
     where = (num_rows, num_keys, grouping_block, num_blocks, causal_offset)
 
     query_chunks, key_chunks, jobs, matrices = _cut(
-        num_rows, num_keys, grouping_block, rep, is_causal
+        num_rows, num_keys, grouping_block, rep, is_causal, earlier
     )
     partial = Q.new_empty(units, jobs, width, width, dtype=torch.float32)
     exponents = Q.new_empty(units, jobs, dtype=torch.int32)
@@ -842,6 +879,7 @@ def projection_factors(
         key_heads,
         rep,
         *where,
+        earlier,
         query_chunks,
         key_chunks,
         jobs,
@@ -850,6 +888,7 @@ def projection_factors(
         COLUMNS=columns,
         ROWS=max(16, min(64, GRAM_TILE_BYTES // (width * Q.element_size()))),
         CHUNK=CHUNK_ROWS,
+        STRICT=is_strict,
         COUNTED=queries is not None,
         PRECISION=precision,
         num_warps=4 if width <= 64 else 8,
@@ -865,6 +904,7 @@ def projection_factors(
         grams,
         gram_exponents,
         *where,
+        earlier,
         query_chunks,
         key_chunks,
         jobs,
@@ -873,6 +913,7 @@ def projection_factors(
         TILE=tile,
         CHUNK=CHUNK_ROWS,
         CAUSAL=is_causal,
+        STRICT=is_strict,
         num_warps=4,
     )
 
@@ -889,6 +930,7 @@ def projection_factors(
         factors,
         rep,
         *where,
+        earlier,
         matrices,
         _seed_offset(seed),
         HEAD_DIM=head_dim,
@@ -900,6 +942,7 @@ def projection_factors(
         PARTS=num_parts,
         ROUNDS=rounds,
         CAUSAL=is_causal,
+        STRICT=is_strict,
         RIDGE=RIDGE,
         LEAST_PIVOT=LEAST_PIVOT,
         TINY=TINY,
@@ -940,6 +983,7 @@ def projection_factors(
         ROWS=rows,
         SPAN=BLOCKS_PER_PROGRAM,
         CAUSAL=is_causal,
+        STRICT=is_strict,
         LARGEST=torch.finfo(Q.dtype).max,
         PRECISION=precision,
         num_warps=4 if width * Q.element_size() <= 128 else 8,
@@ -949,7 +993,13 @@ def projection_factors(
 
 
 def workspace_bytes(
-    rows: int, num_keys: int, head_dim: int, rank: int, rep: int, element_bytes: int
+    rows: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    rep: int,
+    element_bytes: int,
+    strict_blocks: int = 0,
 ) -> tuple[int, int]:
     """Device memory of ``projection_factors`` beside its results, for one key head.
 
@@ -960,6 +1010,8 @@ def workspace_bytes(
         rank: r.
         rep: query heads per key head.
         element_bytes: of Q and K.
+        strict_blocks: in the strict form the grouping blocks of the longest call, those that are
+            ``earlier`` with it; else 0.
 
     Returns:
         Bytes once, and bytes for each grouping block (with causality; less without).
@@ -968,27 +1020,29 @@ def workspace_bytes(
     panels = _padded(head_dim) * triton.cdiv(rank, PANEL) * PANEL
     query_chunks, key_chunks, _, _ = _cut(rows, num_keys, rows, rep, False)
     parts = element_bytes * (1 if element_bytes == 4 else 2)
+    # In the strict form those of all earlier blocks are there, however few blocks are made.
+    chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
     return (
-        (key_chunks + 1) * matrix,
-        (query_chunks + 3) * matrix + 2 * panels * (4 + parts),
+        (chunks_once + key_chunks + 1) * matrix,
+        (chunks + 3) * matrix + 2 * panels * (4 + parts),
     )
 
 
 def _cut(
-    num_rows: int, num_keys: int, block: int, rep: int, is_causal: bool
+    num_rows: int, num_keys: int, block: int, rep: int, is_causal: bool, earlier: int = 0
 ) -> tuple[int, int, int, int]:
     """Chunks of a block of Q, chunks of K, partial matrices and sums of them, of one key head.
 
     The cut of a block and of K does not depend on what else is in the call.
     """
     num_blocks = triton.cdiv(num_rows, block)
-    query_chunks = triton.cdiv(min(block, num_rows) * rep, CHUNK_ROWS)
+    query_chunks = triton.cdiv((block if earlier else min(block, num_rows)) * rep, CHUNK_ROWS)
     key_chunks = num_keys // CHUNK_ROWS if is_causal else triton.cdiv(num_keys, CHUNK_ROWS)
     blocks_of_keys = num_blocks if is_causal else 0
     return (
         query_chunks,
         key_chunks,
-        num_blocks * query_chunks + key_chunks + blocks_of_keys,
+        (earlier + num_blocks) * query_chunks + key_chunks + blocks_of_keys,
         num_blocks + (blocks_of_keys if is_causal else 1),
     )
 

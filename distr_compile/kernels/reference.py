@@ -144,7 +144,8 @@ class Block:
         start: first query row of the grouping block.
         stop: one past its last row.
         Qhat: ``(B, H, stop - start, r)``.
-        Khat: ``(B, H_k, M, r)``.
+        Khat: ``(B, H_k, m, r)``, of the first m keys: all M, but with ``strict`` those before the
+            block. The scores of the other keys are exact.
     """
 
     start: int
@@ -166,6 +167,7 @@ def estimate(
     is_causal: bool = False,
     causal_offset: int = 0,
     bases: tuple[Tensor, Tensor] | None = None,
+    strict: bool = False,
 ) -> list[Block]:
     """Replace the width d of Q and K by ``rank``, separately for each block of query rows.
 
@@ -181,6 +183,10 @@ def estimate(
 
     ``calibrated``: Qhat = Q A and Khat = K B with bases that are given, all rows in one block.
 
+    ``strict``: no row depends on later ones. ``calibrated`` is so by itself. ``projection`` takes
+    the bases of a block from the query rows before it and the keys before it, those that
+    ``prefix_edge`` and ``counted_before`` say, and approximates the scores of these keys only.
+
     Args:
         Q: ``(B, H, N, d)``.
         K: ``(B or 1, H_k, M, d)``, H_k divides H.
@@ -193,14 +199,15 @@ def estimate(
         is_causal: row i sees keys ``j <= i + causal_offset``; only ``projection`` looks at it.
         causal_offset: see ``is_causal``.
         bases: A and B of ``calibrated``, ``(H_k, d, r)``.
+        strict: see above; what is earlier goes by ``causal_offset``, also without ``is_causal``.
 
     Raises:
-        ValueError: unknown estimator, or a rank or rounds that it does not take.
+        ValueError: unknown estimator, or a rank, rounds or ``strict`` that it does not take.
     """
     _, heads, num_queries, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
     rep = heads // key_heads
-    _check_estimator(estimator, rank, rounds, head_dim)
+    _check_estimator(estimator, rank, rounds, strict, head_dim)
     block = grouping_block or auto_grouping_block(num_queries, estimator)
     Q = Q.unflatten(1, (key_heads, rep))
     if bases is not None:
@@ -209,32 +216,43 @@ def estimate(
         Qhat = projection.saturate((Q.to(dtype) @ A[:, None]).flatten(1, 2), Q.dtype)
         return [Block(0, num_queries, Qhat, projection.saturate(K.to(dtype) @ B, Q.dtype))]
     queries, keys = None, None
-    if estimator == "projection":
-        queries, keys = projection.counted_rows(mask, num_queries, num_keys, key_heads, rep)
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if estimator == "projection" and strict:
+        queries, keys = projection.counted_before(
+            mask, *sizes, block=block, causal_offset=causal_offset
+        )
+    elif estimator == "projection":
+        queries, keys = projection.counted_rows(mask, *sizes)
 
     blocks = []
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         Q_block = Q[..., start:stop, :]
         if estimator == "projection":
-            seen = max(0, min(num_keys, stop + causal_offset)) if is_causal else num_keys
+            counted, seen = slice(start, stop), num_keys
+            if strict:
+                counted = slice(0, start)
+                seen = projection.prefix_edge(start, num_keys, causal_offset)
+            elif is_causal:
+                seen = max(0, min(num_keys, stop + causal_offset))
             A, B = _bases(
-                Q_block,
+                Q[..., counted, :],
                 K[:, :, :seen],
-                None if queries is None else queries[..., start:stop],
+                None if queries is None else queries[..., counted],
                 None if keys is None else keys[..., :seen],
                 start_columns(head_dim, rank, seed=seed),
                 rounds,
             )
             Qhat = projection.saturate(Q_block.to(A.dtype) @ A[:, :, None], Q.dtype)
-            Khat = projection.saturate(K.to(B.dtype) @ B, Q.dtype)
+            approximated = K[:, :, :seen] if strict else K
+            Khat = projection.saturate(approximated.to(B.dtype) @ B, Q.dtype)
         else:
             Qhat, Khat = _group_factors(Q_block, K, rank, estimator, seed)
         blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
     return blocks
 
 
-def _check_estimator(estimator: str, rank: int, rounds: int, head_dim: int) -> None:
+def _check_estimator(estimator: str, rank: int, rounds: int, strict: bool, head_dim: int) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
     known = ESTIMATORS[estimator]
@@ -244,6 +262,8 @@ def _check_estimator(estimator: str, rank: int, rounds: int, head_dim: int) -> N
     if rounds not in known.rounds:
         accepted = " or ".join(map(str, known.rounds))
         raise ValueError(f"rounds: got {rounds}; with {estimator} must be {accepted}")
+    if strict and known.strict == "never":
+        raise ValueError(f"strict: got True; with {estimator} must be False: it sees {known.sees}")
 
 
 def _group_factors(
@@ -276,10 +296,10 @@ def _bases(
     """
     if not K.shape[2]:  # the block sees no key: as if there were one that is 0
         K, keys = K.new_zeros(1, K.shape[1], 1, K.shape[3]), None
-    rows = Q.flatten(2, 3)
-    Cq, Q_exponent = projection.gram(
-        rows, None if queries is None else queries.flatten(2, 3), ridge=projection.RIDGE
-    )
+    rows, counts = Q.flatten(2, 3), None if queries is None else queries.flatten(2, 3)
+    if not rows.shape[2]:  # no queries before the first block
+        rows, counts = rows.new_zeros(*rows.shape[:2], 1, rows.shape[3]), None
+    Cq, Q_exponent = projection.gram(rows, counts, ridge=projection.RIDGE)
     Ck, K_exponent = projection.gram(K, keys, ridge=0)
     A, B = projection.projection_bases(Cq, Ck, start, rounds=rounds)
     size = projection.balance(
@@ -292,6 +312,24 @@ def _bases(
         rank=start.shape[1],
     )
     return A * size, B / size
+
+
+def scores(Q: Tensor, K: Tensor, blocks: list[Block]) -> Tensor:
+    """S as ``blocks`` approximate it, ``(B, H, N, M)``: neither scaled nor masked.
+
+    Args:
+        Q: ``(B, H, N, d)``, at least one row.
+        K: ``(B or 1, H_k, M, d)``.
+        blocks: of ``estimate``.
+    """
+    rep = Q.shape[1] // K.shape[1]
+    parts = []
+    for b in blocks:
+        known = b.Khat.shape[2]
+        hat = b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).mT
+        exact = Q[:, :, b.start : b.stop] @ K[:, :, known:].repeat_interleave(rep, dim=1).mT
+        parts.append(torch.cat([hat, exact], dim=3))
+    return torch.cat(parts, dim=2)
 
 
 def masked_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -332,6 +370,7 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     bases: tuple[Tensor, Tensor] | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, the scores of each grouping block from ``estimate``.
 
@@ -353,6 +392,7 @@ def attention(
         sinks: ``(H,)`` floating, one more score per row that has no key and no value, in the units
             of the scaled scores; neither scaled nor capped.
         bases: see ``estimate``.
+        strict: see ``estimate``.
 
     Returns:
         ``(B, H, N, d_v)``; rows that see no key are 0.
@@ -377,18 +417,14 @@ def attention(
             is_causal=is_causal,
             causal_offset=causal_offset,
             bases=bases,
+            strict=strict,
         )
-    scores = torch.cat(
-        [b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).transpose(-1, -2) for b in blocks], dim=2
-    )
-    scores = scores * scale
+    S = scores(Q, K, blocks) * scale
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        S = softcap * torch.tanh(S / softcap)
     if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
+        S = S.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else S + mask
     if is_causal:
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=Q.device)
-        scores = scores.masked_fill(~visible.tril(causal_offset), -torch.inf)
-    return (masked_softmax(scores, sinks).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)
+        S = S.masked_fill(~visible.tril(causal_offset), -torch.inf)
+    return (masked_softmax(S, sinks).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)

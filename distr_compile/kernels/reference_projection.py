@@ -21,6 +21,15 @@ divides by a rounding error, and is still exact where the rows of K lie in the s
 """
 
 
+def prefix_edge(start: int, num_keys: int, causal_offset: int) -> int:
+    """The keys that a block from row ``start`` on approximates in the strict form: those before it.
+
+    Every row of the block comes after them where row i sees keys ``j <= i + causal_offset``. The
+    first block has no queries before it, from which a basis could come: 0, all keys exact.
+    """
+    return max(0, min(num_keys, start + causal_offset)) if start else 0
+
+
 def counted_rows(
     mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -46,16 +55,78 @@ def counted_rows(
     """
     if mask is None or not mask.numel():
         return None, None
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    mask = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
-    if mask.dtype == torch.bool:
-        queries, keys = mask.any(-1), mask.any(-2).any(2)
-    else:
-        hidden = torch.finfo(mask.dtype).min / 2
-        queries, keys = mask.amax(-1) > hidden, mask.amax(-2).amax(2) > hidden
+    mask = _split_heads(mask, key_heads, rep)
+    queries, keys = _any_seen(mask, -1), _any_seen(mask, -2).any(2)
     if num_queries == num_keys:
         queries = queries & keys[:, :, None]
     return queries.expand(-1, -1, rep, num_queries), keys.expand(-1, -1, num_keys)
+
+
+def counted_before(
+    mask: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    key_heads: int,
+    rep: int,
+    *,
+    block: int,
+    causal_offset: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``counted_rows`` for the strict form: what counts in later blocks, told by earlier ones only.
+
+    Once for each row, when its block ends and the basis of the next block is to come: query i
+    counts if it sees any key before the next block's edge (``prefix_edge``), a key if any query up
+    to then sees it. So no block looks at a part of the mask that is later than its own first row,
+    and sums over what counts grow from block to block. In self-attention query i is left out with
+    key i, unless ``causal_offset`` is negative: key i is later than query i then.
+
+    Args:
+        mask: as in ``counted_rows``, likewise ``num_queries``, ``num_keys``, ``key_heads``, rep.
+        num_queries: N.
+        num_keys: M.
+        key_heads: H_k.
+        rep: query heads per key head.
+        block: query rows per grouping block, at least 1.
+        causal_offset: see ``prefix_edge``.
+
+    Returns:
+        As ``counted_rows``; keys that are in no basis do not count.
+    """
+    if mask is None or not mask.numel():
+        return None, None
+    mask = _split_heads(mask, key_heads, rep)
+    query_parts, key_parts, edge = [], [], 0
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        before, edge = edge, prefix_edge(stop, num_keys, causal_offset)
+        queries = _any_seen(_cut(_cut(mask, -2, start, stop), -1, 0, edge), -1)
+        keys = _any_seen(_cut(_cut(mask, -2, 0, stop), -1, before, edge), -2).any(2)
+        query_parts.append(queries.expand(-1, -1, rep, stop - start))
+        key_parts.append(keys.expand(-1, -1, edge - before))
+    key_parts.append(key_parts[0].new_zeros(*key_parts[0].shape[:2], num_keys - edge))
+    queries, keys = torch.cat(query_parts, -1), torch.cat(key_parts, -1)
+    if num_queries == num_keys and causal_offset >= 0:
+        queries = queries & keys[:, :, None]
+    return queries, keys
+
+
+def _split_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
+    """The mask as ``(B, H_k, rep, N, M)``, sizes of 1 kept."""
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    split: Tensor = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
+    return split
+
+
+def _any_seen(mask: Tensor, dim: int) -> Tensor:
+    """Whether any entry along ``dim`` shows its key to its query; see ``counted_rows``."""
+    if mask.dtype == torch.bool or not mask.shape[dim]:
+        return mask.any(dim)
+    return mask.amax(dim) > torch.finfo(mask.dtype).min / 2
+
+
+def _cut(mask: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """Part of a dimension, unless it is broadcast."""
+    return mask if mask.shape[dim] == 1 else mask.narrow(dim, start, stop - start)
 
 
 def power_of_two(x: Tensor) -> Tensor:

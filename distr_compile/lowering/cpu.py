@@ -15,6 +15,7 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +24,11 @@ from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS, auto_grouping_block
 from distr_compile.kernels.reference import order_of_projected, projections
-from distr_compile.kernels.reference_projection import counted_rows
+from distr_compile.kernels.reference_projection import (
+    counted_before,
+    counted_rows,
+    prefix_edge,
+)
 from distr_compile.lowering import cpu_projection
 
 CHUNK = 1 << 20
@@ -75,6 +80,7 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     fixed: tuple[Tensor, Tensor] | None = None,
+    strict: bool = False,
     out: Tensor,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.reference.attention``.
@@ -98,6 +104,7 @@ def attention(
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
         sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
         fixed: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
+        strict: of ``projection``, the form in which no row depends on later ones.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
     """
     batch, heads, num_queries, head_dim = q.shape
@@ -119,8 +126,11 @@ def attention(
     sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
     scale = scale / softcap if softcap else scale  # what tanh takes
     queries, keys = None, None
-    if estimator == "projection":
-        queries, keys = counted_rows(mask, num_queries, num_keys, key_heads, rep)
+    counts = (mask, num_queries, num_keys, key_heads, rep)
+    if strict:
+        queries, keys = counted_before(*counts, block=block, causal_offset=causal_offset)
+    elif estimator == "projection":
+        queries, keys = counted_rows(*counts)
     for b in range(0, batch, batches):
         for h in range(0, key_heads, per_batch):
             some = (slice(b, b + batches), slice(h, h + per_batch))
@@ -145,9 +155,10 @@ def attention(
                     rank=rank,
                     rounds=rounds,
                     seed=seed,
-                    causal_offset=limit,
+                    causal_offset=causal_offset if strict else limit,
                     panel=sizes.panel,
                     key_rows=sizes.keys,
+                    strict=strict,
                 )
             else:
                 bases = (
@@ -156,9 +167,10 @@ def attention(
                 )
             for start, (A, B) in zip(range(0, num_queries, block), bases, strict=False):
                 stop = min(start + block, num_queries)
+                edge = prefix_edge(start, num_keys, causal_offset) if strict else num_keys
                 for first in range(start, stop, sizes.panel):
                     last = min(first + sizes.panel, stop)
-                    _attend_panel(part, first, last, A * scale, B, limit, sizes)
+                    _attend_panel(part, first, last, A, B, scale, edge, limit, sizes)
     return out
 
 
@@ -271,10 +283,14 @@ def _attend_panel(
     last: int,
     A: Tensor,
     B: Tensor,
+    scale: float,
+    edge: int,
     causal_offset: int | None,
     sizes: _Sizes,
 ) -> None:
     """Fill ``part.out`` for query rows ``first`` to ``last``, one pass over the keys.
+
+    Keys before ``edge`` are scored by Qhat and Khat, those from it on by Q and K.
 
     Where one chunk holds all keys and every row sees one, the softmax is PyTorch's. Else it is the
     running softmax of FlashAttention: ``top`` is the largest score so far, ``total`` the sum of
@@ -284,7 +300,10 @@ def _attend_panel(
     """
     b, h, rep, _, _ = part.Q.shape
     num_keys, v_dim = part.V.shape[-2:]
-    Qhat = torch.bmm(_stack(part.Q[..., first:last, :]), A)
+    end = num_keys if causal_offset is None else max(0, min(num_keys, last + causal_offset))
+    Q = _stack(part.Q[..., first:last, :])
+    Qhat = torch.bmm(Q, A * scale)
+    Q = Q * scale if edge < end else Qhat
     units, rows, _ = Qhat.shape
     top = Qhat.new_full((units, rows, 1), torch.finfo(Qhat.dtype).min)
     total = Qhat.new_zeros(units, rows, 1)
@@ -295,20 +314,21 @@ def _attend_panel(
         total = (sinks - top).exp_()
     O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
 
-    end = num_keys if causal_offset is None else min(num_keys, last + causal_offset)
     no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
-    at_once = end <= sizes.keys and no_empty_row and part.sinks is None
-    for key in range(0, end, sizes.keys):
-        key_stop = min(key + sizes.keys, end)
+    chunks = [*range(0, min(edge, end), sizes.keys), *range(edge, end, sizes.keys), end]
+    at_once = len(chunks) == 2 and no_empty_row and part.sinks is None
+    for key, key_stop in itertools.pairwise(chunks):
         V = _units(part.V[..., key:key_stop, :], b)
-        Khat_t = torch.bmm(_units(part.K[..., key:key_stop, :], b), B).transpose(1, 2)
+        left, right = Q, _units(part.K[..., key:key_stop, :], b)
+        if key < edge:
+            left, right = Qhat, torch.bmm(right, B)
         for token in range(first, last, sizes.tile):
             token_stop = min(token + sizes.tile, last)
             seen = key_stop if causal_offset is None else min(key_stop, token_stop + causal_offset)
             if seen <= key:
                 continue
             tile = slice((token - first) * rep, (token_stop - first) * rep)
-            S = torch.bmm(Qhat[:, tile], Khat_t[..., : seen - key])
+            S = torch.bmm(left[:, tile], right[:, : seen - key].transpose(1, 2))
             if part.softcap:
                 S.tanh_().mul_(part.softcap)
             view = S.view(b, h, token_stop - token, rep, seen - key)

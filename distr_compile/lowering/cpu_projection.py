@@ -29,13 +29,15 @@ def bases(
     causal_offset: int | None,
     panel: int,
     key_rows: int,
+    strict: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A and B ``(b h, d, r)`` of each grouping block in turn: Qhat = Q A and Khat = K B.
 
     Args:
         Q: ``(b, h, rep, N, d)``.
         K: ``(b or 1, h, M, d)``.
-        queries: ``(b or 1, h or 1, rep, N)``, from ``projection.counted_rows``; or None for all.
+        queries: ``(b or 1, h or 1, rep, N)``, from ``projection.counted_rows``, or with ``strict``
+            from ``counted_before``; or None for all.
         keys: ``(b or 1, h or 1, M)``, likewise.
         block: query rows per grouping block.
         rank: r.
@@ -44,20 +46,28 @@ def bases(
         causal_offset: row i sees keys ``j <= i + causal_offset``; None where all do.
         panel: query rows to read at a time.
         key_rows: keys to read at a time.
+        strict: from the query rows before the block and the keys before it; ``causal_offset`` is a
+            number then. What comes for the first block, which has none, is of no use.
     """
     rep, num_queries, head_dim = Q.shape[2:]
     num_keys, added = K.shape[2], 0
     start_from = _start_columns(head_dim, rank, seed)
-    sum_k = _GramSum(K)
+    sum_q, sum_k = _GramSum(Q), _GramSum(K)
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
-        sum_q = _GramSum(Q)
-        for first in range(start, stop, panel):
-            rows = slice(first, min(first + panel, stop))
+        if strict:  # to the rows of earlier blocks come those of the last one
+            new_rows, num_rows = range(max(start - block, 0), start, panel), start
+            seen = projection.prefix_edge(start, num_keys, causal_offset or 0)
+        else:
+            new_rows, num_rows = range(start, stop, panel), stop - start
+            sum_q = _GramSum(Q)
+            seen = num_keys if causal_offset is None else min(num_keys, stop + causal_offset)
+        for first in new_rows:
+            rows = slice(first, min(first + panel, new_rows.stop))
             counts = None if queries is None else queries[..., rows].flatten(2, 3)
             sum_q.add(Q[..., rows, :].flatten(2, 3), counts)
         # From one block to the next more keys count, never fewer.
-        seen = num_keys if causal_offset is None else max(0, min(num_keys, stop + causal_offset))
+        seen = max(0, seen)
         for first in range(added, seen, key_rows):
             rows = slice(first, min(first + key_rows, seen))
             sum_k.add(K[..., rows, :], None if keys is None else keys[..., rows])
@@ -70,7 +80,7 @@ def bases(
             Ck,
             Q_exponent,
             K_exponent,
-            num_queries=(stop - start) * rep,
+            num_queries=max(num_rows, 1) * rep,
             num_keys=max(seen, 1),
             rank=rank,
         )

@@ -1,8 +1,9 @@
 """DistrAttention on a GPU: the Triton kernels, over chunks of heads and query rows.
 
-A chunk is what shares one launch of the prologue and one of the attention kernel. Qhat and Khat
-live only in between, and Khat has a copy per grouping block, N / l * M * r elements a head: the
-walk keeps them within a workspace of a stated size, whatever the length.
+A chunk is what shares one launch of the prologue and one of the attention kernel (in the strict
+form of ``projection``, two of the latter for each of its grouping blocks). Qhat and Khat live only
+in between, and Khat has a copy per grouping block, N / l * M * r elements a head: the walk keeps
+them within a workspace of a stated size, whatever the length.
 
 Nothing here waits for the device, keeps memory after the call or depends on earlier calls, except
 that a combination whose kernel failed is remembered, so as not to compile it again.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import auto_grouping_block
+from distr_compile.kernels.reference_projection import counted_before, counted_rows, prefix_edge
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
@@ -51,6 +53,7 @@ def attention(
     rounds: int = 1,
     seed: int = 0,
     softcap: float = 0.0,
+    strict: bool = False,
     out: Tensor,
     workspace: int = WORKSPACE_MIB << 20,
 ) -> Tensor:
@@ -71,8 +74,10 @@ def attention(
         rounds: of ``projection``, 1 or 2.
         seed: names the random numbers of the estimator.
         softcap: c > 0 turns a score s into ``c * tanh(s / c)``.
+        strict: of ``projection``, the form in which no row depends on later ones.
         out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
-        workspace: bound on Qhat, Khat and what the estimator needs to make them, bytes.
+        workspace: bound on Qhat, Khat and what the estimator needs to make them, with ``strict``
+            also on what a block's two parts need to become one, bytes.
 
     Raises:
         KernelFailed: a kernel does not compile or start on this device; said once as a warning.
@@ -90,28 +95,31 @@ def attention(
         None if mask is None else mask.dtype,
         softcap > 0,
         sinks is not None,
+        strict,
     )
     if variant in _failed:
         raise KernelFailed(_failed[variant])
+    block = grouping_block or auto_grouping_block(q.shape[2], estimator)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "rank": rank,
+        "block": max(1, min(block, q.shape[2])),
+        "rounds": rounds,
+        "seed": seed,
+        "softcap": softcap,
+        "out": out,
+        "workspace": workspace,
+    }
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     try:
         with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            _attend(
-                q,
-                k,
-                v,
-                mask,
-                sinks,
-                scale=scale,
-                causal_offset=causal_offset if is_causal else None,
-                rank=rank,
-                estimator=estimator,
-                block=grouping_block or auto_grouping_block(q.shape[2], estimator),
-                rounds=rounds,
-                seed=seed,
-                softcap=softcap,
-                out=out,
-                workspace=workspace,
-            )
+            if strict and rank < q.shape[3]:
+                options |= {"is_causal": is_causal, "causal_offset": causal_offset}
+                _attend_strictly(q, k, v, mask, sinks, **options)
+            else:
+                options |= {"causal_offset": causal_offset if is_causal else None}
+                _attend(q, k, v, mask, sinks, estimator=estimator, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what Triton raises has no common base class
@@ -153,7 +161,6 @@ def _attend(
 
     num_queries, head_dim = q.shape[2:]
     num_keys, value_dim = v.shape[2:]
-    block = max(1, min(block, num_queries))
     is_exact = rank == head_dim
     tile = tile_for(
         architecture(q.device),
@@ -163,8 +170,6 @@ def _attend(
         dtype=q.dtype,
         has_mask=mask is not None,
     )
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     prologue = None
     if not is_exact:
         prologue = _prologue(
@@ -208,6 +213,138 @@ def _attend(
             tile=tile,
             out=out[chunk.batch, chunk.heads, rows],
         )
+
+
+def _attend_strictly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    causal_offset: int,
+    rank: int,
+    block: int,
+    rounds: int,
+    seed: int,
+    softcap: float,
+    out: Tensor,
+    workspace: int,
+) -> None:
+    """Each grouping block in two parts: keys before it with width r, the others exactly.
+
+    They share a softmax, whose two halves are put together by their denominators.
+    """
+    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.lowering.tiles import tile_for
+
+    num_keys, value_dim = v.shape[2:]
+    tile_of_width = partial(
+        tile_for,
+        architecture(q.device),
+        value_dim=value_dim,
+        dtype=q.dtype,
+        has_mask=mask is not None,
+    )
+    known_tile = tile_of_width(rank=rank, is_causal=False)
+    exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
+    prologue = _prologue(
+        q,
+        k,
+        mask,
+        rank=rank,
+        estimator="projection",
+        block=block,
+        rounds=rounds,
+        seed=seed,
+        strict_offset=causal_offset,
+    )
+    head_bytes, block_bytes = prologue.own_bytes
+    # The second part and its sum with the first, in fp32, and the denominators.
+    head_bytes += q.shape[1] // k.shape[1] * block * (value_dim * (q.element_size() + 8) + 20)
+
+    def attend(chunk: _Chunk) -> None:
+        Q, O = (t[chunk.batch, chunk.heads] for t in (q, out))  # noqa: E741
+        K, V = (t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads] for t in (k, v))
+        some_sinks = None if sinks is None else sinks[chunk.heads]
+        earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
+        if chunk.rows.stop > earlier * block:
+            last = (chunk.rows.stop - 1) // block * block
+            num_known = prefix_edge(last, num_keys, causal_offset)
+            so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
+            Qhat, Khat = prologue.factors(
+                Q[:, :, so_far.rows],
+                K[:, :, :num_known],
+                *prologue.counted_in(so_far, num_known),
+                causal_offset=causal_offset,
+                earlier=earlier,
+            )
+
+        def part(Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any) -> None:
+            some_mask = None if mask is None else _cut(mask, chunk.batch, chunk.heads, rows, keys)
+            attention_fwd(
+                Q, K, V[:, :, keys], some_mask,
+                scale=scale, softcap=softcap, grouping_block=block, **options,
+            )  # fmt: skip
+
+        O_others = torch.empty_like(O[:, :, :block])
+        lse, lse_others = q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
+        for start in range(chunk.rows.start, chunk.rows.stop, block):
+            rows = slice(start, min(start + block, chunk.rows.stop))
+            edge = prefix_edge(start, num_keys, causal_offset)
+            end = max(0, min(num_keys, rows.stop + causal_offset)) if is_causal else num_keys
+            out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
+            others = partial(
+                part,
+                Q[:, :, rows],
+                K[:, :, None, edge:end],
+                rows,
+                slice(edge, end),
+                is_causal=is_causal,
+                causal_offset=start + causal_offset - edge,
+                tile=exact_tile,
+                sinks=some_sinks,
+            )
+            if not edge:
+                others(out=out_rows)
+                continue
+            place = start // block - earlier
+            known = partial(
+                part,
+                Qhat[:, :, place * block :][:, :, here],
+                Khat[:, :, place : place + 1, :edge],
+                rows,
+                slice(edge),
+                tile=known_tile,
+            )
+            if edge >= end:
+                known(sinks=some_sinks, out=out_rows)
+                continue
+            known(out=out_rows, lse=lse[:, :, here])
+            others(out=O_others[:, :, here], lse=lse_others[:, :, here])
+            _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
+
+    for chunk in _chunks(
+        q.shape, k.shape, block, rank * q.element_size(), workspace, head_bytes, block_bytes
+    ):
+        attend(chunk)
+
+
+def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make of ``out`` the attention to both of two sets of keys, given that to each.
+
+    Args:
+        out: ``(B, H, N, d_v)``; other alike.
+        lse: ``(B, H, N)`` fp32, the logarithm of the softmax's denominator; -inf where a row sees
+            nothing. ``other_lse`` alike.
+        other: see ``out``.
+        other_lse: see ``lse``.
+    """
+    share = torch.sigmoid(other_lse - lse)  # NaN where both are -inf; both parts are 0 there
+    share = share.masked_fill_(other_lse == -torch.inf, 0)[..., None]
+    torch.add(out * (1 - share), other * share, out=out)
 
 
 @dataclass(frozen=True)
@@ -254,10 +391,11 @@ def _prologue(
     block: int,
     rounds: int,
     seed: int,
+    strict_offset: int | None = None,
 ) -> _Prologue:
+    """``strict_offset``: the causal offset of the strict form of ``projection``; None without."""
     from distr_compile.kernels.lsh import lsh_factors
     from distr_compile.kernels.projection import projection_factors, workspace_bytes
-    from distr_compile.kernels.reference_projection import counted_rows
 
     options: dict[str, Any] = {"rank": rank, "grouping_block": block, "seed": seed}
     if estimator != "projection":
@@ -265,10 +403,16 @@ def _prologue(
     _, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]
     rep = heads // key_heads
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if strict_offset is None:
+        blocks, counted = 0, counted_rows(mask, *sizes)
+    else:
+        blocks = -(-num_queries // block)
+        counted = counted_before(mask, *sizes, block=block, causal_offset=strict_offset)
     return _Prologue(
         partial(projection_factors, rounds=rounds, **options),
-        workspace_bytes(block, num_keys, head_dim, rank, rep, q.element_size()),
-        counted_rows(mask, num_queries, num_keys, key_heads, rep),
+        workspace_bytes(block, num_keys, head_dim, rank, rep, q.element_size(), blocks),
+        counted,
     )
 
 

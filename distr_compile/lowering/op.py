@@ -39,7 +39,6 @@ SCHEMA = (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NOT_YET = {
-    "strict": False,
     "dropout_p": 0.0,
 }
 """Arguments of the schema that have no implementation, with the only value they may have."""
@@ -115,7 +114,11 @@ def attention(
         estimator: a name in ``estimators.ESTIMATORS``.
         grouping_block: query rows per grouping; 0 for ``estimators.auto_grouping_block``.
         rounds: how often the estimator refines its basis: 1, or 2 where it takes that.
-        strict: only False yet.
+        strict: no row of the result depends on later rows or keys, where no mask shows row i a key
+            ``j > i + causal_offset``: the approximation neither, at the cost of exact scores for
+            the keys of each grouping block and later ones. ``projection`` takes its basis from the
+            blocks before (``Estimator.strict`` calls it the prefix form); ``calibrated`` is so
+            anyway; others refuse. Also without ``is_causal``, where the mask says it.
         min_seq_len: exact attention where ``min(N, M)`` is below it; always where N < 16.
         seed: names the random numbers of the estimator.
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
@@ -146,7 +149,8 @@ def attention(
         min_seq_len=min_seq_len,
         softcap=softcap,
         rounds=rounds,
-        not_yet=(strict, dropout_p),
+        strict=strict,
+        not_yet=(dropout_p,),
     )
     bases = _validate_bases(q, k, basis_q, basis_k, rank, estimator)
     softmax: dict[str, Any] = {
@@ -170,6 +174,8 @@ def attention(
     }
     if ESTIMATORS[estimator].rounds != (1,):
         grouping["rounds"] = rounds
+    if ESTIMATORS[estimator].strict == "prefix":
+        grouping["strict"] = strict
     out = _empty_output(q, v)
     if _has_kernels(q):
         try:
@@ -220,7 +226,8 @@ def _attention_fake(
         min_seq_len=min_seq_len,
         softcap=softcap,
         rounds=rounds,
-        not_yet=(strict, dropout_p),
+        strict=strict,
+        not_yet=(dropout_p,),
     )
     _validate_bases(q, k, basis_q, basis_k, rank, estimator)
     return _empty_output(q, v)
@@ -321,6 +328,7 @@ def _validate(
     min_seq_len: int,
     softcap: float,
     rounds: int,
+    strict: bool,
     not_yet: tuple[object, ...],
 ) -> None:
     """Refuse what the op cannot do; of symbolic sizes only relations are asked."""
@@ -358,6 +366,12 @@ def _validate(
     if rounds not in accepted:
         raise ValueError(
             f"rounds: got {rounds}; with {estimator} must be {' or '.join(map(str, accepted))}"
+        )
+    if strict and ESTIMATORS[estimator].strict == "never":
+        able = ", ".join(e.name for e in ESTIMATORS.values() if e.strict != "never")
+        raise ValueError(
+            f"strict: got True; with {estimator} must be False, as it sees "
+            f"{ESTIMATORS[estimator].sees}: take one of {able}"
         )
     if causal_offset is not None and not is_causal:
         raise ValueError("causal_offset: got a value without is_causal; set is_causal=True with it")
@@ -529,13 +543,15 @@ def _flops(
     estimator: str,
     grouping_block: int,
     rounds: int = 1,
+    strict: bool = False,
     min_seq_len: int = 0,
     out_shape: Any = None,
     **__: Any,
 ) -> int:
     """FLOPs of one call from the shapes: both products of attention, and the estimator's own.
 
-    A masked or causal call counts every score, as PyTorch's own formulas do.
+    A masked or causal call counts every score, as PyTorch's own formulas do; in the strict form of
+    an estimator those of a block's own keys at the full width, whatever the offset and the mask.
     """
     batch, heads, num_queries, head_dim = q
     key_heads, num_keys = k[1:3]
@@ -544,7 +560,8 @@ def _flops(
     products = 2 * batch * heads * num_queries * num_keys * (rank + v[3])
     if rank == head_dim:
         return products
-    factors = ESTIMATORS[estimator].cost(
+    cost = (ESTIMATORS[estimator].prefix_cost if strict else None) or ESTIMATORS[estimator].cost
+    factors = cost(
         num_queries,
         num_keys,
         head_dim,

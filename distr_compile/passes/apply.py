@@ -213,7 +213,7 @@ def _row(
             "rank": decision.rank,
             "estimator": plan.estimator,
             "rounds": plan.rounds,
-            "sees": ESTIMATORS[plan.estimator].sees,
+            "sees": decision.sees,
             "grouping_block": plan.grouping_block,
         }
     return SiteRow(

@@ -28,6 +28,7 @@ class Decision:
         rank: columns left of Q and K; 0 where the head width is not known.
         min_seq_len: the op itself decides below this length, where sizes are symbolic; else 0.
         plan: what the policy said.
+        strict: the estimator takes its prefix form, which sees no later rows.
     """
 
     decision: Literal["distr", "exact"]
@@ -35,11 +36,18 @@ class Decision:
     rank: int
     min_seq_len: int
     plan: LayerPlan
+    strict: bool = False
 
     @property
     def is_distr(self) -> bool:
         """Whether the site is approximated."""
         return self.decision == "distr"
+
+    @property
+    def sees(self) -> str:
+        """What the approximation of a row depends on."""
+        estimator = ESTIMATORS[self.plan.estimator]
+        return estimator.prefix_sees if self.strict else estimator.sees
 
 
 def decide(
@@ -67,6 +75,9 @@ def decide(
         rank=_rank(site, plan),
         min_seq_len=0 if reasons else _run_time_limit(site, plan),
         plan=plan,
+        strict=not reasons
+        and _must_not_look_ahead(site, plan)
+        and ESTIMATORS[plan.estimator].strict == "prefix",
     )
 
 
@@ -85,14 +96,36 @@ def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
         reasons.append(Reason("rank", "the head width is not known while compiling"))
     elif fault := _rank_fault(site.head_dim, plan):
         reasons.append(Reason("rank", fault))
-    if plan.causal == "strict" and not ESTIMATORS[plan.estimator].strict:
-        why = f"causal is strict, and {plan.estimator} sees {ESTIMATORS[plan.estimator].sees}"
-        if site.is_causal:
+    if _must_not_look_ahead(site, plan):
+        estimator, why = ESTIMATORS[plan.estimator], ""
+        if estimator.strict == "never":
+            why = f"causal is strict, and {plan.estimator} sees {estimator.sees}"
+        elif estimator.strict == "prefix" and not site.is_causal and _may_lack_keys(site):
+            why = "causal is strict, and with fewer keys than queries nobody knows which come first"
+        if why and not site.is_causal:
+            why += '; the mask has a row per query and may be causal; causal = "block" if it is not'
+        if why:
             reasons.append(Reason("looks-ahead", why))
-        elif _may_be_causal(site):
-            mask = 'the mask has a row per query and may be causal; causal = "block" if it is not'
-            reasons.append(Reason("looks-ahead", f"{why}; {mask}"))
     return reasons
+
+
+def _must_not_look_ahead(site: AttentionSite, plan: LayerPlan) -> bool:
+    """Whether the policy forbids a row of this site to depend on later ones.
+
+    A mask that may be causal has an unknown offset: row i sees keys ``j <= i + offset``. The prefix
+    form is told 0, and then approximates keys before a block by keys and rows before it. Row i of
+    the block sees all of these itself if the true offset is 0 or more, as with keys in a cache in
+    front; what it sees beyond is exact. Only a negative offset, fewer keys than queries aligned at
+    the end, would make some of these keys later than the row: see ``_may_lack_keys``.
+    """
+    return plan.causal == "strict" and (site.is_causal or _may_be_causal(site))
+
+
+def _may_lack_keys(site: AttentionSite) -> bool:
+    queries, keys = site.num_queries, site.num_keys
+    if isinstance(queries, int) and isinstance(keys, int):
+        return keys < queries
+    return not same_size(queries, keys)
 
 
 def _rank_fault(width: int, plan: LayerPlan) -> str | None:

@@ -63,7 +63,9 @@ def rewrite(
             rest = tuple(map(emit.constant, names, bases))
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
-        softcap = {"softcap": site.softcap} if site.softcap else {}
+        options: dict[str, Any] = {"softcap": site.softcap} if site.softcap else {}
+        if decision.strict:
+            options["strict"] = True
         return emit.function(
             torch.ops.distr.attention.default,
             q,
@@ -79,7 +81,7 @@ def rewrite(
             rounds=plan.rounds,
             min_seq_len=decision.min_seq_len,
             site=number,
-            **softcap,
+            **options,
         )
 
     if site.kind in {"mha", "encoder"}:

@@ -261,6 +261,7 @@ def _projection(architecture: str, case: Case, tile: Any) -> Any:
         grouping_block=1024,
         seed=0,
         is_causal=case.variant == "causal",
+        earlier=1 if case.variant == "strict" else 0,
     )
 
 
@@ -394,7 +395,7 @@ PLAN = [
     ("lsh_factors float32", "lsh-mean lsh-signed", "128/64"),
     ("lsh_factors float32", "lsh-mean", "256/128"),
     ("projection_factors float16", "plain", "32/16 64/32 128/64 256/128"),
-    ("projection_factors bfloat16", "causal", "128/64"),
+    ("projection_factors bfloat16", "causal strict", "128/64"),
     ("projection_factors float16", "mask", "128/96"),
     ("projection_factors float32", "plain", "64/32 128/64 256/128"),
 ]

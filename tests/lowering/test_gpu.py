@@ -77,11 +77,28 @@ def test_streams() -> None:
     assert all(torch.equal(got, wanted) for got in results)
 
 
-@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
-def test_cuda_graph_of_the_op(estimator: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_the_strict_form_is_the_definition(dtype: torch.dtype, key_heads: int) -> None:
+    q, k, v = qkv(Hk=key_heads, dtype=dtype)
+    options = {**OPTIONS, "rank": 32, "estimator": "projection", "grouping_block": 300}
+    options |= {"is_causal": True, "strict": True}
+    wanted = reference.attention(*(t.double() for t in (q, k, v)), **options)
+    limit = error(reference.attention(q, k, v, **options), wanted)
+    got = op(q, k, v, **options)
+    assert error(got, wanted) <= 2 * limit + 2 * torch.finfo(dtype).eps
+    for t in (q, k, v):  # later rows move nothing before them
+        t[:, :, 700:] *= -3
+    assert torch.equal(op(q, k, v, **options)[:, :, :700], got[:, :, :700])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "strict"), [("lsh-mean", False), ("projection", False), ("projection", True)]
+)
+def test_cuda_graph_of_the_op(estimator: str, strict: bool) -> None:
     q, k, v = qkv()
     mask = torch.arange(1000, device="cuda") < 900
-    options = {**OPTIONS, "rank": 32, "estimator": estimator}
+    options = {**OPTIONS, "rank": 32, "estimator": estimator, "strict": strict}
     for _ in range(3):
         op(q, k, v, mask, **options)
     torch.cuda.synchronize()

@@ -374,7 +374,6 @@ def test_flops_of_projection(rounds: int, block: int) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "got"),
     [
-        ("strict", True, "True"),
         ("dropout_p", 0.1, "0.1"),
     ],
 )

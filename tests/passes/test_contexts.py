@@ -449,10 +449,17 @@ def test_strict_causality(function: Callable[..., Tensor], may_be_causal: bool) 
     """A mask with a row per query counts as causal unless the graph says what is in it."""
     inputs = example_inputs(function)
     policy = {"causal": "strict", "min_seq_len": 0}
-    capture = run(function, inputs, policy=policy)
+    lsh = {**policy, "estimator": "lsh-mean"}
+    capture = run(function, inputs, policy=lsh)
     assert capture.codes == ({"looks-ahead"} if may_be_causal else set())
-    assert run(function, inputs, policy={**policy, "causal": "block"}).codes == set()
-    assert error(capture.output, eager(function, inputs)) < 1e-5
+    assert run(function, inputs, policy={**lsh, "causal": "block"}).codes == set()
+    prefix = run(function, inputs, policy=policy)
+    assert prefix.codes == set()
+    assert [call.get("strict", False) for call in prefix.calls] == [may_be_causal]
+    sees = "earlier rows and keys only" if may_be_causal else ESTIMATORS["projection"].sees
+    assert [row.sees for row in prefix.rows] == [sees]
+    for got in (capture, prefix):
+        assert error(got.output, eager(function, inputs)) < 1e-5
 
 
 def test_half_precision_with_a_finite_mask_is_kept() -> None:

@@ -145,13 +145,18 @@ STRICT = replace(FORCED, causal="strict")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_strict_causality_leaves_what_looks_ahead_exact(estimator: str) -> None:
     plan = replace(STRICT, estimator=estimator)
-    assert codes(site(), plan) == []
-    assert codes(site(is_causal=True), replace(plan, causal="block")) == []
+    sees, how = ESTIMATORS[estimator].sees, ESTIMATORS[estimator].strict
+    for anything_goes in (
+        decide(site(), plan),
+        decide(site(is_causal=True), replace(plan, causal="block")),
+    ):
+        assert (anything_goes.reasons, anything_goes.strict) == ((), False)
+        assert anything_goes.sees == sees
     decision = decide(site(is_causal=True, mask_kind="causal"), plan)
-    sees = ESTIMATORS[estimator].sees
     text = f"causal is strict, and {estimator} sees {sees}"
-    expected = () if ESTIMATORS[estimator].strict else (Reason("looks-ahead", text),)
-    assert decision.reasons == expected
+    assert decision.reasons == ((Reason("looks-ahead", text),) if how == "never" else ())
+    assert decision.strict == (how == "prefix")
+    assert decision.sees == ("earlier rows and keys only" if how == "prefix" else sees)
 
 
 def mask(*shape: int) -> fx.Node:
@@ -175,9 +180,29 @@ def test_strict_causality_with_a_mask_of_unknown_content(
     for found in (given, added, filled):
         assert codes(found, FORCED) == []
         assert codes(found, STRICT) == (["looks-ahead"] if may_be_causal else [])
+        prefix = decide(found, replace(PROJECTION, causal="strict"))
+        assert (prefix.is_distr, prefix.strict) == (True, may_be_causal)
     if may_be_causal:
         (reason,) = decide(given, STRICT).reasons
         assert reason.text.endswith('may be causal; causal = "block" if it is not')
+
+
+def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
+    """With fewer, a causal mask may be aligned at the end: earlier keys by place are later ones."""
+    strict, n = replace(PROJECTION, causal="strict"), symbol(128)
+    given = site(kind="sdpa", mask=mask(128, 128), mask_kind="float")
+    for queries, keys, expected in [
+        (100, 128, []),
+        (128, 100, ["looks-ahead"]),
+        (n, n, []),
+        (n, 128, ["looks-ahead"]),
+    ]:
+        found = replace(given, num_queries=queries, num_keys=keys)
+        assert codes(found, strict) == expected
+        assert codes(found, PROJECTION) == []
+        # Where the graph itself says causal, it says with which offset.
+        causal = replace(found, mask=None, is_causal=True, mask_kind="causal")
+        assert codes(causal, strict) == []
 
 
 def test_strict_causality_with_masks_inside_a_fused_call() -> None:
