@@ -12,7 +12,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types survey baseline bench bench-error gpu plots clean
+.PHONY: help demo test test-oldest lint types survey regress baseline bench bench-error bench-tune gpu plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,8 +37,11 @@ types: $(VENV)/stamp ## mypy, strict
 survey: $(VENV)/stamp ## the pass over the whole zoo of models; rewrites tests/survey/results.csv
 	$(BIN)/python -m tests.survey.survey
 
-baseline: $(VENV)/stamp ## measure anew the accuracies that tests/regression holds us to
-	OMP_NUM_THREADS=1 $(BIN)/python tests/regression/measure.py --write
+regress: $(VENV)/stamp ## accuracy of every model of the zoo under every estimator (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.regression --workers $(WORKERS) --plot regress.png
+
+baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds us to
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.regression --workers $(WORKERS) --update-baseline
 
 bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
 	$(BIN)/python benchmarks/cpu_attention.py
@@ -46,6 +49,9 @@ bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
 	$(BIN)/python -m benchmarks.estimator_error
+
+bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; rewrites benchmarks/results/tuning.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tuning
 
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
@@ -57,7 +63,7 @@ plots: $(VENV)/stamp ## plots and break-even lengths of what `make gpu` measured
 	done
 
 clean: ## remove the environments and everything generated
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST) regress.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

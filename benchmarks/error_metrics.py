@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.error_inputs import Inputs
@@ -83,7 +82,7 @@ def errors(inputs: Inputs, blocks: list[Block]) -> Errors:
     for block in blocks:
         end = block.stop if inputs.is_causal else K.shape[2]
         S = Q[:, :, block.start : block.stop] @ K[:, :, :end].mT
-        Shat = block.Qhat @ block.Khat[:, :, :end].mT
+        Shat = scores(inputs, [block])[..., :end]
         wrong_scores = wrong_scores + _squares(Shat - S)
         all_scores = all_scores + _squares(S)
         seen = S.new_ones(S.shape[-2:], dtype=torch.bool)
@@ -105,9 +104,9 @@ def errors(inputs: Inputs, blocks: list[Block]) -> Errors:
     )
 
 
-def scores(blocks: list[Block]) -> Tensor:
+def scores(inputs: Inputs, blocks: list[Block]) -> Tensor:
     """Shat, ``(B, H, N, M)``."""
-    return torch.cat([block.Qhat @ block.Khat.mT for block in blocks], dim=2)
+    return reference.scores(inputs.Q, inputs.K, blocks)
 
 
 def attention(inputs: Inputs, blocks: list[Block]) -> Tensor:
@@ -115,17 +114,11 @@ def attention(inputs: Inputs, blocks: list[Block]) -> Tensor:
     outputs = []
     for block in blocks:
         end = block.stop if inputs.is_causal else inputs.K.shape[2]
-        rows = block.stop - block.start
-        seen = torch.ones(rows, end, dtype=torch.bool).tril(block.start)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                block.Qhat,
-                block.Khat[:, :, :end],
-                inputs.V[:, :, :end],
-                seen if inputs.is_causal else None,
-                scale=inputs.Q.shape[-1] ** -0.5,
-            )
-        )
+        Shat = scores(inputs, [block])[..., :end] * inputs.Q.shape[-1] ** -0.5
+        if inputs.is_causal:
+            seen = torch.ones_like(Shat, dtype=torch.bool).tril(block.start)
+            Shat = Shat.masked_fill(~seen, -torch.inf)
+        outputs.append(Shat.softmax(-1) @ inputs.V[:, :, :end])
     return torch.cat(outputs, dim=2)
 
 

@@ -67,7 +67,7 @@ def draw_figure_7(method: str, folder: Path) -> Path:
 
     def estimated(group_size: int, block: int) -> Tensor:
         rank = FIGURE_7["head_dim"] // group_size
-        return scores(methods()[method](i.Q, i.K, rank=rank, grouping_block=block))
+        return scores(i, methods()[method](i.Q, i.K, rank=rank, grouping_block=block))
 
     figure, axes = plt.subplots(2, 5, figsize=(15, 6), layout="constrained")
     limits = {"vmin": S.min().item(), "vmax": S.max().item()}
@@ -93,7 +93,7 @@ def draw_heat_maps(name: str, folder: Path) -> Path:
     _show(axes[0, 0], S, "S", **limits)
     axes[1, 0].axis("off")
     found = {
-        title: scores(method(i.Q, i.K, rank=4, grouping_block=64))
+        title: scores(i, method(i.Q, i.K, rank=4, grouping_block=64))
         for title, method in methods().items()
     }
     most = max((Shat - S).abs().max().item() for Shat in found.values())

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from benchmarks.error_metrics import (
 from benchmarks.error_models import Subject, exact_attention
 from benchmarks.store import describe
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
+from distr_compile.kernels import reference
 
 RESULTS = Path(__file__).with_name("results") / "estimator_error.json"
 PLOTS = Path(__file__).parents[1] / "build" / "estimator_error"
@@ -81,9 +83,8 @@ class Sizes:
         tokens: of every drawn set.
         layer_texts: inputs whose Q and K, in every layer, are compared.
         texts: of MiniLM.
-        images: held out from the digits.
-        pieces: held-out texts of the character model.
-        steps: of training each of the two small models.
+        images: of the vision transformer.
+        pieces: of each language model's text.
     """
 
     paper_trials: int = 100
@@ -93,7 +94,6 @@ class Sizes:
     texts: int = 64
     images: int = 256
     pieces: int = 16
-    steps: int = 300
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def measure_paper(sizes: Sizes) -> Iterator[Row]:
     S = i.Q @ i.K.mT
     for group_size, block in PUBLISHED:
         for name, method in methods().items():
-            Shat = scores(method(i.Q, i.K, rank=64 // group_size, grouping_block=block))
+            Shat = scores(i, method(i.Q, i.K, rank=64 // group_size, grouping_block=block))
             yield {
                 "G": group_size,
                 "block": block,
@@ -156,7 +156,7 @@ def measure_model(subject: Subject, blocks: Iterable[int]) -> Iterator[Row]:
         "exact": list(unchanged.values()),
         "uniform": list(subject.compare(exact, uniform).values()),
     }
-    tokens = subject.inputs.shape[1]
+    tokens = subject.layers(1)[0].Q.shape[2]
     auto = {name: auto_grouping_block(tokens, name) for name in ESTIMATORS}
     for group_size, block in combinations(subject.head_dim, tokens, blocks):
         rank = subject.head_dim // group_size
@@ -172,6 +172,23 @@ def measure_model(subject: Subject, blocks: Iterable[int]) -> Iterator[Row]:
             "auto for": [name for name in auto if auto[name] == block],
             "results": found,
         }
+
+
+def measure_strict(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """``projection`` of a causal model, in the form that sees no later rows and in the other."""
+    calls, exact = subject.layers(sizes.layer_texts), subject.results(exact_attention)
+    for group_size, block, rounds in product((2, 4), (64, 128), (1, 2)):
+        rank = subject.head_dim // group_size
+        row: Row = {"model": subject.name, "G": group_size, "block": block, "rounds": rounds}
+        for title, is_strict in (("not strict", False), ("strict", True)):
+            method = partial(
+                reference.estimate, estimator="projection", rounds=rounds, strict=is_strict
+            )
+            options = {"rank": rank, "grouping_block": block, "is_causal": True}
+            found = mean([errors(i, method(i.Q, i.K, **options)) for i in calls])
+            ours = subject.results(partial(approximate, method, rank, block))
+            row[title] = [*astuple(found), *subject.compare(exact, ours).values()]
+        yield row
 
 
 def approximate(method: Method, rank: int, block: int, i: Inputs) -> Tensor:
@@ -200,16 +217,18 @@ def measure(sizes: Sizes) -> dict[str, Any]:
 
     paper = told("paper's tables", measure_paper(sizes))
     found = told("drawn inputs", measure_sets(DRAWS, sizes))
-    models = []
-    for make, blocks in (
-        (lambda: error_models.digits(sizes.images, sizes.steps), (16,)),
-        (lambda: error_models.characters(sizes.pieces, sizes.steps), (64, 128)),
-        (lambda: error_models.minilm(sizes.texts), (64, 128)),
+    models, strict = [], []
+    for make in (
+        lambda: error_models.from_zoo("digits-vit", sizes.images),
+        lambda: error_models.from_zoo("gpt2", sizes.pieces),
+        lambda: error_models.from_zoo("llama", sizes.pieces),
+        lambda: error_models.minilm(sizes.texts),
     ):
         subject = make()
-        told(f"{subject.name} is there", [])
         found += told(f"{subject.name}, layers", measure_layers(subject, sizes))
-        models += told(f"{subject.name}, results", measure_model(subject, blocks))
+        models += told(f"{subject.name}, results", measure_model(subject, (64, 128)))
+        if subject.layers(1)[0].is_causal:
+            strict += told(f"{subject.name}, strict", measure_strict(subject, sizes))
     environment = describe("cpu", SOURCES)
     told_of = ("device", "torch", "python", "sources", "commit")
     return {
@@ -217,6 +236,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         "environment": {
             **{name: environment[name] for name in told_of},
             "transformers": metadata.version("transformers"),
+            "timm": metadata.version("timm"),
             "scikit-learn": metadata.version("scikit-learn"),
             "threads": torch.get_num_threads(),
         },
@@ -225,6 +245,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         "paper": paper,
         "errors": found,
         "models": models,
+        "strict": strict,
     }
 
 
@@ -275,6 +296,20 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
         figures = " / ".join(of_it[0]["figures"])
         title = f"{model}, all layers approximated (bold: the block of `auto`): {figures}"
         yield title, _table(rows, ["G", "l", *of_it[0]["results"]])
+    title = 'projection with causal = "block" / "strict"; in the end the task\'s metric'
+    yield title, _strict_table(results)
+
+
+def _strict_table(results: dict[str, Any]) -> str:
+    rows = [
+        [row["model"], row["G"], row["block"], row["rounds"]]
+        + [
+            f"{_number(a)} / {_number(b)}"
+            for a, b in zip(row["not strict"], row["strict"], strict=True)
+        ]
+        for row in results["strict"]
+    ]
+    return _table(rows, ["model", "G", "l", "rounds", *results["errors are"], "cosine", "metric"])
 
 
 def _paper_table(results: dict[str, Any]) -> str:

@@ -12,23 +12,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distr_compile.accuracy.batch import Batch
+    from distr_compile.accuracy.metrics import Metric
+    from distr_compile.accuracy.regress import Regression, regress
     from distr_compile.explaining import explain
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
     from distr_compile.tuning.calibrate import Calibration, calibrate
+    from distr_compile.tuning.tune import tune
+    from distr_compile.tuning.tuned import Tuning
 
 __all__ = [
+    "Batch",
     "Calibration",
     "DistrWarning",
     "LayerPlan",
+    "Metric",
     "Policy",
     "PolicyError",
+    "Regression",
     "Report",
     "Rule",
     "SiteRow",
+    "Tuning",
     "calibrate",
     "explain",
+    "regress",
     "report",
+    "tune",
 ]
 
 _HOMES = {
@@ -36,6 +47,11 @@ _HOMES = {
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
     "explain": "explaining",
     **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),
+    **dict.fromkeys(("Regression", "regress"), "accuracy.regress"),
+    "Batch": "accuracy.batch",
+    "Tuning": "tuning.tuned",
+    "tune": "tuning.tune",
+    "Metric": "accuracy.metrics",
 }
 
 

@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distr_compile.commands import calibrate, explain, policy
+from distr_compile.commands import calibrate, explain, policy, regress, tune
 from distr_compile.commands.common import FOUND_ERROR, OK, USAGE, CommandError
 from distr_compile.policy import PolicyError
 
 __all__ = ["FOUND_ERROR", "OK", "USAGE", "main"]
 
-COMMANDS = (explain, calibrate, policy)
+COMMANDS = (explain, calibrate, tune, regress, policy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -723,6 +723,11 @@ class Policy:
         changed = Policy(self.default, self.rule, bases)
         return changed._edited_from(self, lambda text: _text_with_bases(text, _plain(bases)))
 
+    @property
+    def bases_path(self) -> Path | None:
+        """Where the file of bases is, as seen from the working directory; None without one."""
+        return None if self.bases is None else Path(self._folder, self.bases.file)
+
     def read_bases(self) -> bytes:
         """The bytes of the file of bases, which has the checksum that the policy says.
 

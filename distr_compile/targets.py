@@ -1,7 +1,7 @@
 """Models to look at from the command line: ``timm:NAME``, ``hf:NAME``, ``pkg.module:factory``.
 
-Weights are random and stay on the CPU: what is compiled, and where attention is, does not depend on
-their values. Nothing from a model hub is executed; only its configuration is read.
+``build`` makes random weights: what is compiled, and where attention is, does not depend on their
+values. ``pretrained`` loads the published ones. Code from a model hub is never executed.
 """
 
 from __future__ import annotations
@@ -105,19 +105,43 @@ def build(
     if dtype is not None:
         built.model.to(dtype)
     dtype = dtype or next((p.dtype for p in built.model.parameters()), torch.float32)
-    args, kwargs = _cast((built.args, built.kwargs), dtype)
+    args, kwargs = cast((built.args, built.kwargs), dtype)
     return Target(target, built.model.eval(), args, kwargs)
 
 
-def _cast(item: Any, dtype: torch.dtype) -> Any:
-    """``item`` with every floating-point tensor in ``dtype``."""
+def cast(item: Any, dtype: torch.dtype) -> Any:
+    """Copy ``item`` with every floating-point tensor in ``dtype``."""
     if isinstance(item, Tensor):
         return item.to(dtype) if item.is_floating_point() else item
     if type(item) in (tuple, list):
-        return type(item)(_cast(part, dtype) for part in item)
+        return type(item)(cast(part, dtype) for part in item)
     if type(item) is dict:
-        return {key: _cast(part, dtype) for key, part in item.items()}
+        return {key: cast(part, dtype) for key, part in item.items()}
     return item
+
+
+def pretrained(target: str) -> nn.Module:
+    """The model that ``target`` names, with its published weights, in eval mode on the CPU.
+
+    They are loaded by timm and transformers themselves, from their caches or a model hub; from a
+    folder with ``timm:local-dir:PATH`` and ``hf:PATH``. Of transformers it is the class that the
+    configuration names, such as GPT2LMHeadModel, with its head.
+
+    Args:
+        target: ``timm:NAME`` or ``hf:NAME``.
+
+    Raises:
+        TargetSyntaxError: the target is written wrongly, or is a factory.
+        TargetError: no such model, no weights of it at hand, or a missing extra.
+    """
+    kind, colon, name = target.partition(":")
+    if not (kind and colon and name):
+        raise TargetSyntaxError(f"target: got {target!r}; accepted: {ACCEPTED}")
+    if kind not in _LOADERS:
+        raise TargetSyntaxError(
+            f"{target}: pretrained weights are for timm: and hf: targets; a factory loads its own"
+        )
+    return _LOADERS[kind](target, name).eval()
 
 
 # --- pkg.module:factory ------------------------------------------------------------------------
@@ -178,6 +202,17 @@ def _timm(target: str, name: str, shape: Sequence[int] | None, attn: str | None)
     return Target(target, model, (_noise(shape or (BATCH, *model.default_cfg["input_size"])),))
 
 
+def _timm_pretrained(target: str, name: str) -> nn.Module:
+    timm = _extra("timm", target)
+    if ":" not in name and not timm.is_model(name):
+        raise TargetError(f"{target}: timm has no model {name}{_nearest(name, timm.list_models())}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # each hub client has its own
+        raise _no_weights(target, error, "timm:local-dir:PATH") from error
+    return model
+
+
 # --- hf:NAME -----------------------------------------------------------------------------------
 
 
@@ -195,6 +230,18 @@ def _hf(target: str, name: str, shape: Sequence[int] | None, attn: str | None) -
     _check_memory(target, make)
     model = make()
     return Target(target, model, (), _hf_inputs(target, model, shape))
+
+
+def _hf_pretrained(target: str, name: str) -> nn.Module:
+    transformers = _extra("transformers", target)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        named = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+        make = getattr(transformers, named, transformers.AutoModel)
+        model: nn.Module = make.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each hub client has its own
+        raise _no_weights(target, error, "hf:PATH, a folder that save_pretrained wrote") from error
+    return model
 
 
 def _hf_config(transformers: Any, target: str, name: str) -> Any:
@@ -317,6 +364,12 @@ _ZOOS: dict[str, Callable[[str, str, Sequence[int] | None, str | None], Target]]
 }
 
 
+_LOADERS: dict[str, Callable[[str, str], nn.Module]] = {
+    "timm": _timm_pretrained,
+    "hf": _hf_pretrained,
+}
+
+
 # --- small helpers -----------------------------------------------------------------------------
 
 
@@ -329,6 +382,14 @@ def _extra(module: str, target: str) -> Any:
         raise TargetError(
             f"{target}: {module} is not installed; pip install 'distr-compile[zoo]'"
         ) from error
+
+
+def _no_weights(target: str, error: Exception, folder: str) -> TargetError:
+    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return TargetError(
+        f"{target}: its weights cannot be loaded: {reason}; without network give a model that is "
+        f"in the cache, or {folder}"
+    )
 
 
 def _noise(shape: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import astuple
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ from benchmarks.error_inputs import DRAWS, Inputs, draw
 from benchmarks.error_metrics import SVD_LIMIT, methods, svd_limit
 from benchmarks.estimator_error import GROUP_SIZES, PUBLISHED, Sizes
 from distr_compile.kernels.reference import Block
+from tests.zoo import load
 
-TINY = Sizes(
-    paper_trials=2, trials=1, tokens=32, layer_texts=1, texts=3, images=4, pieces=1, steps=20
-)
+TINY = Sizes(paper_trials=2, trials=1, tokens=32, layer_texts=1, texts=3, images=4, pieces=1)
 
 
 def matrix(*rows: list[float]) -> Tensor:
@@ -117,15 +117,22 @@ def test_no_estimator_passes_the_limit() -> None:
 # --- models ------------------------------------------------------------------------------------
 
 
-def test_all_attention_of_a_model_is_replaced() -> None:
-    subject = error_models.digits(images=5, steps=20)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("digits-vit", (3, 2, 197, 64)),
+        ("gpt2", (3, 2, 256, 64)),
+        ("llama", (3, 2, 512, 128)),
+    ],
+)
+def test_all_attention_of_a_model_is_replaced(name: str, shape: tuple[int, ...]) -> None:
+    subject = error_models.from_zoo(name, 5)
     exact = subject.results(error_models.exact_attention, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(exact, subject.run(subject.inputs))
     none = subject.results(lambda i: torch.zeros_like(i.V))
     assert not torch.allclose(none, exact, atol=1e-2)
-    layers = subject.layers(count=3)
-    assert [tuple(i.Q.shape) for i in layers] == [(3, 2, 64, 64)] * 2
+    assert [tuple(i.Q.shape) for i in subject.layers(count=3)] == [shape] * load(name).num_layers
 
 
 # --- the whole ---------------------------------------------------------------------------------
@@ -142,7 +149,8 @@ def test_a_tiny_run_writes_prints_and_draws(
 
     estimator_error.main(["--results", str(path), "--show"])
     printed = capsys.readouterr().out
-    assert printed.count("\n\n|") == 1 + 3 + 3  # the paper's, one for each metric, for each model
+    # The paper's, one for each metric, one for each model, that of the strict form.
+    assert printed.count("\n\n|") == 1 + 3 + 4 + 1
     estimator_error.main(["--results", str(path), "--plot", str(tmp_path / "plots")])
     drawn = {Path(line).name for line in capsys.readouterr().out.split()}
     assert drawn == {file.name for file in (tmp_path / "plots").iterdir()}
@@ -163,12 +171,15 @@ def check_results(results: estimator_error.Row, tokens: int, group_sizes: tuple[
     blocks = [*(block for block in estimator_error.BLOCKS if block < tokens), "all"]
     settings = [(row["set"], row["G"], row["block"]) for row in drawn]
     assert settings == [(s, g, b) for s in DRAWS for g in group_sizes for b in blocks]
-    models = {"digits ViT", "character LM", "MiniLM"}
+    models = {"digits-vit", "gpt2", "llama", "MiniLM"}
     assert {row["set"] for row in results["errors"]} - set(DRAWS) == models
     assert {row["model"] for row in results["models"]} == models
     assert all(list(row["errors"]) == names for row in results["errors"])
     assert all(list(row["results"]) == ["exact", "uniform", *names] for row in results["models"])
     assert_within_the_limit(results["errors"])
+    strict = [(row["model"], row["G"], row["block"], row["rounds"]) for row in results["strict"]]
+    assert strict == list(product(("gpt2", "llama"), (2, 4), (64, 128), (1, 2)))
+    assert all(row["strict"] != row["not strict"] for row in results["strict"])
 
 
 def test_the_document_shows_the_committed_results() -> None:

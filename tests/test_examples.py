@@ -1,12 +1,18 @@
-"""Every example runs, says what it promises, and so does the README's tour."""
+"""Every example runs, says what it promises, and so do the sections of the README."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from distr_compile import Policy
+from distr_compile.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,3 +81,19 @@ def test_tour_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "tour.py").write_text(tour, encoding="utf-8")
     out = run("tour.py", cwd=tmp_path)
     assert "distr, 1 exact" in out
+
+
+def test_tuning_section_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word by word: the file, then the commands."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- tune -->")[2]
+    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [main(shlex.split(line, comments=True)[1:]) for line in commands] == [0, 0, 0]
+    out = capsys.readouterr().out
+    assert "Held-out half, looked at once" in out
+    assert out.count("mine:model  distr     4/4") == 2
+    assert not Policy.load("distr.toml").resolve("0.layers.0").is_exact

@@ -1,37 +1,31 @@
 """Bases for the estimator ``calibrated``: run a model over data once and keep what Q and K span.
 
-The pass rewrites the model as always, but every call of the op becomes an observer, which adds up
-the Gram matrices of Q and K and returns exact attention: what later layers see is exact, too.
+Every attention of the model becomes an observer, which adds up the Gram matrices of Q and K and
+returns exact attention: what later layers see is exact, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from distr_compile import identity
-from distr_compile.backend import Chooser
-from distr_compile.bases import Bases, BasesOfModel, LayerBases, fingerprint
-from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK
-from distr_compile.explaining import untraced
+from distr_compile.accuracy.batch import Batches, walk
+from distr_compile.accuracy.checkpoint import write_whole
+from distr_compile.accuracy.evaluate import device_of
+from distr_compile.accuracy.instrument import Call, Instrument
+from distr_compile.accuracy.progress import progress_bar, total
+from distr_compile.bases import Bases, LayerBases, fingerprint
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES
 from distr_compile.kernels.reference_projection import RIDGE, counted_rows
-from distr_compile.passes.apply import Outcome, apply, find_all
 from distr_compile.policy import Policy, Rule
-
-_OP = torch.ops.distr.attention.default
-
-_OBSERVING = Policy({"estimator": "projection", "rank": MIN_RANK, "min_seq_len": 0})
-"""Makes the pass rewrite whatever can be approximated at all."""
 
 _SMALLEST_SCALE = 2.0**-12
 """Relative to the largest singular value; what the data hardly has must not blow up K B."""
@@ -62,11 +56,12 @@ class Calibration:
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
     *,
     path: str | os.PathLike[str],
     layers: str | Sequence[str] | None = None,
+    limit: int | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Run ``model`` over ``batches`` and write the bases of its attentions to ``path``.
@@ -77,43 +72,45 @@ def calibrate(
 
     Args:
         model: the module that will be compiled: that very object's names and weights are in the
-            file. Usually in eval mode.
-        batches: arguments of one call each: a dict of keywords, a tuple of positional arguments,
-            or one argument. A batch encoding of a tokenizer is a mapping and will do.
+            file. Usually in eval mode; batches are moved to its device.
+        batches: a list, a data loader, or a function that returns an iterable, of calls: a
+            ``Batch``, a dict of keywords such as a tokenizer's encoding, a tuple of positional
+            arguments, or one argument.
         policy: bases are made for the layers to which it gives the estimator "calibrated"; its
             ``[bases]`` are not looked at. None: for all layers.
         path: the safetensors file to write, whole or not at all.
         layers: further limits the layers to those that one of these patterns names, globs or
             regular expressions as in a rule of a policy.
+        limit: so many batches at most.
         progress: show a bar on the terminal's stderr.
 
     Returns:
         The bases, and the attentions without any.
 
     Raises:
-        ValueError: no batch, or no attention for which bases could be made.
+        ValueError: no batch, batches that can be walked only once, or no attention for which bases
+            could be made.
         PolicyError: the policy or a pattern is wrong.
     """
     wanted = _wanted(policy, layers)
-    observer = _Observer(wanted)
+    observer = _Observer()
+    instrument = Instrument(observer, wanted)
     count = 0
-    with untraced() as options, _bar(progress) as bar:
-        compiled = torch.compile(model, backend=observer, **options)
-        total = len(batches) if isinstance(batches, Sequence) else None
-        task = bar.add_task("calibrating", total=total)
-        for count, batch in enumerate(batches, 1):
-            args, kwargs = _arguments(batch)
-            compiled(*args, **kwargs)
+    device = device_of(model)
+    with instrument.on(model) as run, progress_bar(progress) as bar:
+        task = bar.add_task("calibrating", total=total(batches, limit))
+        for count, batch in enumerate(walk(batches, limit), 1):
+            batch.to(device).call(run)
             bar.update(task, completed=count)
     if not count:
         raise ValueError("batches: got none; give at least one: bases are made from data")
     made = {
-        name: statistics.bases()
-        for name, statistics in observer.statistics.items()
-        if name not in observer.mixed and statistics.rows
+        name: observer.statistics[name].bases()
+        for name in instrument.usable
+        if name in observer.statistics and observer.statistics[name].rows
     }
-    unseen = dict.fromkeys(observer.statistics, "no row of the data was counted")
-    refused = {**unseen, **observer.exact, **observer.mixed}
+    unseen = dict.fromkeys(instrument.sites, "no row of the data was counted")
+    refused = {**unseen, **instrument.exact, **instrument.mixed}
     refused = {name: why for name, why in refused.items() if name not in made}
     if not made:
         why = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
@@ -124,7 +121,7 @@ def calibrate(
         )
     bases = Bases(made, fingerprint(model), torch.__version__)
     data = bases.to_bytes()
-    _write(Path(path), data)
+    write_whole(Path(path), data)
     return Calibration(Path(path), hashlib.sha256(data).hexdigest(), bases, refused)
 
 
@@ -145,107 +142,17 @@ def _wanted(policy: Any, layers: str | Sequence[str] | None) -> Callable[[str], 
     return wanted
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple):
-        return batch, {}
-    return (batch,), {}
-
-
-def _bar(show: bool) -> Progress:
-    return Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not show,
-    )
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @dataclass(eq=False)
 class _Observer:
-    """A Dynamo backend: the pass, then observers in the place of its op, then plain execution.
+    """Adds up the rows of every call and answers it exactly."""
 
-    Attributes:
-        wanted: whether a layer is to have bases.
-        statistics: by the name of the attention.
-        exact: the attentions that were left exact in some graph -> why.
-        mixed: those whose rows cannot be told from another's -> why.
-    """
-
-    wanted: Callable[[str], bool]
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    exact: dict[str, str] = field(default_factory=dict)
-    mixed: dict[str, str] = field(default_factory=dict)
-    _codes: dict[str, object] = field(default_factory=dict)
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        root = identity.find_root()
-        placed = find_all(gm)
-        frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
-        chooser = Chooser(_OBSERVING, root, frame)
-        bases = BasesOfModel(_OBSERVING, None)  # never asked: no plan needs any
-        outcome = apply(placed, chooser, bases, change=True)
-        shared = _shared_sites(outcome)
-        observed: dict[int, str] = {}
-        for row in outcome.rows:
-            name = outcome.names.get(row.site, row.layer)
-            if not self.wanted(row.layer):
-                continue
-            if row.decision == "exact":
-                self.exact[name] = "; ".join(reason.text for reason in row.reasons)
-            elif row.site in shared:
-                self.mixed[name] = "one body is called for several layers"
-            elif self._codes.setdefault(name, frame.code_key) != frame.code_key:
-                self.mixed[name] = "a graph break cuts the layer in two: its attentions mix"
-            else:
-                observed[row.site] = name
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                self._observe(module, observed)
-        return gm.forward
-
-    def _observe(self, module: fx.GraphModule, names: Mapping[int, str]) -> None:
-        for node in module.graph.nodes:
-            if node.op == "call_function" and node.target is _OP:
-                name = names.get(node.kwargs["site"])
-                into = None if name is None else self.statistics.setdefault(name, Statistics())
-                node.target = _observing(into)
-        module.recompile()
-
-
-def _shared_sites(outcome: Outcome) -> set[int]:
-    """Numbers of the rows of bodies that are called for several layers: a row for each of them."""
-    shared: set[int] = set()
-    first = -1
-    for row in outcome.rows:
-        if row.site in outcome.names:
-            first = row.site
-        elif row.decision == "distr":
-            shared |= {first, row.site}
-    return shared
-
-
-def _observing(statistics: Statistics | None) -> Callable[..., Tensor]:
-    def observe(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any, **options: Any
-    ) -> Tensor:
-        if statistics is not None and q.shape[2] >= MIN_QUERIES:
-            statistics.add(q, k, mask)
-        out: Tensor = _OP(q, k, v, mask, *rest, **{**options, "rank": q.shape[3]})
-        return out
-
-    return observe
+    def __call__(self, call: Call) -> Tensor:
+        statistics = self.statistics.setdefault(call.site.name, Statistics())
+        if call.q.shape[2] >= MIN_QUERIES:
+            statistics.add(call.q, call.k, call.mask)
+        return call.exact()
 
 
 class Statistics:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import HEADS, KEY_HEADS, WIDTH, Attention, noise, stack, stack_with_inputs
 from torch import Tensor, nn
 
-from distr_compile import explain
+from distr_compile import Batch, cli, explain
 from distr_compile.bases import Bases, fingerprint
 from distr_compile.cli import FOUND_ERROR, OK, USAGE, main
+from distr_compile.commands import calibrate as command
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.tuning.calibrate import Calibration, Statistics, calibrate, nested_bases
+from tests.saved_models import TEXT, saved_gpt2
+from tests.tiny_models import HEADS, KEY_HEADS, WIDTH, Attention, noise, stack
 
 FIELDS = {"estimator": "calibrated", "rank": 16, "min_seq_len": 0}
 
@@ -310,7 +314,7 @@ def test_a_body_shared_by_layers_is_refused(tmp_path: Path) -> None:
 SECOND_PROCESS = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from models import noise, stack
+from tests.tiny_models import noise, stack
 from distr_compile.tuning.calibrate import calibrate
 from distr_compile.policy import Policy
 model, x = stack(), noise(1, 2, 64)
@@ -329,7 +333,7 @@ print("hits", hits, "moved", (wanted - model(x)).norm().item())
 
 def test_cached_code_takes_the_bases_of_the_present_file(tmp_path: Path) -> None:
     """Inductor's caches are of the code; bases made from other data are inputs of it."""
-    script = SECOND_PROCESS.format(folder=str(Path(__file__).parent), fields=FIELDS)
+    script = SECOND_PROCESS.format(folder=str(Path(__file__).parents[2]), fields=FIELDS)
     outputs = []
     for seed in ("1", "1", "7"):
         done = subprocess.run(
@@ -470,6 +474,28 @@ def test_without_data_or_layers(tmp_path: Path) -> None:
         calibrate(stack(), [noise(1, 2, 64)], {}, path=tmp_path / "b", progress=False)
 
 
+def test_batches_are_taken_as_everywhere(tmp_path: Path) -> None:
+    """Any kind of call, from a function or a list, so many as asked for, on the model's device."""
+    moved = []
+
+    class Moved(Batch):
+        def to(self, device: torch.device | str) -> Batch:
+            moved.append(device)
+            return super().to(device)
+
+    x, y = noise(1, 2, 64), noise(2, 2, 64)
+    kinds: list[Any] = [x, (x,), {"x": x}, Moved((x,), labels=torch.ones(2))]
+    files = [tmp_path / str(number) for number in range(len(kinds) + 1)]
+    for kind, path in zip(kinds, files[1:], strict=True):
+        function = functools.partial(iter, [kind, y])
+        calibrate(stack(), function, path=path, limit=1, progress=False)
+    calibrate(stack(), [x], path=files[0], progress=False)
+    assert len({path.read_bytes() for path in files}) == 1
+    assert moved == [torch.device("cpu")]
+    with pytest.raises(ValueError, match="generator, which can be walked only once; accepted"):
+        calibrate(stack(), (x for _ in "1"), path=tmp_path / "b", progress=False)
+
+
 def test_the_callers_compilation_is_left_alone(calibrated: Any) -> None:
     """Calibrating leaves no compiled code behind, and the model as it was."""
     model, _, _ = calibrated
@@ -537,6 +563,14 @@ def test_a_hugging_face_decoder(tmp_path: Path) -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
+def data() -> list[Tensor]:
+    """For the command line."""
+    return [noise(seed, 2, 48) for seed in range(4)]
+
+
+COMMAND = ["calibrate", "tests.tiny_models:stack", "--data", "test_calibrate:data"]
+
+
 def test_the_command_writes_a_file_that_the_policy_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -544,46 +578,82 @@ def test_the_command_writes_a_file_that_the_policy_takes(
     Path("policies").mkdir()
     policy = Path("policies/p.toml")
     policy.write_text('# mine\n[default]\nestimator = "calibrated"\nmin_seq_len = 0\n')
-    arguments = ["calibrate", "models:stack_with_inputs", "--out", "b.safetensors"]
-    assert main([*arguments, "--policy", str(policy), "--write", "--batches", "3"]) == OK
+    arguments = [*COMMAND, "--out", "b.safetensors", "--policy", str(policy), "--write"]
+    assert main([*arguments, "--batches", "3"]) == OK
     out = capsys.readouterr().out
     assert "layers.0: 288 rows, 2 key heads of width 32" in out
     assert 'file = "../b.safetensors"' in out
     text = policy.read_text()
     assert text.startswith("# mine\n[default]")
     assert text.endswith(out[out.index("[bases]") :])
-    model, inputs = stack_with_inputs()
-    rows = explain(model, *inputs, policy=policy).rows
+    calibrate(stack(), data()[:3], path="mine", progress=False)
+    assert Path("mine").read_bytes() == Path("b.safetensors").read_bytes()
+    rows = explain(stack(), noise(9, 2, 48), policy=policy).rows
     assert [row.decision for row in rows] == ["distr", "distr"]
-    assert main(["calibrate", "models:stack_with_inputs", "--out", "b", "--write"]) == USAGE
-    assert main([*arguments, "--text", "t.txt"]) == FOUND_ERROR
-    assert "accepted: hf: targets that take input_ids" in capsys.readouterr().err
 
 
-def test_the_command_reads_text(
+def test_the_command_takes_published_weights_and_a_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Against NumPy's SVD of the scores that the saved model has on the text."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     monkeypatch.chdir(tmp_path)
-    vocabulary = {word: i for i, word in enumerate("a b c d e [UNK]".split())}
-    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="[UNK]")
-    fast.save_pretrained("model")
-    config = {
-        "model_type": "bert",
-        "vocab_size": 6,
-        "hidden_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    Path("model/config.json").write_text(json.dumps(config))
-    Path("t.txt").write_text("a b c d e " * 30)
-    arguments = ["calibrate", "hf:model", "--out", "b", "--shape", "2,40", "--text", "t.txt"]
-    assert main(arguments) == OK
-    assert "120 rows, 2 key heads of width 32" in capsys.readouterr().out
-    Path("t.txt").write_text("a b")
-    assert main(arguments) == FOUND_ERROR
-    assert "got 2 tokens; accepted: 40 or more" in capsys.readouterr().err
+    saved_gpt2(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    line = "calibrate hf:gpt2 --pretrained --text text.txt --tokens 64 --batch-size 4 --limit 2"
+    assert main([*line.split(), "--out", "b.safetensors"]) == OK
+    out, err = capsys.readouterr()
+    assert "transformer.h.0.attn: 512 rows, 2 key heads of width 32" in out
+    assert "random" not in err
+
+    model = transformers.AutoModelForCausalLM.from_pretrained("gpt2").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("gpt2")
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])[:512].view(8, 64)
+    seen: list[Tensor] = []
+    first = model.transformer.h[0].attn.c_attn
+    first.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(ids)
+    bases = Bases.from_bytes(Path("b.safetensors").read_bytes())
+    assert bases.fingerprint == fingerprint(model)
+    values = bases.layers["transformer.h.0.attn"].singular_values
+    q, k, _ = (part.double().numpy() for part in seen[0].flatten(0, 1).split(64, -1))
+    for head, columns in enumerate((slice(0, 32), slice(32, 64))):
+        wanted = np.linalg.svd(q[:, columns] @ k[:, columns].T, compute_uv=False)[:32] / 512
+        np.testing.assert_allclose(values[head], wanted, rtol=1e-2, atol=1e-3 * wanted[0])
+
+
+def test_the_commands_of_the_document_are_written_rightly() -> None:
+    text = (Path(__file__).parents[2] / "docs/estimators.md").read_text("utf-8")
+    lines = re.findall(r"^distr (calibrate .*)$", text, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        options = cli._parser().parse_args(shlex.split(line))
+        assert options.run is command.run
+        assert options.write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([*COMMAND, "--write"], USAGE, "--write: got no --policy to write into"),
+        (COMMAND[:2], USAGE, "--data, --text: got neither; accepted: one of the two"),
+        ([*COMMAND[:2], "--text", "t.txt"], USAGE, "--text: got one for tests.tiny_models:stack"),
+        ([*COMMAND[:3], "test_calibrate:dat"], FOUND_ERROR, "--data: got 'test_calibrate:dat'"),
+        ([*COMMAND, "--policy", "none.toml"], FOUND_ERROR, "none.toml"),
+        ([*COMMAND, "--metric", "kl"], USAGE, "unrecognized arguments: --metric kl"),
+        ([*COMMAND, "--shape", "2,48"], USAGE, "unrecognized arguments: --shape 2,48"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "b").exists()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from distr_compile.tuning.batch import Batch
+from distr_compile.accuracy.batch import Batch
 from tests.zoo.recipe import Recipe
 
 HELD_OUT = 320  # of 1797 digits

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from distr_compile.tuning.batch import Batch
+from distr_compile.accuracy.batch import Batch
 from tests.zoo import texts
 from tests.zoo.recipe import Recipe, batched
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distr_compile.tuning.batch import Batch
-from distr_compile.tuning.metrics import Metric, counted_positions, main_output
+from distr_compile.accuracy.batch import Batch
+from distr_compile.accuracy.metrics import Metric, counted_positions, main_output
 from tests.zoo import texts
 from tests.zoo.recipe import ZooModel, batched, digest
 

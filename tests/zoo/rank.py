@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from distr_compile.tuning.instrument import Call, Instrument
+from distr_compile.accuracy.instrument import Call, Instrument
 from tests.zoo import ZOO, ZooModel, load
 
 SHARES = (0.99, 0.999)

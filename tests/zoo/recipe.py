@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 
-from distr_compile.tuning.batch import Batch
-from distr_compile.tuning.metrics import Metric
+from distr_compile.accuracy.batch import Batch
+from distr_compile.accuracy.metrics import Metric
 
 WEIGHTS = Path(__file__).with_name("weights")
 CALIBRATION = 2  # batches of training data that come with a model

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from distr_compile.tuning.batch import Batch
+from distr_compile.accuracy.batch import Batch
 from tests.zoo import texts
 from tests.zoo.recipe import Recipe, batched
 

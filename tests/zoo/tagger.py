@@ -17,8 +17,8 @@ from functools import cache
 import torch
 from torch import Generator, Tensor, nn
 
-from distr_compile.tuning.batch import Batch
-from distr_compile.tuning.metrics import IGNORED
+from distr_compile.accuracy.batch import Batch
+from distr_compile.accuracy.metrics import IGNORED
 from tests.zoo import texts
 from tests.zoo.recipe import Recipe, batched
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import distr_compile
-from distr_compile.tuning.metrics import as_metric
+from distr_compile.accuracy.metrics import as_metric
 from tests.zoo import RECIPES, ZOO, digits, load, minilm, rank, tagger, texts
 from tests.zoo.train import skill
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Generator, nn
 
-from distr_compile.tuning.metrics import as_metric, main_output
+from distr_compile.accuracy.metrics import as_metric, main_output
 from tests.zoo import RECIPES
 from tests.zoo.recipe import Recipe, ZooModel, stored_weights
 

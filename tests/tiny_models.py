@@ -54,10 +54,5 @@ def stack() -> nn.Module:
     return model
 
 
-def stack_with_inputs() -> tuple[nn.Module, tuple[Tensor]]:
-    """For the command line."""
-    return stack(), (noise(0, 2, 48),)
-
-
 def noise(seed: int, batch: int, tokens: int) -> Tensor:
     return torch.randn(batch, tokens, 64, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,159 @@
+"""A model under several policies over the same data, compiled as users compile it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distr_compile.accuracy.batch import Batch, Batches, walk
+from distr_compile.accuracy.metrics import Metric, Score, as_metric
+from distr_compile.explaining import untraced
+from distr_compile.policy import Policy, PolicyError
+from distr_compile.reporting import Report, report
+
+Model = Callable[..., Any]
+Rows = dict[str, dict[str, Tensor]]
+"""Policy -> metric -> rows of examples; see ``Metric``."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model under one policy.
+
+    Attributes:
+        values: by the name of the metric.
+        rows: likewise, ``(examples, width)`` fp64: what the values are made of, so that examples
+            can be drawn anew.
+    """
+
+    values: Mapping[str, float]
+    rows: Mapping[str, Tensor]
+
+
+def evaluate(
+    model: Model,
+    batches: Batches,
+    metrics: Iterable[Metric | str | Score],
+    policies: Mapping[str, Policy | None],
+    *,
+    compiler: str = "eager",
+    limit: int | None = None,
+) -> dict[str, Evaluation]:
+    """Run ``model`` over ``batches`` under every policy, batch by batch.
+
+    The outputs of one batch are dropped before the next. The model really is compiled with
+    ``backend="distr"``, without gradients; what Dynamo learns meanwhile is dropped.
+
+    Args:
+        model: a module in eval mode, or a function.
+        batches: as ``batch.walk`` takes them.
+        metrics: as ``metrics.as_metric`` takes them.
+        policies: name -> policy; None is the model itself, not compiled.
+        compiler: of the rewritten graph: "eager", "aot_eager" or "inductor".
+        limit: most batches.
+
+    Returns:
+        By the names of the policies.
+
+    Raises:
+        ValueError: no batch, a model in training mode, a metric that does not fit.
+        PolicyError: a policy is wrong, for itself or for this model.
+    """
+    checked = [as_metric(metric) for metric in metrics]
+    parts: dict[str, dict[str, list[Tensor]]] = {
+        policy: {metric.name: [] for metric in checked} for policy in policies
+    }
+    with compiled(model, policies, compiler) as run:
+        for batch in walk(batches, limit):
+            for policy, by_metric in run.rows(batch, checked).items():
+                for metric, rows in by_metric.items():
+                    parts[policy][metric].append(rows)
+    return {policy: _evaluation(checked, by_metric) for policy, by_metric in parts.items()}
+
+
+def _evaluation(metrics: list[Metric], parts: Mapping[str, list[Tensor]]) -> Evaluation:
+    if not all(parts.values()):
+        raise ValueError("batches: got none; give at least one")
+    rows = {name: torch.cat(list_of_rows) for name, list_of_rows in parts.items()}
+    return Evaluation({metric.name: metric.result(rows[metric.name]) for metric in metrics}, rows)
+
+
+@dataclass
+class Compiled:
+    """A model and its compiled selves.
+
+    Attributes:
+        model: the model itself.
+        by_policy: the name of a policy -> what to call.
+        reports: what the pass did with the first batch, by the name of the policy.
+    """
+
+    model: Model
+    by_policy: Mapping[str, Model]
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def exact(self, batch: Batch) -> Any:
+        """The output of the model itself, for a batch that is on its device."""
+        return batch.call(self.model)
+
+    def rows(self, batch: Batch, metrics: Iterable[Metric]) -> Rows:
+        """The rows of one batch under every policy.
+
+        Raises:
+            PolicyError: a policy does not fit the model.
+        """
+        batch = batch.to(device_of(self.model))
+        reference = self.exact(batch)
+        rows: Rows = {}
+        for name, run in self.by_policy.items():
+            output = reference if run is self.model else self._call(name, run, batch)
+            rows[name] = {m.name: m.statistic(output, reference, batch) for m in metrics}
+        return rows
+
+    def _call(self, name: str, run: Model, batch: Batch) -> Any:
+        try:
+            output = batch.call(run)
+        except Exception as error:
+            inner = getattr(error, "inner_exception", None)
+            if isinstance(inner, PolicyError):
+                raise inner from None
+            raise
+        if name not in self.reports:
+            with contextlib.suppress(LookupError):  # no attention, no report
+                self.reports[name] = report(self.model)
+        return output
+
+
+@contextlib.contextmanager
+def compiled(
+    model: Model, policies: Mapping[str, Policy | None], compiler: str = "eager"
+) -> Iterator[Compiled]:
+    """Compile ``model`` once for each policy, for the time of the context, without gradients.
+
+    Raises:
+        ValueError: the model is in training mode, where dropout changes every output.
+    """
+    if getattr(model, "training", False):
+        raise ValueError("model: got one in training mode; accepted: eval mode; call model.eval()")
+    with torch.no_grad(), untraced() as options:
+        by_policy: dict[str, Model] = {}
+        for name, policy in policies.items():
+            distr: dict[str, Any] = {"policy": policy, "compiler": compiler}
+            by_policy[name] = (
+                model
+                if policy is None
+                else torch.compile(model, backend="distr", options=distr, **options)
+            )
+        yield Compiled(model, by_policy)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the parameters of a module are; the CPU for all else."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    first = next(parameters, None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,413 @@
+"""A model whose attentions are answered by a Python function, one call at a time.
+
+The pass rewrites the model as always, but in the place of its op stands a function of ours. What
+becomes of an attention may then change from call to call, and nothing is compiled again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from distr_compile import identity
+from distr_compile.accuracy.batch import Batches, walk
+from distr_compile.accuracy.evaluate import device_of
+from distr_compile.backend import Chooser
+from distr_compile.bases import BasesOfModel
+from distr_compile.estimators import ESTIMATORS, MIN_RANK
+from distr_compile.explaining import untraced
+from distr_compile.passes.apply import Outcome, Placed, apply, find_all
+from distr_compile.passes.decide import Decision, decide
+from distr_compile.passes.site import AttentionSite
+from distr_compile.policy import LayerPlan, Policy, PolicyError
+
+_OP = torch.ops.distr.attention.default
+
+_OBSERVING = Policy({"estimator": "projection", "rank": MIN_RANK, "min_seq_len": 0})
+"""Makes the pass rewrite whatever can be approximated at all."""
+
+
+class Shape(NamedTuple):
+    """What the time of one call depends on."""
+
+    batch: int
+    num_heads: int
+    num_key_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    value_dim: int
+    is_causal: bool
+    mask: tuple[tuple[int, ...], torch.dtype] | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(eq=False)
+class Site:
+    """One attention that can be approximated.
+
+    Attributes:
+        name: its layer's, numbered where a graph has several of a layer (``bases.site_name``).
+        layer: full dotted name of the module.
+        possible: the candidates that some graph could run here.
+        refused: those that some graph could not -> why not.
+        calls: how often it was called, by shape.
+    """
+
+    name: str
+    layer: str
+    possible: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+    calls: Counter[Shape] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What a candidate means at one site of one graph: arguments of the op, and A and B."""
+
+    options: Mapping[str, Any]
+    bases: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an attention.
+
+    Attributes:
+        site: where.
+        q, k, v, mask, sinks, options: as the op takes them.
+        candidates: those that can run here.
+    """
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    options: Mapping[str, Any]
+    candidates: Mapping[str, Approximation]
+
+    def exact(self) -> Tensor:
+        """The output of exact attention."""
+        options = {**self.options, "rank": self.q.shape[3]}
+        out: Tensor = _OP(self.q, self.k, self.v, self.mask, None, None, self.sinks, **options)
+        return out
+
+    def approximate(self, label: str) -> Tensor:
+        """The output with one of the candidates."""
+        chosen = self.candidates[label]
+        A, B = chosen.bases or (None, None)
+        if A is not None and B is not None:
+            A, B = A.to(self.q.device), B.to(self.q.device)
+        options = {**self.options, **chosen.options}
+        out: Tensor = _OP(self.q, self.k, self.v, self.mask, A, B, self.sinks, **options)
+        return out
+
+    @property
+    def shape(self) -> Shape:
+        """See :class:`Shape`."""
+        batch, heads, queries, width = self.q.shape
+        return Shape(
+            batch=batch,
+            num_heads=heads,
+            num_key_heads=self.k.shape[1],
+            num_queries=queries,
+            num_keys=self.k.shape[2],
+            head_dim=width,
+            value_dim=self.v.shape[3],
+            is_causal=self.options["is_causal"],
+            mask=None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype),
+            dtype=self.q.dtype,
+            device=self.q.device,
+        )
+
+
+def _everywhere(layer: str) -> bool:
+    return True
+
+
+@dataclass(eq=False)
+class Instrument:
+    """A Dynamo backend: the pass, then ``answer`` in the place of its op, then plain execution.
+
+    Attributes:
+        answer: gives the output of a call.
+        wanted: whether a layer's attentions are to be answered so; the others are exact.
+        policies: candidates, each as the policy that gives a layer its plan; what the backend would
+            refuse at a site is no candidate there.
+        sites: those found so far, by name; includes the mixed ones.
+        exact: the attentions that were left exact in some graph -> why.
+        mixed: those whose calls cannot be told from another's -> why. They are not answered.
+        layers: of every attention, by name.
+    """
+
+    answer: Callable[[Call], Tensor]
+    wanted: Callable[[str], bool] = _everywhere
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    exact: dict[str, str] = field(default_factory=dict)
+    mixed: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    _codes: dict[str, object] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def on(self, model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+        """The model to call instead of ``model``, without gradients; compiled once in a context."""
+        with torch.no_grad(), untraced() as options:
+            yield torch.compile(model, backend=self, **options)
+
+    @property
+    def usable(self) -> dict[str, Site]:
+        """The sites that are answered."""
+        return {name: site for name, site in self.sites.items() if name not in self.mixed}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The attentions that never are -> why not."""
+        reasons = {**self.exact, **self.mixed}
+        return {name: why for name, why in reasons.items() if name not in self.usable}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
+        root = identity.find_root()
+        placed = find_all(gm)
+        frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
+        sites = [place for place in placed if isinstance(place.found, AttentionSite)]
+        # Before the rewrite, which takes out the nodes that tell the layer.
+        plans = [self._plans(place, root, frame) for place in sites]
+        chooser = Chooser(_OBSERVING, root, frame)
+        bases = BasesOfModel(_OBSERVING, None)  # never asked: the plan needs none
+        outcome = apply(placed, chooser, bases, change=True)
+        plans_at = dict(zip(outcome.names, plans, strict=True))
+        shared = _shared_sites(outcome)
+        hooks: dict[int, Callable[..., Tensor]] = {}
+        for row in outcome.rows:
+            name = outcome.names.get(row.site, row.layer)
+            if not self.wanted(row.layer):
+                continue
+            self.layers[name] = row.layer
+            if row.decision == "exact":
+                self.exact[name] = "; ".join(reason.text for reason in row.reasons)
+            elif row.site in shared:
+                self.mixed[name] = "one body is called for several layers"
+            elif self._codes.setdefault(name, frame.code_key) != frame.code_key:
+                self.mixed[name] = "a graph break cuts the layer in two: its attentions mix"
+            else:
+                site = self.sites.setdefault(name, Site(name, row.layer))
+                hooks[row.site] = self._hook(site, *plans_at[row.site], root)
+        for module in gm.modules():
+            if isinstance(module, fx.GraphModule):
+                _hook_in(module, hooks)
+        return gm.forward
+
+    def _plans(
+        self, place: Placed, root: identity.Root | None, frame: identity.FrameModule
+    ) -> tuple[AttentionSite, dict[str, Decided]]:
+        """What the backend would decide here for each of the candidates."""
+        site = place.found
+        assert isinstance(site, AttentionSite)
+        decided = {}
+        for label, policy in self.policies.items():
+            choice = Chooser(policy, root, frame)(place)
+            decision = decide(site, choice.plan, choice.extra, torch.is_grad_enabled())
+            reasons = "; ".join(reason.text for reason in decision.reasons)
+            decided[label] = Decided(decision, reasons)
+        return site, decided
+
+    def _hook(
+        self,
+        site: Site,
+        found: AttentionSite,
+        decided: Mapping[str, Decided],
+        root: identity.Root | None,
+    ) -> Callable[..., Tensor]:
+        """The function that stands in a graph for the op at ``site``."""
+        candidates: dict[str, Approximation] = {}
+        for label, one in decided.items():
+            try:
+                if one.refused:
+                    raise PolicyError(one.refused)
+                pair = None
+                if ESTIMATORS[one.decision.plan.estimator].needs == "bases":
+                    bases = BasesOfModel(self.policies[label], root.module if root else None)
+                    sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
+                    pair = bases(site.name, rank=one.decision.rank, **sizes)
+            except PolicyError as error:
+                site.refused[label] = str(error)
+                continue
+            site.possible.add(label)
+            candidates[label] = Approximation(one.options, pair)
+
+        def hook(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Tensor | None = None,
+            basis_q: None = None,
+            basis_k: None = None,
+            sinks: Tensor | None = None,
+            **options: Any,
+        ) -> Tensor:
+            call = Call(site, q, k, v, mask, sinks, options, candidates)
+            if site.name in self.mixed:
+                return call.exact()
+            site.calls[call.shape] += 1
+            return self.answer(call)
+
+        return hook
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The backend's decision about one candidate at one site; ``refused`` is empty or says why."""
+
+    decision: Decision
+    refused: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the op."""
+        plan = self.decision.plan
+        return {
+            "rank": self.decision.rank,
+            "estimator": plan.estimator,
+            "rounds": plan.rounds,
+            "grouping_block": 0 if plan.grouping_block == "auto" else plan.grouping_block,
+            "min_seq_len": self.decision.min_seq_len,
+            "strict": self.decision.strict,
+        }
+
+
+def _shared_sites(outcome: Outcome) -> set[int]:
+    """Numbers of the rows of bodies that are called for several layers: a row for each of them."""
+    shared: set[int] = set()
+    first = -1
+    for row in outcome.rows:
+        if row.site in outcome.names:
+            first = row.site
+        elif row.decision == "distr":
+            shared |= {first, row.site}
+    return shared
+
+
+def _hook_in(module: fx.GraphModule, hooks: Mapping[int, Callable[..., Tensor]]) -> None:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is _OP:
+            node.target = hooks.get(node.kwargs["site"], _exact)
+    module.recompile()
+
+
+def _exact(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+    out: Tensor = _OP(q, *rest, **{**options, "rank": q.shape[3]})
+    return out
+
+
+@dataclass(frozen=True)
+class SiteErrors:
+    """What one pass over the data measured.
+
+    Attributes:
+        errors: site -> candidate -> relative Frobenius error of the attention's output, over all
+            calls; candidates that cannot run at a site are left out.
+        sites: by name, with their shapes and the candidates they refused.
+        refused: the attentions that cannot be approximated -> why not.
+        mixed: those of them whose calls cannot be told from another's.
+        layers: of all attentions, by name.
+    """
+
+    errors: Mapping[str, Mapping[str, float]]
+    sites: Mapping[str, Site]
+    refused: Mapping[str, str]
+    mixed: Mapping[str, str]
+    layers: Mapping[str, str]
+
+
+Plan = Policy | LayerPlan | Mapping[str, Any]
+"""A policy, or one plan for all layers, as itself or as the fields of ``[default]``."""
+
+
+def site_errors(
+    model: Callable[..., Any], batches: Batches, plans: Mapping[str, Plan]
+) -> SiteErrors:
+    """Run the exact model over the batches once and measure every plan at every attention.
+
+    Args:
+        model: the module that will be compiled. It runs exactly, without gradients.
+        batches: as ``batch.walk`` takes them.
+        plans: label -> what to measure. A single plan counts at any length; a policy, where its own
+            ``min_seq_len`` lets it.
+
+    Raises:
+        PolicyError: a plan is wrong.
+    """
+    errors = ErrorSums()
+    policies = {label: as_policy(plan) for label, plan in plans.items()}
+    instrument = Instrument(errors.observe, policies=policies)
+    with instrument.on(model) as run:
+        for batch in walk(batches):
+            batch.to(device_of(model)).call(run)
+    sites = instrument.usable
+    relative = {name: errors.relative(name) for name in sites}
+    return SiteErrors(relative, sites, instrument.refused, instrument.mixed, instrument.layers)
+
+
+def layer_errors(
+    model: Callable[..., Any], batches: Batches, plans: Mapping[str, Plan]
+) -> dict[str, dict[str, float]]:
+    """Only the ``errors`` of :func:`site_errors`."""
+    measured = site_errors(model, batches, plans)
+    return {name: dict(errors) for name, errors in measured.errors.items()}
+
+
+def as_policy(plan: Plan) -> Policy:
+    """A policy that says the same, at any length if it was a single plan.
+
+    Raises:
+        PolicyError: an unknown field or a value that is not accepted.
+    """
+    if isinstance(plan, Policy):
+        return plan
+    return Policy(default=plan).with_default(min_seq_len=0)
+
+
+class ErrorSums:
+    """Squared norms of the errors of all candidates, and of the exact outputs, in fp64.
+
+    Attributes:
+        exact: site -> the exact output's, over all calls at which a candidate could run.
+        error: site -> candidate -> its error's.
+    """
+
+    def __init__(self) -> None:
+        self.exact: defaultdict[str, float] = defaultdict(float)
+        self.error: dict[str, defaultdict[str, float]] = {}
+
+    def observe(self, call: Call) -> Tensor:
+        """Measure all candidates; answer with the exact output."""
+        out = call.exact()
+        name = call.site.name
+        errors = self.error.setdefault(name, defaultdict(float))
+        self.exact[name] += _squared(out)
+        for label in call.candidates:
+            errors[label] += _squared(call.approximate(label) - out)
+        return out
+
+    def relative(self, name: str) -> dict[str, float]:
+        """Candidate -> relative error at a site."""
+        norm = self.exact[name]
+        squares = self.error[name].items() if name in self.error else ()
+        return {label: (square / norm) ** 0.5 if norm else 0.0 for label, square in squares}
+
+
+def _squared(x: Tensor) -> float:
+    # Products of fp32 summed in fp32 would lose digits of long outputs; fp16 overflows.
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return float(x.to(dtype).square().sum())

@@ -1,0 +1,188 @@
+"""The model and the data that ``distr calibrate``, ``tune`` and ``regress`` work with."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distr_compile.commands.common import DTYPES, TARGET_HELP, USAGE, CommandError, build, count
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What to measure.
+
+    Attributes:
+        name: the target.
+        model: in eval mode, on the device and in the dtype that were asked for.
+        batches: as ``batch.walk`` takes them.
+        metrics: those asked for, or that go with the data; the first is of the task if one is.
+    """
+
+    name: str
+    model: Any
+    batches: Any
+    metrics: tuple[Any, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
+    """Add the target and the options that ``load`` reads, with or without ``--metric``."""
+    parser.set_defaults(metric=None)
+    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="published weights instead of random ones, for timm: and hf: targets",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="folder of pictures with a folder for each class, for timm: targets; or "
+        "pkg.module:loader, a function that returns an iterable of batches",
+    )
+    parser.add_argument("--text", metavar="FILE", help="text in UTF-8, for hf: targets that read")
+    if metric:
+        parser.add_argument(
+            "--metric",
+            action="append",
+            metavar="NAME",
+            help="top1, top5, perplexity, f1, ..., or pkg.module:function (output, batch) -> one "
+            "score for each example; may be repeated; default: what goes with the data",
+        )
+    parser.add_argument(
+        "--limit", "--batches", type=count, metavar="N", help="batches (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        default=BATCH_SIZE,
+        metavar="N",
+        help=f"of pictures and texts (default: {BATCH_SIZE})",
+    )
+    parser.add_argument(
+        "--tokens", type=count, default=0, metavar="N", help="in a row of text (default: up to 512)"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model and the pictures")
+
+
+def load(options: argparse.Namespace) -> Subject:
+    """The model and its data.
+
+    Raises:
+        CommandError: one of them cannot be had, or they do not go together.
+    """
+    kind, _, name = options.target.partition(":")
+    if bool(options.data) == bool(options.text):
+        got = "both" if options.data else "neither"
+        raise CommandError(f"--data, --text: got {got}; accepted: one of the two", USAGE)
+    if options.text and kind != "hf":
+        raise CommandError(f"--text: got one for {options.target}; accepted: hf: targets", USAGE)
+    is_folder = bool(options.data) and (":" not in options.data or Path(options.data).is_dir())
+    if is_folder and kind != "timm":
+        raise CommandError(
+            f"--data: got {options.data!r} for {options.target}; accepted: pkg.module:loader, and "
+            "a folder for timm: targets",
+            USAGE,
+        )
+    # Slips in names are told before anything is loaded.
+    asked = [_metric(text) for text in options.metric or ()]
+    loader = _imported(options.data, "--data") if options.data and not is_folder else None
+    model = _model(options)
+
+    from distr_compile.accuracy import datasets
+    from distr_compile.targets import DTYPES as TORCH_DTYPES
+    from distr_compile.targets import TargetError
+
+    batches: Any
+    natural: tuple[str, ...] = ()
+    try:
+        if loader is not None:
+            batches = loader
+        elif is_folder:
+            dtype = TORCH_DTYPES[options.dtype or "float32"]
+            batches = datasets.Images(model, Path(options.data), options.batch_size, dtype)
+            if batches.note:
+                print(f"distr: {batches.note}", file=sys.stderr)
+            natural = ("kl", "agreement") if batches.note else ("top1", "top5")
+        else:
+            batches, natural = _texts(model, name, options)
+    except TargetError as error:
+        raise CommandError(str(error)) from error
+    return Subject(options.target, model, batches, tuple(asked or natural))
+
+
+def _model(options: argparse.Namespace) -> Any:
+    from distr_compile import targets
+
+    if not options.pretrained:
+        if options.target.partition(":")[0] in ("timm", "hf"):
+            print("distr: the weights are random; --pretrained loads real ones", file=sys.stderr)
+        model = build(options.target, dtype=options.dtype).model
+    else:
+        try:
+            model = targets.pretrained(options.target)
+        except targets.TargetSyntaxError as error:
+            raise CommandError(str(error), USAGE) from error
+        except targets.TargetError as error:
+            raise CommandError(str(error)) from error
+        if options.dtype:
+            model.to(targets.DTYPES[options.dtype])
+    try:
+        return model.to(options.device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise CommandError(f"--device: got {options.device!r}: {reason}", USAGE) from error
+
+
+def _texts(model: Any, name: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...]]:
+    from distr_compile.accuracy import datasets
+
+    kind = datasets.language_model(model.config) if options.pretrained else ""
+    if kind == "seq2seq":
+        raise CommandError(
+            f"--text: got one for {options.target}, which reads one text and writes another; "
+            "accepted: causal and masked language models, and encoders; give --data "
+            "pkg.module:loader"
+        )
+    text = Path(options.text).read_text("utf-8")
+    batches = datasets.text_batches(
+        model,
+        datasets.tokenizer_of(name),
+        text,
+        kind,
+        batch_size=options.batch_size,
+        tokens=options.tokens,
+    )
+    return batches, ("perplexity",) if kind else ("rank-correlation",)
+
+
+def _metric(text: str) -> Any:
+    if ":" in text:
+        return _imported(text, "--metric")
+    from distr_compile.accuracy.metrics import as_metric
+
+    try:
+        return as_metric(text)
+    except ValueError as error:
+        raise CommandError(f"--{error}", USAGE) from error
+
+
+def _imported(text: str, option: str) -> Any:
+    """The object that ``pkg.module:name`` names."""
+    module_name, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:  # a console script, unlike python -m, does not see the folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise CommandError(
+            f"{option}: got {text!r}: {error}; accepted: pkg.module:name of a function"
+        ) from error

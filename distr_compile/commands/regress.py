@@ -1,0 +1,85 @@
+"""``distr regress``: what a policy costs a model on data, and whether that is as it was."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distr_compile.commands import data
+from distr_compile.commands.common import FOUND_ERROR, OK, USAGE, CommandError
+from distr_compile.policy import Policy
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "regress",
+        parents=[common],
+        help="measure what a policy costs a model on data, and compare with a baseline",
+    )
+    parser.set_defaults(run=run)
+    data.add_arguments(parser)
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        action="append",
+        help="policy file; may be repeated (default: $DISTR_POLICY)",
+    )
+    parser.add_argument("--baseline", metavar="FILE", help="JSON file to compare with")
+    parser.add_argument(
+        "--update-baseline", action="store_true", help="write that file instead of comparing"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="of the loss that may come or go where data and weights are the baseline's",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the numbers; FILE.progress makes it resumable"
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
+    )
+    parser.add_argument(
+        "--compiler",
+        choices=("eager", "aot_eager", "inductor"),
+        default="eager",
+        help="of the rewritten graph (default: eager)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table, and what is not as it was; the exit code says whether anything is not."""
+    if options.update_baseline and not options.baseline:
+        raise CommandError("--update-baseline: got no --baseline to write; add one", USAGE)
+    paths = options.policy or [None]
+    # A wrong policy is told at once, before a model is built.
+    policies = {Path(path or "policy").stem: Policy.from_any(path) for path in paths}
+    if len(policies) < len(paths):
+        raise CommandError("--policy: got two files of one name; rename one", USAGE)
+    subject = data.load(options)
+
+    from dataclasses import replace
+
+    from distr_compile.accuracy.baseline import SAME
+    from distr_compile.accuracy.regress import regress
+
+    same = SAME if options.tolerance is None else replace(SAME, relative=options.tolerance)
+    result = regress(
+        subject.model,
+        subject.batches,
+        policies,
+        metrics=subject.metrics,
+        name=subject.name,
+        baseline=options.baseline,
+        update_baseline=options.update_baseline,
+        tolerance=same,
+        compiler=options.compiler,
+        limit=options.limit,
+        out=options.json,
+        resume=not options.no_resume,
+    )
+    print(result)
+    return OK if result.passed else FOUND_ERROR

@@ -1,0 +1,127 @@
+"""``distr tune``: find the cheapest policy whose loss is within a budget, and write it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from distr_compile.commands import data
+from distr_compile.commands.common import OK, USAGE, CommandError
+from distr_compile.policy import Policy
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "tune",
+        parents=[common],
+        help="find the cheapest policy whose loss on data is within a budget, and write it",
+    )
+    parser.set_defaults(run=run)
+    data.add_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        type=budget,
+        required=True,
+        metavar="LOSS",
+        help="largest loss: 1%% or 0.01 of the exact value of top1, top5, perplexity, f1 or your "
+        "own metric; an amount of the others, which compare with the exact model",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="policy file to write; FILE.state.json beside it makes it resumable",
+    )
+    parser.add_argument("--policy", metavar="FILE", help="what is settled: rules that stay, bases")
+    parser.add_argument(
+        "--time",
+        choices=("auto", "measure", "model", "products"),
+        default="auto",
+        help="costs: timed on the device, operations counted, or those of the two products alone "
+        "(default: measure on CUDA, model elsewhere)",
+    )
+    parser.add_argument("--held-out", type=float, default=0.5, metavar="SHARE", help="default: 0.5")
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, metavar="SHARE", help="default: 0.95"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also draw the frontier: .png, .svg, .pdf")
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
+    )
+    parser.add_argument(
+        "--compiler",
+        choices=("eager", "aot_eager", "inductor"),
+        default="eager",
+        help="of the policy's graphs in the last check (default: eager)",
+    )
+
+
+def budget(text: str) -> float:
+    """A loss, written 0.01 or 1%."""
+    if not re.fullmatch(r"[\d.]+(e-?\d+)?%?", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a loss such as 0.01 or 1%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: 0.01 or 1%") from error
+    return number / 100 if text.endswith("%") else number
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the policy and print the frontier."""
+    # What is wrong with the policy is told at once, before a model is built.
+    policy = Policy.load(options.policy) if options.policy else None
+    if options.metric and len(options.metric) > 1:
+        raise CommandError("--metric: got several; accepted: one, which the budget is of", USAGE)
+    subject = data.load(options)
+
+    from distr_compile.accuracy.batch import walk
+    from distr_compile.tuning.tune import tune
+
+    result = tune(
+        subject.model,
+        functools.partial(walk, subject.batches, options.limit),
+        options.budget,
+        metric=subject.metrics[0] if subject.metrics else "kl",
+        path=options.out,
+        policy=policy,
+        time=options.time,
+        held_out=options.held_out,
+        confidence=options.confidence,
+        compiler=options.compiler,
+        command=_command(),
+        resume=not options.no_resume,
+    )
+    print(result)
+    print(f"\nwritten: {options.out}")
+    if options.plot:
+        result.plot(options.plot)
+    if options.json:
+        text = json.dumps(_finite(result.to_dict()), indent=1) + "\n"
+        Path(options.json).write_text(text, "utf-8")
+    return OK
+
+
+def _command() -> str:
+    """The command line, where this is a program of its own."""
+    if Path(sys.argv[0]).stem not in {"distr", "cli"}:
+        return ""
+    return shlex.join(["distr", *sys.argv[1:]])
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,222 @@
+"""What attention takes: seconds on the device at hand, or floating-point operations counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distr_compile.accuracy.instrument import Shape, Site
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, auto_grouping_block
+from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.dispatch import best_sdpa
+from distr_compile.policy import LayerPlan
+
+_OP = torch.ops.distr.attention.default
+
+WAYS = ("auto", "measure", "model", "products")
+
+SECONDS = 0.1
+"""Least time that one call is measured for."""
+
+Cost = Callable[[Shape, LayerPlan | None], float]
+"""Of one call with a plan; None is exact attention."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How costs are found.
+
+    Attributes:
+        unit: "s" or "FLOP".
+        about: in words, for people who read a policy.
+        cost: of one call.
+    """
+
+    unit: str
+    about: str
+    cost: Cost
+
+    def of_sites(self, sites: Iterable[Site], plan: LayerPlan | None, label: str = "") -> float:
+        """Of all calls of some attentions.
+
+        Args:
+            sites: with the calls that were made.
+            plan: of their layer; None for exact attention.
+            label: the plan's name among the candidates; where a site refused it, it is exact.
+        """
+        total = []
+        for site in sites:
+            here = plan if label in site.possible else None
+            total += [count * self.cost(shape, here) for shape, count in site.calls.items()]
+        return math.fsum(total)
+
+
+def clock(time: str, device: torch.device) -> Clock:
+    """The clock that ``time`` names.
+
+    Args:
+        time: "measure": the op and SDPA are timed at the shapes of the calls, on the device of the
+            model. "model": operations are counted, those of the estimator included. "products":
+            those of the two products alone, which is what is left of "model" when sequences become
+            long. "auto": "measure" on CUDA, else "model".
+        device: of the model.
+
+    Raises:
+        ValueError: another word.
+    """
+    if time not in WAYS:
+        raise ValueError(f"time: got {time!r}; accepted: {', '.join(map(repr, WAYS))}")
+    if time == "auto":
+        time = "measure" if device.type == "cuda" else "model"
+    if time == "measure":
+        name = architecture(device) if device.type == "cuda" else device.type
+        return Clock("s", f"measured on {name}", _remembered(seconds))
+    if time == "products":
+        return Clock("FLOP", "operations of Q K^T and of weights times V, counted", products)
+    about = "operations of attention, estimators included, counted; no time was measured"
+    if device.type == "cpu":
+        about += "; on a CPU hardly anything is faster"
+    return Clock("FLOP", about, flops)
+
+
+# --- counted ------------------------------------------------------------------------------------
+
+
+def products(shape: Shape, plan: LayerPlan | None) -> float:
+    """FLOPs of Qhat Khat^T and of the weights times V, of the scores that causality leaves."""
+    rank = _rank(shape, plan)
+    N, M = shape.num_queries, shape.num_keys
+    # Row i sees min(i + 1, M) keys.
+    seen = min(N, M)
+    pairs = seen * (seen + 1) // 2 + (N - seen) * M if shape.is_causal else N * M
+    return 2.0 * shape.batch * shape.num_heads * pairs * (rank + shape.value_dim)
+
+
+def flops(shape: Shape, plan: LayerPlan | None) -> float:
+    """``products``, and what making Qhat and Khat takes: ``Estimator.cost``."""
+    rank = _rank(shape, plan)
+    if plan is None or rank == shape.head_dim:
+        return products(shape, None)
+    estimator = ESTIMATORS[plan.estimator]
+    cost = (estimator.prefix_cost if _is_strict(shape, plan) else None) or estimator.cost
+    made = cost(
+        num_queries=shape.num_queries,
+        num_keys=shape.num_keys,
+        head_dim=shape.head_dim,
+        rank=rank,
+        block=_block(shape, plan),
+        rounds=plan.rounds,
+        rep=shape.num_heads // shape.num_key_heads,
+    )
+    return products(shape, plan) + shape.batch * shape.num_key_heads * made.flops
+
+
+def _rank(shape: Shape, plan: LayerPlan | None) -> int:
+    """The columns left; all of them where the op turns to exact attention."""
+    if plan is None or shape.num_queries < MIN_QUERIES:
+        return shape.head_dim
+    return plan.rank or shape.head_dim // (plan.group_size or 1)
+
+
+def _block(shape: Shape, plan: LayerPlan) -> int:
+    if plan.grouping_block == "auto":
+        return auto_grouping_block(shape.num_queries, plan.estimator)
+    return plan.grouping_block
+
+
+def _is_strict(shape: Shape, plan: LayerPlan) -> bool:
+    """Whether the estimator takes a form that sees no later row; as ``passes.decide`` has it."""
+    has_rows = shape.mask is not None and len(shape.mask[0]) > 1 and shape.mask[0][-2] > 1
+    can = ESTIMATORS[plan.estimator].strict == "prefix"
+    return can and plan.causal == "strict" and (shape.is_causal or has_rows)
+
+
+# --- measured -----------------------------------------------------------------------------------
+
+
+def seconds(shape: Shape, plan: LayerPlan | None) -> float:
+    """Median time of one call on random numbers; exact attention is the device's best SDPA.
+
+    A mask is all True, or zeros. Sinks and soft caps are left out.
+    """
+    from torch.utils.benchmark import Timer
+
+    rank = _rank(shape, plan)
+    with torch.no_grad():
+        q, k, v, mask = _inputs(shape)
+        scale = 1 / math.sqrt(shape.head_dim)
+        if plan is None or rank == shape.head_dim:
+            best = best_sdpa(shape.device) if shape.device.type == "cuda" else nullcontext()
+
+            def run() -> Any:
+                return F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    mask,
+                    is_causal=shape.is_causal and mask is None,
+                    scale=scale,
+                    enable_gqa=shape.num_heads != shape.num_key_heads,
+                )
+        else:
+            best = nullcontext()
+            options = {
+                "rank": rank,
+                "estimator": plan.estimator,
+                "rounds": plan.rounds,
+                "grouping_block": _block(shape, plan),
+                "strict": _is_strict(shape, plan),
+            }
+            bases = _bases(shape, plan, rank)
+
+            def run() -> Any:
+                return _OP(q, k, v, mask, *bases, scale=scale, is_causal=shape.is_causal, **options)
+
+        with best:
+            run()
+            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+            return float(timer.blocked_autorange(min_run_time=SECONDS).median)
+
+
+def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def draw(heads: int, tokens: int, width: int) -> Tensor:
+        sizes = (shape.batch, heads, tokens, width)
+        return torch.randn(sizes, device=shape.device).to(shape.dtype)
+
+    q = draw(shape.num_heads, shape.num_queries, shape.head_dim)
+    k = draw(shape.num_key_heads, shape.num_keys, shape.head_dim)
+    v = draw(shape.num_key_heads, shape.num_keys, shape.value_dim)
+    mask = None
+    if shape.mask is not None:
+        sizes, dtype = shape.mask
+        fill = torch.ones if dtype == torch.bool else torch.zeros
+        mask = fill(sizes, dtype=dtype, device=shape.device)
+    return q, k, v, mask
+
+
+def _bases(shape: Shape, plan: LayerPlan, rank: int) -> tuple[Tensor, ...]:
+    if ESTIMATORS[plan.estimator].needs != "bases":
+        return ()
+    sizes = (shape.num_key_heads, shape.head_dim, rank)
+    A, B = (torch.randn(sizes, device=shape.device) / math.sqrt(shape.head_dim) for _ in "AB")
+    return A, B
+
+
+def _remembered(cost: Cost) -> Cost:
+    """Layers share shapes: each is measured once."""
+    known: dict[tuple[Shape, LayerPlan | None], float] = {}
+
+    def remembered(shape: Shape, plan: LayerPlan | None) -> float:
+        key = (shape, plan)
+        if key not in known:
+            known[key] = cost(shape, plan)
+        return known[key]
+
+    return remembered

@@ -1,0 +1,229 @@
+"""What ``tune`` found: the policy, what it costs and loses, and what else there was to choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from distr_compile.accuracy.metrics import Metric
+from distr_compile.policy import Policy
+from distr_compile.tuning.bounds import Loss
+
+Kind = Literal["exact", "uniform", "frontier", "chosen"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for all layers.
+
+    Attributes:
+        kind: where it comes from.
+        name: in tables and plots.
+        setting: layer -> candidate, of the layers that are not exact.
+        cost: of attention, as a share of exact attention's.
+        predicted: the loss that the additive model expects, in the smooth measure; None where it
+            knows no gain, of layers that have no candidate that is cheaper.
+        measured: the smooth measure itself on the tuning half, where it was measured.
+        loss: in the metric of the budget on the tuning half, likewise.
+    """
+
+    kind: Kind
+    name: str
+    setting: Mapping[str, str]
+    cost: float
+    predicted: float | None
+    measured: float | None = None
+    loss: Loss | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The result.
+
+    Attributes:
+        policy: the policy.
+        text: of its file, with the evidence as comments.
+        path: where that was written, if anywhere.
+        metric: of the budget.
+        smooth: name of the smooth measure.
+        budget: the largest loss allowed.
+        confidence: of the bounds.
+        tuning: the loss on the tuning half.
+        held_out: on the held-out half, of the policy compiled with ``backend="distr"``; None if
+            nothing was approximated, so that nothing was looked at.
+        looks: how often the held-out half was looked at, over all runs that the state has.
+        clock: what costs are, in words.
+        exact_cost: of exact attention over the tuning half, in ``unit``.
+        unit: "s" or "FLOP".
+        points: the exact model, uniform policies, the frontier, and what was chosen.
+        refused: the attentions that had to stay exact -> why.
+        notes: what else there is to say.
+    """
+
+    policy: Policy
+    text: str
+    path: Path | None
+    metric: Metric
+    smooth: str
+    budget: float
+    confidence: float
+    tuning: Loss
+    held_out: Loss | None
+    looks: int
+    clock: str
+    exact_cost: float
+    unit: str
+    points: tuple[Point, ...]
+    refused: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Point:
+        """The choice that the policy says."""
+        return next(point for point in self.points if point.kind == "chosen")
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything is approximated: within the budget, or the policy would be exact."""
+        return bool(self.chosen.setting)
+
+    def table(self) -> str:
+        """The frontier: a line for each point, by falling cost."""
+        rows = [
+            [
+                point.name,
+                f"{len(point.setting)}",
+                f"{100 * point.cost:.1f} %",
+                _number(point.predicted),
+                _number(point.measured),
+                *_loss_cells(point.loss),
+            ]
+            for point in sorted(self.points, key=lambda p: (-p.cost, p.predicted or 0.0))
+        ]
+        headers = ["policy", "layers", "attention", f"{self.smooth} (predicted)"]
+        headers += [self.smooth, self.metric.name, "loss", f"at most ({self.confidence:.0%})"]
+        return tabulate(rows, headers, disable_numparse=True, stralign="right")
+
+    def __str__(self) -> str:
+        return "\n".join([self.table(), "", *self.summary(), *self.notes])
+
+    def summary(self) -> list[str]:
+        """Sentences: the losses on both halves and the cost."""
+        found = [
+            f"Metric {self.metric.name}, budget {self.budget:g}"
+            f"{' of its exact value' if self.metric.ideal is None else ''}.",
+            f"Tuning half: {_loss_text(self.tuning, self.confidence)}.",
+        ]
+        if self.held_out is not None:
+            found.append(
+                f"Held-out half, looked at {_times(self.looks)}: "
+                f"{_loss_text(self.held_out, self.confidence)}."
+            )
+        found.append(
+            f"Attention takes {100 * self.chosen.cost:.1f} % of exact attention's "
+            f"{self.exact_cost:.4g} {self.unit} ({self.clock})."
+        )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "policy": self.policy.to_dict(),
+            "metric": self.metric.name,
+            "smooth": self.smooth,
+            "budget": self.budget,
+            "confidence": self.confidence,
+            "fits": self.fits,
+            "tuning": dataclasses.asdict(self.tuning),
+            "held_out": None if self.held_out is None else dataclasses.asdict(self.held_out),
+            "looks": self.looks,
+            "clock": self.clock,
+            "exact_cost": self.exact_cost,
+            "unit": self.unit,
+            "points": [dataclasses.asdict(point) for point in self.points],
+            "refused": dict(self.refused),
+            "notes": list(self.notes),
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the metric over the cost of attention; the format is the file's suffix.
+
+        What is far from the frontier stands at the edge, with its value.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot: got no matplotlib; install it: pip install 'distr-compile[plots]'"
+            ) from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        line = [p for p in self.points if p.kind in ("exact", "frontier", "chosen") and p.loss]
+        line.sort(key=lambda p: p.cost)
+        values = [_value(p) for p in line]
+        limit = self._value_at_budget()
+        if limit is not None:
+            axes.axhline(limit, color="0.6", linestyle=":", label=f"budget {self.budget:g}")
+            values.append(limit)
+        room = 0.3 * (max(values) - min(values)) or 0.01
+        low, high = min(values) - room, max(values) + room
+        axes.plot([100 * p.cost for p in line], [_value(p) for p in line], "o-", label="tuned")
+        styles = {"exact": ("k*", 13), "chosen": ("C3s", 10), "uniform": ("C1^", 8)}
+        marked = [p for p in self.points if p.kind in styles and p.loss]
+        for number, point in enumerate(sorted(marked, key=lambda p: p.cost)):
+            mark, size = styles[point.kind]
+            x, y = 100 * point.cost, min(max(_value(point), low), high)
+            name = point.name if y == _value(point) else f"{point.name}: {_value(point):.3g}"
+            axes.plot([x], [y], mark, markersize=size, zorder=3, clip_on=False)
+            side, align = (-6, "right") if x > 90 else (6, "left")
+            height = -12 if number % 2 else 6  # neighbours' names do not meet
+            place: dict[str, Any] = {"xytext": (side, height), "textcoords": "offset points"}
+            axes.annotate(name, (x, y), fontsize=8, ha=align, **place)
+        axes.set_ylim(low, high)
+        axes.set_xlabel(f"attention, % of exact ({self.unit})")
+        axes.set_ylabel(f"{self.metric.name} on the tuning half")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path)
+
+    def _value_at_budget(self) -> float | None:
+        exact = self.tuning.exact
+        worse = -1 if self.metric.better == "higher" else 1
+        if self.metric.ideal is None:
+            return exact + worse * self.budget * abs(exact)
+        return self.metric.ideal + worse * self.budget if math.isfinite(exact) else None
+
+
+def _value(point: Point) -> float:
+    assert point.loss is not None
+    return point.loss.value
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3g}"
+
+
+def _loss_cells(loss: Loss | None) -> list[str]:
+    found = (None, None, None) if loss is None else (loss.value, loss.loss, loss.upper)
+    return [_number(x) for x in found]
+
+
+def _loss_text(loss: Loss, confidence: float) -> str:
+    return (
+        f"{loss.value:.5g} (exact {loss.exact:.5g}), loss {loss.loss:.3g}, at most "
+        f"{loss.upper:.3g} with {confidence:.0%} confidence, {loss.examples} examples"
+    )
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")

@@ -1,0 +1,1 @@
+"""The accuracy gate of this repository: every model of the zoo under every estimator."""

@@ -1,0 +1,103 @@
+"""What attention costs: counted by hand, and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from distr_compile.accuracy.instrument import Shape, Site
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.policy import LayerPlan
+from distr_compile.tuning.cost import clock, flops, products, seconds
+
+SHAPE = Shape(2, 4, 2, 100, 60, 64, 32, False, None, torch.float32, torch.device("cpu"))
+CAUSAL = SHAPE._replace(is_causal=True)
+PLAN = LayerPlan(group_size=2, estimator="projection", min_seq_len=0)
+
+
+def seen_pairs(queries: int, keys: int) -> int:
+    return sum(min(i + 1, keys) for i in range(queries))
+
+
+def test_products_are_two_for_every_pair_that_is_seen() -> None:
+    assert products(SHAPE, None) == 2 * 8 * 100 * 60 * (64 + 32)
+    assert products(SHAPE, PLAN) == 2 * 8 * 100 * 60 * (32 + 32)
+    assert products(CAUSAL, PLAN) == 2 * 8 * seen_pairs(100, 60) * (32 + 32)
+    long = CAUSAL._replace(num_keys=130)
+    assert products(long, None) == 2 * 8 * seen_pairs(100, 130) * (64 + 32)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_model_adds_what_the_estimator_takes(name: str) -> None:
+    plan = dataclasses.replace(PLAN, estimator=name, grouping_block=50)
+    sizes = {"num_queries": 100, "num_keys": 60, "head_dim": 64, "rank": 32, "block": 50}
+    made = ESTIMATORS[name].cost(**sizes, rounds=1, rep=2).flops
+    assert flops(SHAPE, plan) - products(SHAPE, plan) == 2 * 2 * made
+    assert flops(SHAPE, None) == products(SHAPE, None)
+
+
+def test_the_form_that_looks_at_no_later_row_has_a_cost_of_its_own() -> None:
+    plan = dataclasses.replace(PLAN, grouping_block=50, causal="strict")
+    square = CAUSAL._replace(num_keys=100)
+    sizes = {"num_queries": 100, "num_keys": 100, "head_dim": 64, "rank": 32, "block": 50}
+    prefix_cost = ESTIMATORS["projection"].prefix_cost
+    assert prefix_cost is not None
+    made = prefix_cost(**sizes, rounds=1, rep=2).flops
+    assert flops(square, plan) - products(square, plan) == 2 * 2 * made
+    open_to_all = square._replace(is_causal=False)
+    free = dataclasses.replace(plan, causal="block")
+    assert flops(open_to_all, plan) == flops(open_to_all, free)
+    assert seconds(square, plan) > 0
+
+
+def test_decode_steps_are_exact() -> None:
+    step = SHAPE._replace(num_queries=15)
+    assert flops(step, PLAN) == flops(step, None)
+
+
+def test_calls_are_added_up_and_exact_where_a_site_refused() -> None:
+    counted = clock("model", torch.device("cpu"))
+    takes, refuses = Site("a", "a"), Site("b", "a")
+    takes.possible.add("half")
+    for site in (takes, refuses):
+        site.calls.update({SHAPE: 3, CAUSAL: 1})
+    exact = 3 * flops(SHAPE, None) + flops(CAUSAL, None)
+    ours = 3 * flops(SHAPE, PLAN) + flops(CAUSAL, PLAN)
+    assert counted.of_sites([takes, refuses], None) == 2 * exact
+    assert counted.of_sites([takes, refuses], PLAN, "half") == exact + ours
+
+
+@pytest.mark.parametrize("mask", [None, ((2, 1, 1, 60), torch.bool), ((100, 60), torch.float32)])
+def test_every_estimator_can_be_measured(mask: object) -> None:
+    shape = SHAPE._replace(mask=mask)
+    for name in ESTIMATORS:
+        assert 0 < seconds(shape, dataclasses.replace(PLAN, estimator=name)) < 1
+    assert 0 < seconds(shape, None) < 1
+
+
+def test_more_work_takes_more_time() -> None:
+    small, large = (seconds(SHAPE._replace(num_queries=n), None) for n in (64, 2048))
+    assert large > 4 * small
+
+
+def test_each_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        "distr_compile.tuning.cost.seconds", lambda *args: calls.append(args) or 2.0
+    )
+    timed = clock("measure", torch.device("cpu"))
+    site = Site("a", "a")
+    site.calls.update({SHAPE: 3})
+    assert timed.of_sites([site, site], None) == 12
+    assert len(calls) == 1
+    assert (timed.unit, timed.about) == ("s", "measured on cpu")
+
+
+def test_what_auto_means() -> None:
+    auto = clock("auto", torch.device("cpu"))
+    assert auto.unit == "FLOP"
+    assert "on a CPU hardly anything is faster" in auto.about
+    with pytest.raises(ValueError, match="time: got 'fast'; accepted: 'auto', 'measure'"):
+        clock("fast", torch.device("cpu"))
