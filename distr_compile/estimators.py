@@ -20,6 +20,8 @@ MIN_QUERIES = 16
 AUTO_BLOCK_LIMIT = 4096
 AUTO_BLOCK_MIN = 2048
 AUTO_BLOCK_TILE = 128
+PREFIX_BLOCK = 512
+"""Of the prefix form: Khat of every block then costs r / 1024 of causal attention's FLOPs."""
 
 
 NUM_PROJECTIONS = 16
@@ -275,12 +277,15 @@ ESTIMATORS: dict[str, Estimator] = {
 DEFAULT_ESTIMATOR = "projection"
 
 
-def auto_grouping_block(num_queries: int, estimator: str) -> int:
+def auto_grouping_block(num_queries: int, estimator: str, strict: bool = False) -> int:
     """Query rows that share one grouping when the policy says ``grouping_block = "auto"``.
 
     A function of the sequence length and the estimator only, so that a policy means the same on
-    every device; see ``Estimator.auto_block``.
+    every device; see ``Estimator.auto_block``. In the prefix form (``strict``) not even of the
+    length: a token more at the end must not move the edges of earlier blocks.
     """
+    if strict and ESTIMATORS[estimator].strict == "prefix":
+        return PREFIX_BLOCK
     return ESTIMATORS[estimator].auto_block(num_queries)
 
 

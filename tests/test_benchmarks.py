@@ -175,16 +175,22 @@ def test_what_killed_a_process_is_noted_and_left_out(session: Session) -> None:
     assert Store(session.results / "attention.json", session.environment).is_finished("cell")
 
 
-def test_nothing_is_begun_that_would_end_too_late(session: Session) -> None:
+def test_nothing_is_begun_that_would_end_too_late(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+
     def measure(key: str) -> dict[str, Any]:
-        time.sleep(0.2)
+        nonlocal now
+        now += 0.2
         return {"arms": {}}
 
-    session.until = time.time() + 1
+    session.until = now + 1
     assert not session.work_through(("x", str(n), measure) for n in range(9))
-    assert time.time() < session.until
+    assert now < session.until
     assert 1 <= len(session.store("x").cells) <= 4
-    session.until = time.time() + 60
+    session.until = now + 60
     assert session.work_through(("x", str(n), measure) for n in range(6))
     assert len(session.store("x").cells) == 6
 

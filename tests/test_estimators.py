@@ -60,6 +60,11 @@ def test_auto_block_of_projection() -> None:
     assert {n: auto_grouping_block(n, "projection") for n in blocks} == blocks
 
 
+def test_auto_block_of_the_strict_form_does_not_depend_on_the_length() -> None:
+    assert {auto_grouping_block(n, "projection", strict=True) for n in (0, 1, 600, 10**6)} == {512}
+    assert auto_grouping_block(600, "calibrated", strict=True) == 600
+
+
 SIZES = {"num_queries": 100, "num_keys": 70, "head_dim": 64, "rank": 16}
 
 

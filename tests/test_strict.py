@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import distr_compile
+from distr_compile import estimators
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels import projection, reference
 from distr_compile.kernels.projection import projection_factors
@@ -157,6 +158,10 @@ def masks(kind: str, B: int, H: int, N: int, M: int) -> Tensor | None:
         return padding[:, None, None]
     if kind == "causal, padding":
         return torch.ones(N, M, dtype=torch.bool).tril(M - N) & padding[:, None, None]
+    if kind == "blind rows":
+        mask = torch.ones(N, M, dtype=torch.bool).tril()
+        mask[[30, 41]] = False
+        return mask
     if kind == "any":
         return draw(B, H, N, M, seed=5) > 0.3
     if kind == "bias":
@@ -182,6 +187,12 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
     "any mask": ((2, 4, 2, 50, 64, 24), {"is_causal": True}, "any"),
     "bias": ((1, 2, 1, 40, 40, 24), {"softcap": 1.5}, "bias"),
     "sinks": ((1, 2, 2, 40, 40, 24), {"is_causal": True, "sinks": draw(2, seed=9)}, ""),
+    "sinks, all keys cached": (
+        (1, 2, 2, 40, 20, 24),
+        {"is_causal": True, "causal_offset": 20, "sinks": draw(2, seed=9)},
+        "",
+    ),
+    "blind rows": ((1, 2, 1, 50, 50, 24), {}, "blind rows"),
     "neither": ((1, 4, 4, 50, 70, 40), {}, ""),
 }
 
@@ -293,6 +304,8 @@ def test_cpu_in_half_precision(dtype: torch.dtype) -> None:
         ("a causal mask", torch.float32),
         ("bias", torch.float32),
         ("sinks", torch.float32),
+        ("sinks, all keys cached", torch.float32),
+        ("blind rows", torch.float32),
     ],
 )
 def test_kernels(name: str, dtype: torch.dtype) -> None:
@@ -378,6 +391,21 @@ def moved(run: Callable[..., Tensor], cut: int, kind: str, **options: Any) -> fl
 def test_no_later_token_moves_an_earlier_row(name: str, kind: str, cut: int) -> None:
     """At the edges of a grouping block, and inside of one."""
     assert moved(RUNS[name], cut, kind) == 0
+
+
+@pytest.mark.parametrize("name", ["definition", "CPU", "kernels", "op"])
+def test_more_tokens_move_no_earlier_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of "auto" lie where they lie, however long the sequence becomes."""
+    monkeypatch.setattr(estimators, "PREFIX_BLOCK", 20)
+    options = {**OPTIONS, "rank": 16, "grouping_block": 0, "is_causal": True}
+    tokens = 44 if name == "kernels" else 144
+    q, k, v = qkv(B=1, H=2, Hk=1, N=tokens + 13, M=tokens + 13)
+    longest = RUNS[name](q, k, v, **options)
+    for rows in (tokens, tokens + 1):
+        fewer = RUNS[name](q[:, :, :rows], k[:, :, :rows], v[:, :, :rows], **options)
+        torch.testing.assert_close(fewer, longest[:, :, :rows], rtol=0, atol=2e-6)
+    exact = RUNS[name](q, k, v, **{**options, "rank": 32, "strict": False})
+    assert (longest - exact)[:, :, 20:].norm() > 1e-2 * exact[:, :, 20:].norm()
 
 
 @pytest.mark.parametrize("name", ["definition", "CPU", "op"])

@@ -208,7 +208,7 @@ def estimate(
     key_heads, num_keys = K.shape[1:3]
     rep = heads // key_heads
     _check_estimator(estimator, rank, rounds, strict, head_dim)
-    block = grouping_block or auto_grouping_block(num_queries, estimator)
+    block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
     Q = Q.unflatten(1, (key_heads, rep))
     if bases is not None:
         dtype = torch.promote_types(Q.dtype, torch.float32)

@@ -110,7 +110,8 @@ def attention(
     batch, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]
     rep = heads // key_heads
-    block = min(grouping_block or auto_grouping_block(num_queries, estimator), max(num_queries, 1))
+    block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
+    block = min(block, max(num_queries, 1))
     if fixed is not None:
         block = max(num_queries, 1)
     # The bases of ``projection`` take half a dozen matrices of d x d at a time, LSH's two of d x r.

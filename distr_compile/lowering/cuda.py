@@ -99,7 +99,7 @@ def attention(
     )
     if variant in _failed:
         raise KernelFailed(_failed[variant])
-    block = grouping_block or auto_grouping_block(q.shape[2], estimator)
+    block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
     options: dict[str, Any] = {
         "scale": scale,
         "rank": rank,

@@ -566,7 +566,7 @@ def _flops(
         num_keys,
         head_dim,
         rank,
-        block=grouping_block or auto_grouping_block(num_queries, estimator),
+        block=grouping_block or auto_grouping_block(num_queries, estimator, strict),
         rounds=rounds,
         rep=heads // key_heads,
     )

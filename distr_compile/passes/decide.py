@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, possible_group_sizes
+from distr_compile.estimators import (
+    ESTIMATORS,
+    MIN_QUERIES,
+    MIN_RANK,
+    auto_grouping_block,
+    possible_group_sizes,
+)
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.dispatch import break_even
 from distr_compile.passes.site import AddStep, AttentionSite, FillStep
@@ -64,6 +70,7 @@ def decide(
     reasons = [*_policy_reasons(site, plan), *extra]
     if not plan.is_exact:  # else no length would change anything
         reasons += _size_reasons(site, plan)
+        reasons += _one_block(site, plan)
     if grad_mode and site.requires_grad:
         reasons.append(Reason("gradients", "gradients are recorded: call under torch.no_grad()"))
     if site.dtype not in DTYPES:
@@ -119,6 +126,20 @@ def _must_not_look_ahead(site: AttentionSite, plan: LayerPlan) -> bool:
     the end, would make some of these keys later than the row: see ``_may_lack_keys``.
     """
     return plan.causal == "strict" and (site.is_causal or _may_be_causal(site))
+
+
+def _one_block(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
+    """The prefix form scores the first block exactly: there must be a second one."""
+    prefix = ESTIMATORS[plan.estimator].strict == "prefix" and _must_not_look_ahead(site, plan)
+    if not prefix or not isinstance(site.num_queries, int):
+        return []
+    block = plan.grouping_block
+    if block == "auto":
+        block = auto_grouping_block(site.num_queries, plan.estimator, strict=True)
+    if site.num_queries > block:
+        return []
+    text = f"causal is strict, and N_q is {site.num_queries}: the first {block} rows are exact"
+    return [Reason("one-block", text)]
 
 
 def _may_lack_keys(site: AttentionSite) -> bool:

@@ -139,7 +139,7 @@ def test_the_text_for_a_rank_says_what_fits(plan: LayerPlan, width: int, text: s
     assert decide(site(head_dim=width), plan).reasons == (Reason("rank", text),)
 
 
-STRICT = replace(FORCED, causal="strict")
+STRICT = replace(FORCED, causal="strict", grouping_block=64)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -180,7 +180,7 @@ def test_strict_causality_with_a_mask_of_unknown_content(
     for found in (given, added, filled):
         assert codes(found, FORCED) == []
         assert codes(found, STRICT) == (["looks-ahead"] if may_be_causal else [])
-        prefix = decide(found, replace(PROJECTION, causal="strict"))
+        prefix = decide(found, replace(PROJECTION, causal="strict", grouping_block=64))
         assert (prefix.is_distr, prefix.strict) == (True, may_be_causal)
     if may_be_causal:
         (reason,) = decide(given, STRICT).reasons
@@ -189,7 +189,7 @@ def test_strict_causality_with_a_mask_of_unknown_content(
 
 def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
     """With fewer, a causal mask may be aligned at the end: earlier keys by place are later ones."""
-    strict, n = replace(PROJECTION, causal="strict"), symbol(128)
+    strict, n = replace(PROJECTION, causal="strict", grouping_block=64), symbol(128)
     given = site(kind="sdpa", mask=mask(128, 128), mask_kind="float")
     for queries, keys, expected in [
         (100, 128, []),
@@ -203,6 +203,23 @@ def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
         # Where the graph itself says causal, it says with which offset.
         causal = replace(found, mask=None, is_causal=True, mask_kind="causal")
         assert codes(causal, strict) == []
+
+
+def test_the_strict_form_needs_a_second_block() -> None:
+    strict = replace(PROJECTION, causal="strict", grouping_block="auto")
+    for rows, block, expected in [
+        (512, "auto", ["one-block"]),
+        (513, "auto", []),
+        (128, 128, ["one-block"]),
+        (128, 127, []),
+        (symbol(128), 128, []),
+    ]:
+        found = site(is_causal=True, mask_kind="causal", num_queries=rows, num_keys=rows)
+        assert codes(found, replace(strict, grouping_block=block)) == expected
+        assert codes(found, replace(strict, grouping_block=block, causal="block")) == []
+        calibrated = replace(strict, grouping_block=block, estimator="calibrated")
+        assert codes(found, calibrated) == []
+        assert codes(replace(found, is_causal=False, mask_kind="none"), strict) == []
 
 
 def test_strict_causality_with_masks_inside_a_fused_call() -> None:

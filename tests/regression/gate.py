@@ -26,8 +26,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "projection": {"estimator": "projection"},
     "projection, 2 rounds": {"estimator": "projection", "rounds": 2},
     "projection, G = 4": {"estimator": "projection", "group_size": 4},
-    "strict projection": {"estimator": "projection", "causal": "strict"},
+    "strict projection": {"causal": "strict", "grouping_block": 128},
     "calibrated": {"estimator": "calibrated"},
+    "lsh-signed": {"estimator": "lsh-signed"},
     "lsh-mean": {"estimator": "lsh-mean"},
     "lsh-sample": {"estimator": "lsh-sample"},
 }

