@@ -453,7 +453,7 @@ def test_strict_causality(function: Callable[..., Tensor], may_be_causal: bool) 
     capture = run(function, inputs, policy=lsh)
     assert capture.codes == ({"looks-ahead"} if may_be_causal else set())
     assert run(function, inputs, policy={**lsh, "causal": "block"}).codes == set()
-    prefix = run(function, inputs, policy=policy)
+    prefix = run(function, inputs, policy={**policy, "grouping_block": 8})
     assert prefix.codes == set()
     assert [call.get("strict", False) for call in prefix.calls] == [may_be_causal]
     sees = "earlier rows and keys only" if may_be_causal else ESTIMATORS["projection"].sees
