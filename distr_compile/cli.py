@@ -12,6 +12,8 @@ from distr_compile.policy import PolicyError
 
 __all__ = ["FOUND_ERROR", "OK", "USAGE", "main"]
 
+INTERRUPTED = 130  # as shells say it
+
 COMMANDS = (explain, calibrate, tune, regress, policy)
 
 
@@ -19,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``distr`` with ``argv`` (``sys.argv[1:]`` if None) and return the exit code.
 
     0 is fine, 1 means that an error was found (invalid policy, unmatched rule, model that cannot be
-    built or run), 2 that the command was written wrongly. An error is one message on stderr.
+    built or run), 2 that the command was written wrongly, 130 that it was interrupted. An error is
+    one message on stderr.
     """
     try:
         options = _parser().parse_args(argv)
@@ -27,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or OK)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        kept = ""
+        if "no_resume" in options and (getattr(options, "out", None) or options.json):
+            kept = "; the same command goes on from what is done"
+        print(f"distr: interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if options.debug:
             raise

@@ -79,9 +79,12 @@ def build(
 ) -> Target:
     """Build the model that ``target`` names, with random weights, and inputs for it.
 
+    The weights of timm and hf targets are the same in every process, so that what one command
+    measured of them still holds in the next. The state of PyTorch's generator stays as it was.
+
     Args:
         target: ``timm:NAME``, ``hf:NAME`` or ``pkg.module:factory``, where the factory takes no
-            argument and returns a module, (module, args) or (module, args, kwargs).
+            argument and returns a module, (module, args) or (module, args, kwargs), or is a module.
         shape: sizes of the main input, batch first; of timm and hf targets only.
         dtype: of the weights and the floating-point inputs; None leaves them as they are.
         attn: "eager" or "sdpa", how the model spells attention; of timm and hf targets only.
@@ -94,7 +97,9 @@ def build(
     if not (kind and colon and name):
         raise TargetSyntaxError(f"target: got {target!r}; accepted: {ACCEPTED}")
     if kind in _ZOOS:
-        built = _ZOOS[kind](target, name, shape, attn)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            built = _ZOOS[kind](target, name, shape, attn)
     elif shape is not None or attn is not None:
         raise TargetSyntaxError(
             f"{target}: --shape and --attn are for timm: and hf: targets; a factory makes its own "
@@ -163,7 +168,7 @@ def _factory(target: str, module_name: str, factory_name: str) -> Target:
             f"{target}: {module_name} has no function {factory_name}"
             + _nearest(factory_name, names)
         )
-    made = factory()
+    made = factory if isinstance(factory, nn.Module) else factory()
     parts = made if isinstance(made, tuple) else (made,)
     whole = (*parts, *((), {})[len(parts) - 1 :])
     kinds: tuple[Any, ...] = (nn.Module, (tuple, list), dict)
@@ -188,6 +193,8 @@ def _kinds(made: Any) -> str:
 def _timm(target: str, name: str, shape: Sequence[int] | None, attn: str | None) -> Target:
     timm = _extra("timm", target)
     layers = importlib.import_module("timm.layers")
+    if name.startswith("local-dir:"):
+        raise TargetError(f"{target}: a folder of weights is loaded with --pretrained; add it")
     if not timm.is_model(name):
         raise TargetError(f"{target}: timm has no model {name}{_nearest(name, timm.list_models())}")
     before = layers.use_fused_attn(), layers.use_fused_attn(experimental=True)
@@ -379,9 +386,7 @@ def _extra(module: str, target: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise TargetError(
-            f"{target}: {module} is not installed; pip install 'distr-compile[zoo]'"
-        ) from error
+        raise TargetError(f"{target}: {module} is not installed; pip install {module}") from error
 
 
 def _no_weights(target: str, error: Exception, folder: str) -> TargetError:

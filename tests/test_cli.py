@@ -13,6 +13,7 @@ from torch import nn
 
 from distr_compile import targets
 from distr_compile.cli import FOUND_ERROR, OK, USAGE, main
+from distr_compile.commands import policy, tune
 from distr_compile.reporting import GraphReport, Reason, Report, SiteRow
 
 POLICY = """
@@ -305,7 +306,43 @@ def test_a_missing_extra_says_what_to_install(models, explained, capsys, monkeyp
 
     monkeypatch.setattr(targets.importlib, "import_module", missing)
     assert main(["explain", "timm:vit_tiny_patch16_224"]) == FOUND_ERROR
-    assert "timm is not installed; pip install 'distr-compile[zoo]'" in capsys.readouterr().err
+    assert "timm is not installed; pip install timm" in capsys.readouterr().err
+
+
+def test_random_weights_are_the_same_every_time() -> None:
+    state = torch.get_rng_state()
+    first, second = (targets.build(SMALL_TIMM).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_folder_of_weights_needs_pretrained() -> None:
+    with pytest.raises(targets.TargetError, match="loaded with --pretrained; add it"):
+        targets.build("timm:local-dir:here")
+
+
+def test_a_module_will_do_for_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = types.ModuleType("made")
+    made.net = nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "made", made)
+    assert targets.build("made:net").model is made.net
+
+
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    arguments = ["tune", "a:b", "--data", "a:c", "--budget", "1%", "--out", "p.toml"]
+    monkeypatch.setattr(tune, "run", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == (
+        "distr: interrupted; the same command goes on from what is done\n"
+    )
+    monkeypatch.setattr(policy, "run_schema", interrupted)
+    assert main(["policy", "schema"]) == 130
+    assert capsys.readouterr().err == "distr: interrupted\n"
 
 
 def test_a_model_larger_than_memory_is_refused(models, monkeypatch):
