@@ -76,8 +76,8 @@ def of_budget(result: Tuning, model: torch.nn.Module, batches: list[Batch]) -> d
     """What was reached within one budget."""
     policy, held_out = result.policy, result.held_out
     return {
-        "held_out_loss": 0.0 if held_out is None else held_out.loss,
-        "held_out_at_most": 0.0 if held_out is None else held_out.upper,
+        "held_out_loss": None if held_out is None else held_out.loss,
+        "held_out_at_most": None if held_out is None else held_out.upper,
         "tuning_loss": result.tuning.loss,
         "tuning_at_most": result.tuning.upper,
         "within": held_out is None or held_out.loss <= result.budget,
@@ -118,9 +118,7 @@ def table(results: dict[str, Any]) -> str:
                     name,
                     f"{entry['metric']} {entry['exact']:.4g}",
                     f"{float(budget):.1%}",
-                    f"{of['held_out_loss']:.2%}",
-                    f"{of['held_out_at_most']:.2%}",
-                    "yes" if of["within"] else "**no**",
+                    *held_out_cells(of),
                     f"{of['layers']} of {of['of_layers']}",
                     f"{of['products_saved']:.0%}",
                     f"{of['flops_saved']:.0%}",
@@ -131,6 +129,13 @@ def table(results: dict[str, Any]) -> str:
     headers = ["model", "metric, exact", "budget", "held-out loss", "at most (95 %)", "within"]
     headers += ["layers", "products saved", "with estimators", "looks", "`lsh-sample` G = 2"]
     return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def held_out_cells(of: dict[str, Any]) -> list[str]:
+    if not of["layers"]:
+        return ["all exact", "-", "-"]
+    within = "yes" if of["within"] else "**no**"
+    return [f"{of['held_out_loss']:.2%}", f"{of['held_out_at_most']:.2%}", within]
 
 
 def additive_table(results: dict[str, Any]) -> str:

@@ -92,6 +92,18 @@ def test_a_vision_model_and_a_folder_of_pictures(tmp_path, capsys):
     assert line.split()[5:7] == ["1", "(1)"]  # top-5 of two classes
 
 
+def test_pictures_of_other_classes_than_the_model_has(tmp_path, capsys):
+    saved_timm(tmp_path)
+    folder = pictures(tmp_path, 3)
+    (folder / "cat").mkdir()
+    next(folder.glob("ant/*")).rename(folder / "cat" / "one.png")
+    command = "regress timm:local-dir:vit --pretrained --data pictures --policy p.toml"
+    assert main(command.split()) == OK
+    out, err = capsys.readouterr()
+    assert "has 3 classes and the model 2: the labels are left out" in err
+    assert out.splitlines()[0].split()[2:5] == ["approximated", "cosine", "sqnr"]
+
+
 def test_a_model_and_a_loader_of_the_user(capsys):
     command = "regress mine:model --data mine:loader --policy p.toml --limit 2"
     assert main([*command.split(), "--metric", "mine:score", "--dtype", "float32"]) == OK

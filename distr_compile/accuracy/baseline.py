@@ -68,13 +68,13 @@ class ModelResult:
     policies: Mapping[str, PolicyResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; a number that is not finite becomes None."""
-        content: dict[str, Any] = _without_infinite(asdict(self))
+        """As JSON has it: NaN becomes None, the infinities "inf" and "-inf"."""
+        content: dict[str, Any] = strict_json(asdict(self))
         return content
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelResult:
-        """The inverse of ``to_dict``; None becomes NaN.
+        """The inverse of ``to_dict``.
 
         Raises:
             KeyError, TypeError: not such a dict.
@@ -90,13 +90,16 @@ class ModelResult:
         return cls(data["name"], data["conditions"], data["versions"], policies)
 
 
-def _without_infinite(item: Any) -> Any:
+def strict_json(item: Any) -> Any:
+    """``item`` without the numbers that JSON does not have: None for NaN, else "inf" or "-inf"."""
     if isinstance(item, dict):
-        return {key: _without_infinite(value) for key, value in item.items()}
-    return None if isinstance(item, float) and not math.isfinite(item) else item
+        return {key: strict_json(value) for key, value in item.items()}
+    if not isinstance(item, float) or math.isfinite(item):
+        return item
+    return None if math.isnan(item) else str(item)
 
 
-def _number(value: float | None) -> float:
+def _number(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
 
 
@@ -111,8 +114,8 @@ class Tolerance:
     absolute: float
 
     def allows(self, loss: float) -> float:
-        """The largest move that is fine."""
-        return self.relative * abs(loss) + self.absolute
+        """The largest move that is fine; none where the loss is infinite."""
+        return 0.0 if math.isinf(loss) else self.relative * abs(loss) + self.absolute
 
     def __str__(self) -> str:
         return f"{100 * self.relative:g} % of the loss + {self.absolute:g}"
@@ -210,8 +213,9 @@ def _pairs(theirs: PolicyResult, ours: PolicyResult, exact_too: bool) -> Iterato
             then.loss if then else None,
             now.loss if now else None,
         )
-        if exact_too and then and now and math.isfinite(then.exact) and then.exact:
-            move = abs(now.exact / then.exact - 1)
+        if exact_too and then and now and then.exact and not math.isnan(then.exact):
+            same = now.exact == then.exact  # also where both are infinite
+            move = 0.0 if same else abs(now.exact / then.exact - 1)
             yield _Pair("", f"{name} of the exact model", then.exact, now.exact, 0, move)
     for layer in dict.fromkeys([*theirs.layers, *ours.layers]):
         before, after = theirs.layers.get(layer), ours.layers.get(layer)
@@ -258,14 +262,21 @@ def read(path: Path) -> dict[str, ModelResult]:
         ) from error
 
 
-def update(path: Path, now: ModelResult) -> None:
-    """Put ``now`` in the file: other models stay, and so do policies measured alike."""
+def update(path: Path, now: ModelResult) -> tuple[str, ...]:
+    """Put ``now`` in the file: other models stay, and so do policies measured alike.
+
+    Returns:
+        Names of the policies that are dropped, as they were measured under other conditions.
+    """
     models = read(path) if path.exists() else {}
     before = models.get(now.name)
     kept = before.policies if before and before.conditions == now.conditions else {}
     models[now.name] = ModelResult(now.name, now.conditions, now.versions, {**kept, **now.policies})
     content = {"format": FORMAT, "models": {n: m.to_dict() for n, m in sorted(models.items())}}
     write_whole(path, (json.dumps(_rounded(content), indent=1) + "\n").encode())
+    return tuple(
+        p for p in (before.policies if before else ()) if p not in models[now.name].policies
+    )
 
 
 def _rounded(item: Any) -> Any:

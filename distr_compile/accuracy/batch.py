@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,27 +93,60 @@ class Digest(Protocol):
         """Add bytes."""
 
 
-def add_to_digest(digest: Digest, value: Any) -> None:
+def add_to_digest(digest: Digest, value: Any, *, tolerant: bool = False) -> None:
     """Add a batch, or any part of one, to a digest.
 
-    Of integers every bit counts, of floating-point tensors the norm to four digits: resampled
-    pictures differ in their last bits from one library to the next.
+    Args:
+        digest: what is added to.
+        value: tensors, arrays, mappings, tuples and lists of such, and what has a ``repr``.
+        tolerant: for numbers that are to be compared with those of another machine or library:
+            pictures that were resampled there differ in their last bits. Of a floating-point tensor
+            only the norm, to three digits, and four projections on fixed random signs, in units of
+            the norm to three decimals, are added. They notice order and sign. A relative change of
+            1e-6 changes the digest about once in a hundred times, one of more than 1e-2 always.
+            Else every bit counts.
     """
     if isinstance(value, Batch):
         value = (value.args, value.kwargs, value.labels)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(np.array(value, order="C"))
     if isinstance(value, Tensor):
+        value = value.detach().cpu()
         digest.update(f"{tuple(value.shape)} {value.dtype}\n".encode())
-        if value.is_floating_point():
-            digest.update(f"{value.detach().cpu().double().norm().item():.4g}\n".encode())
-        else:
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+        if tolerant and value.is_floating_point():
+            value = _sketched(digest, value.double().flatten())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             digest.update(f"{key}\n".encode())
-            add_to_digest(digest, value[key])
+            add_to_digest(digest, value[key], tolerant=tolerant)
     elif isinstance(value, tuple | list):
         digest.update(f"{len(value)}\n".encode())
         for part in value:
-            add_to_digest(digest, part)
+            add_to_digest(digest, part, tolerant=tolerant)
     else:
         digest.update(f"{value!r}\n".encode())
+
+
+def _sketched(digest: Digest, x: Tensor) -> Tensor:
+    """Add what is finite, roughly; answer with what is to be added exactly, the rest.
+
+    ``x`` is flat, fp64.
+    """
+    finite = x.isfinite()
+    rest = torch.empty(0) if finite.all() else torch.where(finite, 0, x)
+    x = torch.where(finite, x, 0)
+    scale = x.abs().max().item() if len(x) else 0.0  # masks may be so large that squares overflow
+    if scale == 0:
+        digest.update(b"0\n")
+        return rest
+    x = x / scale
+    norm = x.norm().item()
+    digest.update(f"{scale * norm:.3g}\n".encode())
+    # NumPy promises these bits to be the same everywhere, as torch does not of torch.randn.
+    bits = np.random.PCG64(0).random_raw(len(x))
+    for k in range(4):
+        signs = torch.from_numpy(1.0 - 2.0 * ((bits >> np.uint64(k)) & np.uint64(1)))
+        # Plus 0, so that there is no -0.
+        digest.update(f"{round((x @ signs).item() / norm, 3) + 0.0:.3f}\n".encode())
+    return rest

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ class Checkpoint:
         path: a safetensors file with the rows as tensors, ``policy/metric``, and what else there is
             as JSON in its metadata; None keeps nothing.
         key: of what is measured how; a file with another key is of no use.
-        batches: the digest of each batch done.
-        rows: ``policy/metric`` -> one tensor for each of them.
+        parts: digests of some batches, and their rows by ``policy/metric``. What was read from the
+            file is one part; every batch after that is one, so that an interrupt leaves all of a
+            batch or nothing.
         notes: what else is to be kept, JSON.
     """
 
     path: Path | None
     key: str
-    batches: list[str] = field(default_factory=list)
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    parts: list[tuple[list[str], dict[str, Tensor]]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _written: float = field(default_factory=time.monotonic)
 
@@ -50,29 +51,33 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["distr"])
-                rows = {name: [file.get_tensor(name)] for name in file.keys()}  # noqa: SIM118
+                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             return fresh, f"{path} cannot be read ({error})"
         if about.get("format") != FORMAT or about.get("key") != key:
             return fresh, f"{path} is of another model, policy, metric or version"
-        return cls(path, key, about["batches"], rows, about["notes"]), ""
+        parts = [(about["batches"], rows)] if rows else []
+        return cls(path, key, parts, about["notes"]), ""
 
-    def add(self, digest: str, rows: dict[str, Tensor]) -> None:
+    @property
+    def batches(self) -> list[str]:
+        """The digest of each batch done."""
+        return [digest for digests, _ in self.parts for digest in digests]
+
+    @property
+    def names(self) -> list[str]:
+        """The ``policy/metric`` that there are rows of."""
+        return list(self.parts[0][1]) if self.parts else []
+
+    def add(self, digest: str, rows: Mapping[str, Tensor]) -> None:
         """Add one batch, and write if the last time is long ago."""
-        for name, tensor in rows.items():
-            self.rows.setdefault(name, []).append(tensor)
-        self.batches.append(digest)
+        self.parts.append(([digest], dict(rows)))
         if time.monotonic() - self._written > SECONDS:
             self.write()
 
-    def clear(self) -> None:
-        """Forget the batches."""
-        self.batches.clear()
-        self.rows.clear()
-
     def together(self, name: str) -> Tensor:
         """All rows of one ``policy/metric``."""
-        return torch.cat(self.rows[name])
+        return torch.cat([rows[name] for _, rows in self.parts])
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -85,7 +90,7 @@ class Checkpoint:
             "batches": self.batches,
             "notes": self.notes,
         }
-        tensors = {name: self.together(name) for name in self.rows}
+        tensors = {name: self.together(name) for name in self.names}
         write_whole(self.path, save(tensors, {"distr": json.dumps(about)}))
 
     def remove(self) -> None:

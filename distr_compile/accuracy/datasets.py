@@ -103,7 +103,8 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
             but at most ``MAX_TOKENS``.
 
     Raises:
-        TargetError: the text is shorter than one row, or the tokenizer has no mask.
+        TargetError: the text is shorter than one row, a row has no place for a token or more than
+            the model takes, or the tokenizer has no mask.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     width = sizes["tokens"] or _width(model, tokenizer)
@@ -111,6 +112,13 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
     if kind == "causal":
         first = last = None
     inner = width - (first is not None) - (last is not None)
+    most = min(_positions(model), default=width)
+    if inner < 1 or width > most:
+        raise TargetError(
+            f"--tokens: got {width}; accepted: from {width - inner + 1}, as the tokenizer adds "
+            f"{width - inner} of its own, to what the model has positions for"
+            f"{f', {most}' if _positions(model) else ''}; give another number"
+        )
     needed = inner + (kind == "causal")
     if len(ids) < needed:
         raise TargetError(
@@ -137,11 +145,15 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
 
 
 def _width(model: Any, tokenizer: Any) -> int:
+    # Two positions are kept free: RoBERTa counts positions from its padding index on.
+    known = [size - 2 for size in _positions(model)]
+    return int(min(MAX_TOKENS, tokenizer.model_max_length, *known))
+
+
+def _positions(model: Any) -> list[int]:
     config = model.config.get_text_config()
     sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    # Two positions are kept free: RoBERTa counts positions from its padding index on.
-    known = [size - 2 for size in sizes if size]
-    return int(min(MAX_TOKENS, tokenizer.model_max_length, *known))
+    return [size for size in sizes if size]
 
 
 def _masked(inputs: Tensor, special: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distr_compile.accuracy.batch import Batch, Batches, walk
-from distr_compile.accuracy.metrics import Metric, Score, as_metric
+from distr_compile.accuracy.metrics import Metric, Score, as_metrics
 from distr_compile.explaining import untraced
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.reporting import Report, report
@@ -61,10 +61,11 @@ def evaluate(
         By the names of the policies.
 
     Raises:
-        ValueError: no batch, a model in training mode, a metric that does not fit.
+        ValueError: no batch, a model in training mode, a metric that does not fit, or
+            two metrics of one name.
         PolicyError: a policy is wrong, for itself or for this model.
     """
-    checked = [as_metric(metric) for metric in metrics]
+    checked = as_metrics(metrics)
     parts: dict[str, dict[str, list[Tensor]]] = {
         policy: {metric.name: [] for metric in checked} for policy in policies
     }

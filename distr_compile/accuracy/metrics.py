@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class Metric:
         better: "higher" or "lower".
         ideal: what the exact model has by definition, for metrics that compare with its outputs;
             None for those that compare with labels.
-        statistic: (output, output of the exact model, batch) -> ``(examples, width)``, fp64, CPU.
+        statistic: (output, output of the exact model, batch) -> ``(examples, width)``, fp64, CPU;
+            examples of which nothing is asked may be left out.
         result: all rows, ``(any number of examples, width)`` -> the value.
     """
 
@@ -54,7 +55,7 @@ class Metric:
             return 10 ** (-value / 20) if math.isinf(self.ideal) else abs(self.ideal - value)
         worse = exact - value if self.better == "higher" else value - exact
         if exact == 0:
-            return math.copysign(math.inf, worse) if worse else 0.0
+            return worse if math.isnan(worse) or not worse else math.copysign(math.inf, worse)
         return worse / abs(exact)
 
 
@@ -62,10 +63,11 @@ def main_output(output: Any) -> Tensor:
     """The tensor that a metric looks at.
 
     It is the output itself; its ``logits``, or else its ``last_hidden_state``; or else the first
-    floating-point tensor of a mapping, tuple or list.
+    floating-point tensor of a mapping, tuple or list. One number for each example, ``(B,)``, is
+    taken as ``(B, 1)``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is a single number.
     """
     found = _floating(output)
     if found is None:
@@ -74,35 +76,61 @@ def main_output(output: Any) -> Tensor:
             "last_hidden_state, or a mapping or sequence with a floating-point tensor; wrap the "
             "model in a module that returns one"
         )
-    return found
+    if found.dim() == 0:
+        raise ValueError(
+            "output: got a single number; accepted: one row or more for each example; wrap the "
+            "model in a module that returns those"
+        )
+    return found[:, None] if found.dim() == 1 else found
 
 
 def has_logits(output: Any, batch: Batch) -> bool:
-    """Whether the main output is known to be one score for each class.
+    """Whether the last dimension of the main output is known to be scores of two classes or more.
 
-    It is where it is called so, or where there is an integer label for each of its positions.
+    It is where it is called ``logits``, ``(B, C)`` or ``(B, N, C)``; of other shapes nobody knows
+    which dimension is of the classes. And it is where there is an integer label for each position.
+    One score for each position, as of a reranker, is of no class.
     """
-    if isinstance(_part(output, "logits"), Tensor):
-        return True
-    return _classes(batch, main_output(output).shape[:-1]) is not None
+    scores = main_output(output)
+    if scores.shape[-1] < 2:
+        return False
+    is_called_so = isinstance(_part(output, "logits"), Tensor) and scores.dim() in (2, 3)
+    return is_called_so or _classes(batch, scores.shape[:-1]) is not None
 
 
-def counted_positions(shape: torch.Size, batch: Batch) -> Tensor:
+def counted_positions(shape: torch.Size, batch: Batch, *, has_decoder: bool = False) -> Tensor:
     """Which positions of an output count, bool of its shape without the last dimension.
 
-    Those with the label -100 do not, nor those whose ``attention_mask`` is 0: for a model with a
-    decoder, ``decoder_attention_mask``. Masks and labels of another shape are of something else.
+    Those with the label -100 do not, nor those whose ``attention_mask`` is 0. Where an encoder
+    reads and a decoder puts out, only ``decoder_attention_mask`` counts: if ``has_decoder``, or if
+    an argument is called ``decoder_...``. Masks and labels of another shape are of something else.
     """
     positions = shape[:-1]
     counted = torch.ones(positions, dtype=torch.bool)
     labels = _classes(batch, positions)
     if labels is not None:
         counted &= labels != IGNORED
-    has_decoder = any(name.startswith("decoder_") for name in batch.kwargs)
+    has_decoder |= any(name.startswith("decoder_") for name in batch.kwargs)
     mask = batch.kwargs.get("decoder_attention_mask" if has_decoder else "attention_mask")
     if isinstance(mask, Tensor) and mask.shape == positions:
         counted &= mask.cpu() != 0
     return counted
+
+
+def as_metrics(given: Iterable[Metric | str | Score]) -> list[Metric]:
+    """``as_metric`` of each.
+
+    Raises:
+        ValueError: as ``as_metric``; or two have one name.
+    """
+    metrics = [as_metric(metric) for metric in given]
+    names = [metric.name for metric in metrics]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"metrics: got two called {', '.join(twice)}; accepted: one of each name; for "
+            "functions of one name, such as lambdas, write def, or give Metric(name, ...)"
+        )
+    return metrics
 
 
 def as_metric(given: Metric | str | Score) -> Metric:
@@ -169,7 +197,29 @@ def _labels(name: str, logits: Tensor, batch: Batch) -> Tensor:
             f"integers of shape {tuple(logits.shape[:-1])}, {IGNORED} where nothing is asked; give "
             "Batch(args, kwargs, labels)"
         )
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"{name}: got an output of shape {tuple(logits.shape)}, one score for each position; "
+            "accepted: scores of two classes or more; give a function (output, batch) -> one score "
+            "for each example"
+        )
     return labels
+
+
+def _need_logits(name: str, output: Any, batch: Batch) -> None:
+    if not has_logits(output, batch):
+        raise ValueError(
+            f"{name}: got an output of shape {tuple(main_output(output).shape)}, not known to be "
+            "scores of classes; accepted: something with logits, (B, C) or (B, N, C) with C >= 2, "
+            "or a batch whose labels are an integer for each position; give cosine, sqnr or "
+            "rank-correlation, or return {'logits': ...}"
+        )
+
+
+def _counted(output: Any, batch: Batch) -> Tensor:
+    """``counted_positions`` of a whole output, which tells whether a decoder made it."""
+    has_decoder = _part(output, "encoder_last_hidden_state") is not None
+    return counted_positions(main_output(output).shape, batch, has_decoder=has_decoder)
 
 
 def _examples(x: Tensor, counted: Tensor) -> list[Tensor]:
@@ -194,12 +244,21 @@ def _ratio(rows: Tensor) -> float:
     return float(total / count)
 
 
-def _mean_over_positions(score: Callable[[Tensor, Tensor], Tensor]) -> Statistic:
-    """Rows (sum, count) of a score of rows of the output and of the exact output."""
+def _mean_over_positions(
+    score: Callable[[Tensor, Tensor], Tensor], classes_of: str = ""
+) -> Statistic:
+    """Rows (sum, count) of a score of rows of the output and of the exact output.
+
+    Args:
+        score: of ``(rows, width)`` each, one number for each row.
+        classes_of: name of the metric, if the rows must be scores of classes.
+    """
 
     def statistic(output: Any, reference: Any, batch: Batch) -> Tensor:
+        if classes_of:
+            _need_logits(classes_of, reference, batch)
         ours, exact = main_output(output), main_output(reference)
-        counted = counted_positions(exact.shape, batch)
+        counted = _counted(reference, batch)
         pairs = zip(_examples(ours, counted), _examples(exact, counted), strict=True)
         return _stacked([(score(a, b).sum().item(), len(a)) for a, b in pairs])
 
@@ -212,7 +271,7 @@ def _mean_over_labels(name: str, score: Callable[[Tensor, Tensor], Tensor]) -> S
     def statistic(output: Any, reference: Any, batch: Batch) -> Tensor:
         logits = main_output(output)
         labels = _labels(name, logits, batch)
-        counted = counted_positions(logits.shape, batch)
+        counted = _counted(output, batch)
         asked = [label[keep] for label, keep in zip(labels, counted, strict=True)]
         pairs = zip(_examples(logits, counted), asked, strict=True)
         return _stacked([(score(a, b.flatten()).sum().item(), len(a)) for a, b in pairs])
@@ -230,9 +289,15 @@ def _stacked(rows: list[tuple[float, int]]) -> Tensor:
 def _hits(count: int) -> Callable[[Tensor, Tensor], Tensor]:
     def hits(logits: Tensor, labels: Tensor) -> Tensor:
         best = logits.topk(min(count, logits.shape[-1])).indices
-        return (best == labels[:, None]).any(-1)
+        return _known((best == labels[:, None]).any(-1), logits)
 
     return hits
+
+
+def _known(right: Tensor, *scores: Tensor) -> Tensor:
+    """``right`` as numbers, NaN where a score is NaN: of those the best one means nothing."""
+    unknown = torch.stack([x.isnan().any(-1) for x in scores]).any(0)
+    return right.double().masked_fill(unknown, math.nan)
 
 
 def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
@@ -241,7 +306,7 @@ def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _perplexity(rows: Tensor) -> float:
     mean = _ratio(rows)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 def _confusion(output: Any, reference: Any, batch: Batch) -> Tensor:
@@ -250,17 +315,19 @@ def _confusion(output: Any, reference: Any, batch: Batch) -> Tensor:
     labels = _labels("f1", logits, batch)
     classes = logits.shape[-1]
     rows = []
-    for logit, label, keep in zip(
-        logits.detach(), labels, counted_positions(logits.shape, batch), strict=True
-    ):
+    for logit, label, keep in zip(logits.detach(), labels, _counted(output, batch), strict=True):
         guess, truth = logit.argmax(-1).cpu()[keep], label[keep]
         right = truth[guess == truth]
         hit, guessed, true = (torch.bincount(x, minlength=classes) for x in (right, guess, truth))
-        rows.append(torch.cat([hit, guessed - hit, true - hit]))
-    return torch.stack(rows).double()
+        row = torch.cat([hit, guessed - hit, true - hit]).double()
+        is_known = not bool(logit.isnan().any(-1).cpu()[keep].any())
+        rows.append(row if is_known else torch.full_like(row, math.nan))
+    return torch.stack(rows)
 
 
 def _macro_f1(rows: Tensor) -> float:
+    if rows.isnan().any():
+        return math.nan
     hit, wrong, missed = rows.sum(0).view(3, -1)
     seen = hit + wrong + missed > 0
     if not seen.any():
@@ -293,7 +360,7 @@ def _divergence(ours: Tensor, exact: Tensor) -> Tensor:
 
 
 def _same_choice(ours: Tensor, exact: Tensor) -> Tensor:
-    return ours.argmax(-1) == exact.argmax(-1)
+    return _known(ours.argmax(-1) == exact.argmax(-1), ours, exact)
 
 
 def _cosine(ours: Tensor, exact: Tensor) -> Tensor:
@@ -303,7 +370,7 @@ def _cosine(ours: Tensor, exact: Tensor) -> Tensor:
 def _powers(output: Any, reference: Any, batch: Batch) -> Tensor:
     """Rows of the squared norms of the exact output and of what is added to it."""
     ours, exact = main_output(output), main_output(reference)
-    counted = counted_positions(exact.shape, batch)
+    counted = _counted(reference, batch)
     pairs = zip(_examples(ours, counted), _examples(exact, counted), strict=True)
     rows = [(b.square().sum().item(), (a - b).square().sum().item()) for a, b in pairs]
     return torch.tensor(rows, dtype=torch.float64)
@@ -315,11 +382,16 @@ def _decibels(rows: Tensor) -> float:
 
 
 def _embeddings(output: Any, reference: Any, batch: Batch) -> Tensor:
-    """Rows of our embedding, then the exact one: the mean of an example's positions that count."""
+    """Rows of our embedding, then the exact one: the mean of an example's positions that count.
+
+    Without such a position an example has no embedding, and no row.
+    """
     ours, exact = main_output(output), main_output(reference)
-    counted = counted_positions(exact.shape, batch)
+    counted = _counted(reference, batch)
     pairs = zip(_examples(ours, counted), _examples(exact, counted), strict=True)
-    return torch.stack([torch.cat([a.mean(0), b.mean(0)]) for a, b in pairs])
+    rows = [torch.cat([a.mean(0), b.mean(0)]) for a, b in pairs if len(b)]
+    width = 2 * exact.shape[-1]
+    return torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.float64)
 
 
 def _rank_correlation(rows: Tensor) -> float:
@@ -346,8 +418,8 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("f1", "higher", None, _confusion, _macro_f1),
         # against the exact model
-        Metric("kl", "lower", 0.0, _mean_over_positions(_divergence), _ratio),
-        Metric("agreement", "higher", 1.0, _mean_over_positions(_same_choice), _ratio),
+        Metric("kl", "lower", 0.0, _mean_over_positions(_divergence, "kl"), _ratio),
+        Metric("agreement", "higher", 1.0, _mean_over_positions(_same_choice, "agreement"), _ratio),
         Metric("cosine", "higher", 1.0, _mean_over_positions(_cosine), _ratio),
         Metric("sqnr", "higher", math.inf, _powers, _decibels),
         Metric("rank-correlation", "higher", 1.0, _embeddings, _rank_correlation),
@@ -363,5 +435,8 @@ METRICS: dict[str, Metric] = {
 ``cosine``: mean cosine similarity of the rows of the main output.
 ``sqnr``: power of the exact main output over that of the difference, dB.
 ``rank-correlation``: Spearman's, of the cosine similarities of all pairs of examples; an example
-is the mean of its positions that count.
+is the mean of its positions that count, and is left out if there are none.
+
+A NaN among the scores of a position that counts makes the value NaN, not a wrong guess. ``kl`` and
+``agreement`` are of outputs that ``has_logits`` knows for scores of classes.
 """

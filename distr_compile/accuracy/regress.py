@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tabulate import tabulate
 from torch import nn
 
 from distr_compile.accuracy import baseline as baselines
+from distr_compile.accuracy import sameness
 from distr_compile.accuracy.baseline import (
     OTHER,
     SAME,
@@ -31,7 +33,7 @@ from distr_compile.accuracy.batch import Batch, Batches, add_to_digest, walk
 from distr_compile.accuracy.checkpoint import Checkpoint, key_of, write_whole
 from distr_compile.accuracy.evaluate import compiled, device_of
 from distr_compile.accuracy.instrument import layer_errors
-from distr_compile.accuracy.metrics import METRICS, Metric, Score, as_metric, has_logits
+from distr_compile.accuracy.metrics import METRICS, Metric, Score, as_metrics, has_logits
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import fingerprint
 from distr_compile.policy import Policy
@@ -88,10 +90,7 @@ class Regression:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        failures = [
-            {key: None if value != value else value for key, value in failure._asdict().items()}
-            for failure in self.failures
-        ]
+        failures = [baselines.strict_json(failure._asdict()) for failure in self.failures]
         return {
             **self.result.to_dict(),
             "passed": self.passed,
@@ -159,8 +158,8 @@ def regress(
         The result; ``passed`` is false and ``failure_table()`` says why where a number moved.
 
     Raises:
-        ValueError: no batch, a model in training mode, a metric that does not fit, a baseline that
-            is none.
+        ValueError: no batch, a model in training mode, a metric that does not fit, two metrics of
+            one name, a policy without a name, a baseline that is none.
         FileNotFoundError: the baseline does not exist, and is not to be written.
         PolicyError: a policy is wrong, for itself or for this model.
     """
@@ -174,9 +173,7 @@ def regress(
     if path is not None and not update_baseline:
         baselines.read(path)  # to be told now, not when all is measured
     name = name or type(model).__name__
-    measuring = _Measuring(
-        model, name, named, [as_metric(m) for m in metrics], compiler, limit, layer_batches
-    )
+    measuring = _Measuring(model, name, named, as_metrics(metrics), compiler, limit, layer_batches)
     result = measuring.run(batches, None if out is None else Path(out), resume, progress)
     regression = Regression(result)
     if path is not None:
@@ -207,8 +204,13 @@ def held_against(
         ValueError, FileNotFoundError: as ``regress``.
     """
     if update:
-        baselines.update(path, result)
-        return Regression(result, notes=(f"{result.name}: wrote {path}",))
+        notes = [f"{result.name}: wrote {path}"]
+        if dropped := baselines.update(path, result):
+            notes.append(
+                f"{result.name}: dropped from it, as they were measured under other conditions: "
+                f"{', '.join(dropped)}"
+            )
+        return Regression(result, notes=tuple(notes))
     models = baselines.read(path)
     if result.name in models:
         return Regression(
@@ -226,6 +228,10 @@ _TABLES = {"default", "rule", "bases"}
 
 def _named(policies: Policies) -> dict[str, Policy]:
     if isinstance(policies, Mapping) and not policies.keys() <= _TABLES:
+        if _EXACT in policies:
+            raise ValueError(
+                "policies: got one whose name is empty; accepted: any other name; give it one"
+            )
         return {name: Policy.from_any(policy) for name, policy in policies.items()}
     is_path = isinstance(policies, str | os.PathLike)
     return {Path(policies).stem if is_path else "policy": Policy.from_any(policies)}  # type: ignore[arg-type]
@@ -250,15 +256,22 @@ class _Measuring:
     def run(self, batches: Batches, out: Path | None, resume: bool, progress: bool) -> ModelResult:
         path = None if out is None else out.with_name(out.name + ".progress")
         conditions = self._conditions()
+        identities = {metric.name: sameness.of_metric(metric) for metric in self.metrics}
         key = key_of(
             conditions=conditions,
+            model=sameness.of_model(self.model) if isinstance(self.model, nn.Module) else "",
             policies={name: policy.digest for name, policy in self.policies.items()},
-            metrics=[metric.name for metric in self.metrics],
+            metrics=list(identities.values()),
             limit=self.limit,
             torch=torch.__version__,
+            version=metadata.version("distr-compile"),
+            sources=sameness.of_sources(),
         )
         checkpoint, why = Checkpoint(path, key), ""
-        if resume:
+        unknown = [name for name, identity in identities.items() if identity is None]
+        if resume and unknown and path is not None and path.exists():
+            why = f"nobody can tell whether {', '.join(unknown)} is the metric of before"
+        elif resume:
             checkpoint, why = Checkpoint.open(path, key)
         if why:
             _say(f"starts over: {why}")
@@ -298,8 +311,14 @@ class _Measuring:
             task = bar.add_task("errors of layers", total=None)
             checkpoint.notes["layers"] = self._layers(batches)
             bar.update(task, total=1, completed=1)
+        elif checkpoint.notes["layers"]["batches"] != list(map(_digest, self._first(batches))):
+            raise _OtherBatchesError
+        known = checkpoint.batches
+        if not known:  # what is noted with the first batch may be of another one
+            checkpoint.notes.pop("likeness", None)
+            checkpoint.notes.pop("counts", None)
         task = bar.add_task("metrics", total=total(batches, self.limit))
-        done, index = len(checkpoint.batches), -1
+        done, index = len(known), -1
         with compiled(self.model, {_EXACT: None, **self.policies}, self.compiler) as run:
             for index, batch in enumerate(walk(batches, self.limit)):
                 digest = _digest(batch)
@@ -312,7 +331,7 @@ class _Measuring:
                         counts = checkpoint.notes.setdefault("counts", {})
                         counts[policy] = [report.distr, report.found]
                     checkpoint.add(digest, rows)
-                elif checkpoint.batches[index] != digest:
+                elif known[index] != digest:
                     raise _OtherBatchesError
                 bar.update(task, completed=index + 1)
         if index + 1 < done:
@@ -330,17 +349,26 @@ class _Measuring:
         asked = {metric.name: metric for metric in self.metrics}
         return [*asked.values(), *(METRICS[name] for name in likeness if name not in asked)]
 
-    def _layers(self, batches: Batches) -> dict[str, dict[str, float]]:
-        device = device_of(self.model)
+    def _first(self, batches: Batches) -> Iterator[Batch]:
+        """The batches that the errors of layers are measured on."""
         count = self.layer_batches if self.limit is None else min(self.limit, self.layer_batches)
+        return walk(batches, count)
+
+    def _layers(self, batches: Batches) -> dict[str, Any]:
+        device = device_of(self.model)
+        digests: list[str] = []
 
         def first() -> Iterator[Batch]:
-            return (batch.to(device) for batch in walk(batches, count))
+            digests.clear()
+            for batch in self._first(batches):
+                digests.append(_digest(batch))
+                yield batch.to(device)
 
-        return layer_errors(self.model, first, self.policies)
+        errors = layer_errors(self.model, first, self.policies)
+        return {"errors": errors, "batches": digests}
 
     def _result(self, checkpoint: Checkpoint, conditions: Mapping[str, str]) -> ModelResult:
-        data = key_of(batches=checkpoint.batches)
+        data = key_of(batches=[digest.partition(" ")[2] for digest in checkpoint.batches])
         metrics = self._with(checkpoint.notes["likeness"])
         policies = {}
         for name, policy in self.policies.items():
@@ -356,12 +384,12 @@ class _Measuring:
             }
             layers = {
                 site: errors[name]
-                for site, errors in checkpoint.notes["layers"].items()
+                for site, errors in checkpoint.notes["layers"]["errors"].items()
                 if name in errors
             }
             distr, found = checkpoint.notes.get("counts", {}).get(name, (0, 0))
             policies[name] = PolicyResult(_digest_of(policy), distr, found, values, layers)
-        examples = len(checkpoint.together(next(iter(checkpoint.rows))))
+        examples = len(checkpoint.together(checkpoint.names[0]))
         versions = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -381,9 +409,11 @@ def _value(metric: Metric, exact: float, value: float) -> Value:
 
 
 def _digest(batch: Batch) -> str:
-    digest = hashlib.sha256()
-    add_to_digest(digest, batch)
-    return digest.hexdigest()
+    """The exact one, to go on with the same batches; a space; the tolerant one, for baselines."""
+    exact, tolerant = hashlib.sha256(), hashlib.sha256()
+    add_to_digest(exact, batch)
+    add_to_digest(tolerant, batch, tolerant=True)
+    return f"{exact.hexdigest()} {tolerant.hexdigest()}"
 
 
 def _say(text: str) -> None:

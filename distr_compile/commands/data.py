@@ -111,7 +111,7 @@ def load(options: argparse.Namespace) -> Subject:
             batches = datasets.Images(model, Path(options.data), options.batch_size, dtype)
             if batches.note:
                 print(f"distr: {batches.note}", file=sys.stderr)
-            natural = ("kl", "agreement") if batches.note else ("top1", "top5")
+            natural = ("cosine", "sqnr") if batches.note else ("top1", "top5")
         else:
             batches, natural = _texts(model, name, options)
     except TargetError as error:

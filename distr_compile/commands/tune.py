@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -82,10 +83,22 @@ def run(options: argparse.Namespace) -> int:
     policy = Policy.load(options.policy) if options.policy else None
     if options.metric and len(options.metric) > 1:
         raise CommandError("--metric: got several; accepted: one, which the budget is of", USAGE)
-    subject = data.load(options)
 
     from distr_compile.accuracy.batch import walk
-    from distr_compile.tuning.tune import tune
+    from distr_compile.tuning.tune import check_folder, tune
+
+    files = {"--out": options.out, "--plot": options.plot, "--json": options.json}
+    for what, path in files.items():
+        if path:
+            try:
+                check_folder(path, what)
+            except ValueError as error:
+                raise CommandError(str(error), USAGE) from None
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            "--plot: got no matplotlib; install it: pip install 'distr-compile[plots]'", USAGE
+        )
+    subject = data.load(options)
 
     result = tune(
         subject.model,

@@ -15,7 +15,7 @@ from torch import Tensor
 from distr_compile.accuracy.instrument import Shape, Site
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, auto_grouping_block
 from distr_compile.lowering.architecture import architecture
-from distr_compile.lowering.dispatch import best_sdpa
+from distr_compile.lowering.dispatch import best_sdpa, break_even
 from distr_compile.policy import LayerPlan
 
 _OP = torch.ops.distr.attention.default
@@ -120,14 +120,28 @@ def flops(shape: Shape, plan: LayerPlan | None) -> float:
 
 def _rank(shape: Shape, plan: LayerPlan | None) -> int:
     """The columns left; all of them where the op turns to exact attention."""
+    shortest = min(shape.num_queries, shape.num_keys)
     if plan is None or shape.num_queries < MIN_QUERIES:
         return shape.head_dim
-    return plan.rank or shape.head_dim // (plan.group_size or 1)
+    rank = plan.rank or shape.head_dim // (plan.group_size or 1)
+    return shape.head_dim if shortest < _least_length(shape, plan, rank) else rank
+
+
+def _least_length(shape: Shape, plan: LayerPlan, rank: int) -> float:
+    """From which length on the plan counts; as ``passes.decide`` has it."""
+    if plan.min_seq_len != "auto":
+        return plan.min_seq_len
+    found = break_even(shape.device, shape.dtype, head_dim=shape.head_dim, rank=rank)
+    if found is None:
+        return math.inf
+    tokens = found.causal_tokens if shape.is_causal else found.tokens
+    return math.inf if tokens is None else tokens
 
 
 def _block(shape: Shape, plan: LayerPlan) -> int:
     if plan.grouping_block == "auto":
-        return auto_grouping_block(shape.num_queries, plan.estimator)
+        strict = _is_strict(shape, plan)
+        return auto_grouping_block(shape.num_queries, plan.estimator, strict)
     return plan.grouping_block
 
 

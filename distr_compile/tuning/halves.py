@@ -32,25 +32,35 @@ class Halves:
             )
         self.digest = hashlib.sha256("".join(self._digests).encode()).hexdigest()
         self.tuning_count, self.held_out_count = count - held, held
+        self.held_out_indices = [index for index in range(count) if self._is_held(index)]
 
     def _is_held(self, index: int) -> bool:
         return math.floor((index + 1) * self._share) > math.floor(index * self._share)
 
     def half(self, *, held: bool) -> Iterator[Batch]:
-        """One half, from its first batch on.
+        """One half, from its first batch on. Only its own batches are compared with the first time.
 
         Raises:
             ValueError: the batches are others than the first time.
         """
+        index = -1
         for index, batch in enumerate(walk(self._batches)):
-            if index >= len(self._digests) or _digest(batch) != self._digests[index]:
-                raise ValueError(
-                    f"batches: got another batch {index} than when they were walked first; "
-                    "accepted: the same data in the same order; switch shuffling off, or give a "
-                    "list"
-                )
-            if self._is_held(index) == held:
-                yield batch
+            if index >= len(self._digests):
+                raise _others(f"more batches than the {len(self._digests)} there were")
+            if self._is_held(index) != held:
+                continue
+            if _digest(batch) != self._digests[index]:
+                raise _others(f"another batch {index} than there was")
+            yield batch
+        if index + 1 < len(self._digests):
+            raise _others(f"{index + 1} batches instead of {len(self._digests)}")
+
+
+def _others(got: str) -> ValueError:
+    return ValueError(
+        f"batches: got {got} when they were walked first; accepted: the same data in the same "
+        "order; switch shuffling off, or give a list"
+    )
 
 
 def _digest(batch: Batch) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tomlkit
 import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
+from distr_compile.accuracy import sameness
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.evaluate import device_of, evaluate
 from distr_compile.accuracy.instrument import SiteErrors, site_errors
 from distr_compile.accuracy.metrics import METRICS, Metric
-from distr_compile.bases import fingerprint
 from distr_compile.policy import Policy
 from distr_compile.tuning.bounds import Loss, loss_with_bound
 from distr_compile.tuning.candidates import UNIFORM, name_of, spelled_out
@@ -85,17 +86,24 @@ class Measurements:
         self.bench = Bench(self.model, self.policies)
 
     def key(self, time: str) -> dict[str, Any]:
-        """What measurements depend on, for the state."""
+        """What measurements depend on, for the state; looks have the compiler in their own key."""
         return {
-            "model": fingerprint(self.model),
-            "data": [self.data.digest, self.data.tuning_count],
+            "model": sameness.of_model(self.model),
+            "device": sameness.of_device(self.model),
+            "data": self.data.digest,
+            "held-out part": self.data.held_out_indices,
             "set of candidates": self.fields,
             "policy": self.base.digest,
-            "metric": self.metric.name,
+            "metric": self.metric_identity,
             "confidence": self.confidence,
             "clock": [time, self.clock.about],
-            "version": versions(),
+            "version": [versions(), sameness.of_sources()],
         }
+
+    @property
+    def metric_identity(self) -> str | None:
+        """What the metric computes; None if nobody can tell it from another."""
+        return sameness.of_metric(self.metric)
 
     # --- errors, gains and costs ------------------------------------------------------------------
 
@@ -111,7 +119,12 @@ class Measurements:
                 f"model: got no attention to tune ({why or 'none was found'}); accepted: a model "
                 "with attention that can be approximated; see distr explain"
             )
-        self.state.found["refused"] = dict(measured.refused)
+        refused = dict(measured.refused)
+        for name in measured.sites:
+            if (layer := measured.layers[name]) not in errors:
+                refused[name] = f"another attention of {layer} cannot be told apart"
+        self.state.found["refused"] = refused
+        self.state.found["layers"] = sorted(set(measured.layers.values()))
         self.state.found["costs"] = {layer: self._costs(layer, measured) for layer in errors}
         self.state.found["smooth"] = self._smooth().name
         self.state.keep("errors", errors)
@@ -124,6 +137,17 @@ class Measurements:
             plan = self.policies[label].resolve(layer)
             costs[label] = self.clock.of_sites(sites, plan, label)
         return costs
+
+    @torch.no_grad()
+    def check_metric(self) -> None:
+        """Try the metric on the first batch: that it does not fit is to be told before all else.
+
+        Raises:
+            ValueError: no labels, no logits, or what else it asks for.
+        """
+        batch = next(self.data.half(held=False)).to(device_of(self.model))
+        output = batch.call(self.model)
+        self.metric.statistic(output, output, batch)
 
     @torch.no_grad()
     def _smooth(self) -> Metric:
@@ -150,7 +174,7 @@ class Measurements:
             name = f"gains {start + len(part)}/{len(left)}"
             _, *found = self._rows([{layer: label} for layer, label in part], [smooth], name)
             for (layer, label), rows in zip(part, found, strict=True):
-                loss = smooth.result(rows[smooth.name])
+                loss = smooth.result(rows[smooth])
                 gains[layer] = max(loss, 0.0) / errors[layer][label]
             self.state.keep("gains", gains)
 
@@ -194,27 +218,30 @@ class Measurements:
 
     def verify(self, settings: Sequence[Setting]) -> list[Loss]:
         """The losses of some choices on the tuning half; what is known is not measured again."""
-        unknown = [s for s in (*settings, {}) if self.state.loss("losses", s) is None]
+        unknown = [s for s in (*settings, {}) if self._loss(s) is None]
         if unknown:
             new = {setting_key(s): s for s in unknown if s}
             metrics = [self.metric, self.smooth]
             exact, *found = self._rows(list(new.values()), metrics, f"verifying {len(new)}")
-            at_exact = exact[self.metric.name]
+            at_exact = exact[self.metric]
             value = self.metric.result(at_exact)
             losses = {setting_key({}): Loss(value, value, 0.0, 0.0, len(at_exact))}
             smooth = {**self.state.found.get("divergences", {}), setting_key({}): 0.0}
             for key, rows in zip(new, found, strict=True):
-                ours = rows[self.metric.name]
+                ours = rows[self.metric]
                 losses[key] = loss_with_bound(self.metric, at_exact, ours, self.confidence)
-                smooth[key] = self.smooth.result(rows[self.smooth.name])
+                smooth[key] = self.smooth.result(rows[self.smooth])
             self.state.found["divergences"] = smooth
             self.state.keep_losses("losses", losses)
-        losses_known = (self.state.loss("losses", setting) for setting in settings)
-        return [loss for loss in losses_known if loss is not None]
+        return [loss for loss in map(self._loss, settings) if loss is not None]
+
+    def _loss(self, setting: Setting) -> Loss | None:
+        return self.state.loss("losses", setting_key(setting))
 
     def look(self, setting: Setting) -> Loss:
         """The loss on the held-out half, of the policy compiled as users compile it."""
-        known = self.state.loss("looks", setting)
+        key = json.dumps([self.compiler, setting_key(setting)])
+        known = self.state.loss("looks", key)
         if known is None:
             policies = {EXACT: None, "tuned": self.policy(setting)}
             both = evaluate(
@@ -226,12 +253,12 @@ class Measurements:
             )
             rows = [both[name].rows[self.metric.name] for name in policies]
             known = loss_with_bound(self.metric, rows[0], rows[1], self.confidence)
-            self.state.keep_losses("looks", {setting_key(setting): known})
+            self.state.keep_losses("looks", {key: known})
         return known
 
     def _rows(
         self, settings: Sequence[Setting], metrics: Sequence[Metric], name: str
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[Metric, Tensor]]:
         batches = self._told(name, held=False)
         return self.bench.rows(batches(), settings, metrics)
 
@@ -255,25 +282,52 @@ class Measurements:
         return Policy.from_any(tomlkit.parse(text).unwrap())
 
     def text(self, setting: Setting, about: Sequence[str], folder: str | os.PathLike[str]) -> str:
-        """The file that says a choice; see ``policy_text``."""
+        """The file that says a choice; see ``policy_text``.
+
+        It gives every attention that was found what was measured, and no more: those that a rule
+        of the given policy approximates, but that ran exactly, get a rule that says so.
+        """
         tuned = {layer: label for layer, label in setting.items() if label != KEPT}
         chosen = {layer: fields_of(self.policies[label], layer) for layer, label in tuned.items()}
         evidence = {layer: self._evidence(layer, label) for layer, label in tuned.items()}
-        return policy_text(
-            self.base,
-            chosen,
-            about,
-            evidence,
-            folder=folder,
-            # If nothing fits, what was settled loses too much, too.
-            keep_rules=bool(setting) or not self._keeps_any(),
+        # If nothing is approximated, the rules that would must not stand there.
+        keep_rules = bool(setting) or all(
+            rule.get("group_size", 1) == 1 and "rank" not in rule
+            for rule in (dict(rule.fields) for rule in self.base.rule)
         )
+        if keep_rules:
+            for layer in self.not_as_given(setting):
+                chosen[layer] = {"group_size": 1}
+                evidence[layer] = f"{layer or '(root)'}: could not be measured with the given plan"
+        text = policy_text(self.base, chosen, about, evidence, folder=folder, keep_rules=keep_rules)
+        self._check(text, setting)
+        return text
 
-    def _keeps_any(self) -> bool:
-        return any(
-            self._is_kept(layer) and KEPT in errors
-            for layer, errors in self.state.found["errors"].items()
-        )
+    def not_as_given(self, setting: Setting) -> list[str]:
+        """Layers that a rule of the given policy approximates and the choice does not."""
+        return [
+            layer
+            for layer in self.state.found["layers"]
+            if layer not in setting
+            and self._is_kept(layer)
+            and not self.base.resolve(layer).is_exact
+        ]
+
+    def _check(self, text: str, setting: Setting) -> None:
+        """That a policy gives every layer the plan that was measured."""
+        written = Policy.from_any(tomlkit.parse(text).unwrap())
+        for layer in self.state.found["layers"]:
+            plan = written.resolve(layer)
+            if layer not in setting:
+                is_right = plan.is_exact
+            else:
+                wanted = self.policies[setting[layer]].resolve(layer)
+                is_right = replace(plan, rule=()) == replace(wanted, rule=())
+            if not is_right:
+                label = setting.get(layer, EXACT)
+                raise RuntimeError(
+                    f"the policy says {plan} of {layer!r}, not {label}; report this:\n{text}"
+                )
 
     def _evidence(self, layer: str, label: str) -> str:
         costs = self.state.found["costs"][layer]
@@ -289,7 +343,7 @@ class Measurements:
         costs = self.state.found["costs"]
         exact = math.fsum(of_layer[EXACT] for of_layer in costs.values())
         spent = math.fsum(of_layer[setting.get(x, EXACT)] for x, of_layer in costs.items())
-        losses = self.state.loss("losses", setting)
+        losses = self._loss(setting)
         has_gains = setting.keys() <= self.sensitivity.gains.keys()
         return Point(
             kind,

@@ -94,11 +94,13 @@ def cheapest(options: Mapping[str, Sequence[Option]], limit: float) -> Choice | 
 def frontier(options: Mapping[str, Sequence[Option]], points: int = POINTS) -> list[Choice]:
     """The best choices at limits from the least possible loss to no limit, by rising loss.
 
-    Each costs less than all before it.
+    Each costs less than all before it. None at all if some layer has no option of a finite loss.
     """
     finite = {
         layer: [o for o in of_layer if math.isfinite(o.loss)] for layer, of_layer in options.items()
     }
+    if not all(finite.values()):
+        return []
     least = _sum(min(o.loss for o in of_layer) for of_layer in finite.values())
     most = _sum(max(o.loss for o in of_layer) for of_layer in finite.values())
     positive = [o.loss for of_layer in finite.values() for o in of_layer if o.loss > 0]

@@ -94,19 +94,21 @@ class Bench:
         self,
         batches: Iterable[Batch],
         settings: Sequence[Setting],
-        metrics: Sequence[Metric],
-        told: Callable[[], None] = lambda: None,
-    ) -> list[dict[str, Tensor]]:
+        metrics: Iterable[Metric],
+    ) -> list[dict[Metric, Tensor]]:
         """The rows of every metric for the exact model, then for every setting.
+
+        By the metric itself, not its name: one that is asked for twice has its rows once, and two
+        of the same name have their own.
 
         Args:
             batches: walked once; nothing of a batch but its rows is kept.
             settings: what to measure.
             metrics: see ``Metric``.
-            told: is called after every batch.
         """
-        parts: list[dict[str, list[Tensor]]] = [
-            {metric.name: [] for metric in metrics} for _ in range(len(settings) + 1)
+        once = dict.fromkeys(metrics)
+        parts: list[dict[Metric, list[Tensor]]] = [
+            {metric: [] for metric in once} for _ in range(len(settings) + 1)
         ]
         with self.ready() as output:
             for given in batches:
@@ -114,11 +116,9 @@ class Bench:
                 exact = batch.call(self.model)
                 for number, setting in enumerate((None, *settings)):
                     out = exact if setting is None else output(batch, setting)
-                    for metric in metrics:
-                        rows = metric.statistic(out, exact, batch)
-                        parts[number][metric.name].append(rows)
-                told()
-        return [{name: torch.cat(rows) for name, rows in part.items()} for part in parts]
+                    for metric, rows in parts[number].items():
+                        rows.append(metric.statistic(out, exact, batch))
+        return [{metric: torch.cat(rows) for metric, rows in part.items()} for part in parts]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from distr_compile.tuning.bounds import Loss
 from distr_compile.tuning.candidates import Candidates, candidate_fields
 from distr_compile.tuning.halves import Halves
 from distr_compile.tuning.measurements import Measurements
-from distr_compile.tuning.search import Choice, frontier
+from distr_compile.tuning.search import Choice, Option, frontier
 from distr_compile.tuning.sensitivity import EXACT, Setting
 from distr_compile.tuning.state import State
 from distr_compile.tuning.tuned import Point, Tuning
@@ -72,8 +72,10 @@ def tune(
             more, and the same ones every time.
         budget: the largest ``Metric.loss`` allowed: for a metric with labels a share of the exact
             value (0.01 is 1 %), for one against the exact model an amount of its own.
-        metric: see ``metrics.as_metric``.
+        metric: see ``metrics.as_metric``. "kl" needs logits; without them and without labels take
+            "cosine" or "sqnr".
         path: of the policy file to write. Beside it, ``PATH.state.json`` keeps what was measured.
+            Its folder must be there.
         candidates: plans as fields or ``LayerPlan``; for each layer the best of them is chosen, or
             exact attention. None: ``CANDIDATES``, and ``CALIBRATED`` if the policy has bases.
         policy: what is settled already. Layers that one of its rules gives a ``group_size`` or
@@ -84,18 +86,21 @@ def tune(
         compiler: of the final policy's graphs; see ``evaluate``.
         command: the command line, to be named in the file.
         progress: show a bar on the terminal's stderr.
-        resume: take up what the state file has.
+        resume: take up what the state file has. Losses in a metric whose code cannot be compared,
+            such as a method of an object, are measured anew.
 
     Returns:
         The policy and the evidence. If nothing fits, an all-exact policy and a note that says so.
 
     Raises:
-        ValueError: an argument that is not accepted, a model in training mode, or one without
-            attention to tune.
+        ValueError: an argument that is not accepted, a metric that does not fit model and data, a
+            model in training mode, or one without attention to tune.
         PolicyError: the policy or a candidate is wrong.
     """
     as_of_metric = as_metric(metric)
     _check(model, budget, as_of_metric, held_out, confidence)
+    if path is not None:
+        check_folder(path)
     base = Policy() if policy is None else Policy.from_any(policy)
     known = Measurements(
         model=model,
@@ -111,8 +116,32 @@ def tune(
     known.state, stale = State.open(state_path if resume else None, known.key(time))
     known.state.path = state_path
     tuner = _Tuner(known, float(budget), [f"Begun anew: {stale}."] if stale else [])
+    if known.state.found:
+        tuner.taken = [f"Measurements taken from {state_path}; not all were made in this run."]
+        if known.metric_identity is None and known.state.forget_losses():
+            tuner.taken.append(
+                f"Losses were measured anew: nobody can tell whether {as_of_metric.name} is the "
+                "metric of before. Give a function whose closure holds no objects."
+            )
+    known.check_metric()
     with progress_bar(progress) as known.bar:
+        if progress:
+            for note in (*tuner.notes, *tuner.taken):
+                known.bar.console.print(note, highlight=False)
         return tuner.run(None if path is None else Path(path), command)
+
+
+def check_folder(path: str | os.PathLike[str], what: str = "path") -> None:
+    """Tell before anything is measured that a file cannot be written.
+
+    Raises:
+        ValueError: its folder is missing, or it is a folder itself.
+    """
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise ValueError(
+            f"{what}: got {os.fspath(path)!r}; accepted: a file in a folder that exists; create "
+            "the folder, or write elsewhere"
+        )
 
 
 def _check(
@@ -142,6 +171,8 @@ class _Tuner:
     known: Measurements
     budget: float
     notes: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+    """Notes on this run, of no interest in the file."""
 
     def run(self, path: Path | None, command: str) -> Tuning:
         """All of them."""
@@ -162,7 +193,7 @@ class _Tuner:
 
     def _bisect(self, choices: Sequence[Choice]) -> int | None:
         """The index of the cheapest choice within the budget; None if there is none."""
-        if not self._within(choices[0].labels):
+        if not choices or not self._within(choices[0].labels):
             return None
         within, over = 0, len(choices)
         while over - within > 1:
@@ -227,6 +258,11 @@ class _Tuner:
             self.notes.append(self._why_exact(choices))
         elif tuning.upper == tuning.loss:
             self.notes.append(self._unmoved(tuning.examples))
+        if chosen and (others := self.known.not_as_given(chosen)):
+            self.notes.append(
+                "Exact instead of what the given policy says, because it could not be measured "
+                f"there: {', '.join(layer or '(root)' for layer in others)}."
+            )
         result = Tuning(
             policy=Policy(),
             text="",
@@ -237,13 +273,13 @@ class _Tuner:
             confidence=self.known.confidence,
             tuning=tuning,
             held_out=held_out,
-            looks=len(self.known.state.found.get("looks", {})),
+            looks=self.known.state.looks,
             clock=self.known.clock.about,
             exact_cost=math.fsum(of_layer[EXACT] for of_layer in costs),
             unit=self.known.clock.unit,
             points=self._points(choices, chosen),
             refused=self.known.state.found["refused"],
-            notes=tuple(self.notes),
+            notes=(*self.taken, *self.notes),
         )
         about = [
             f"Tuned by {versions()}." + (f"\n{command}" if command else ""),
@@ -268,12 +304,29 @@ class _Tuner:
         )
 
     def _why_exact(self, choices: Sequence[Choice]) -> str:
-        if all(not _without_exact(choice.labels) for choice in choices):
+        layers = self.known.state.found["errors"]
+        options = {layer: self.known.options(layer) for layer in layers}
+        if stuck := [x for x, of_layer in options.items() if not any(map(_is_finite, of_layer))]:
+            return (
+                "All layers stay exact: with the plan that the given policy has for "
+                f"{', '.join(layer or '(root)' for layer in stuck)}, the output is not finite."
+            )
+        others = [o for of_layer in options.values() for o in of_layer if o.label != EXACT]
+        if not others:
             return (
                 "All layers stay exact: no candidate costs less than exact attention at these "
                 f"shapes ({self.known.clock.about})."
             )
+        if not any(map(_is_finite, others)):
+            return (
+                "All layers stay exact: with each of the candidates that cost less the output is "
+                "not finite."
+            )
         return f"All layers stay exact: nothing cheaper is within the budget of {self.budget:g}."
+
+
+def _is_finite(option: Option) -> bool:
+    return math.isfinite(option.loss)
 
 
 def _without_exact(labels: Mapping[str, str]) -> dict[str, str]:

@@ -16,6 +16,9 @@ from distr_compile.accuracy.metrics import Metric
 from distr_compile.policy import Policy
 from distr_compile.tuning.bounds import Loss
 
+NAMED = 4
+"""Attentions that a sentence names."""
+
 Kind = Literal["exact", "uniform", "frontier", "chosen"]
 
 
@@ -128,9 +131,10 @@ class Tuning:
             )
         found.append(
             f"Attention takes {100 * self.chosen.cost:.1f} % of exact attention's "
-            f"{self.exact_cost:.4g} {self.unit} ({self.clock})."
+            f"{self.exact_cost:.4g} {self.unit} ({self.clock})"
+            f"{', not counting what cannot be approximated' if self.refused else ''}."
         )
-        return found
+        return [*found, *_refused_lines(self.refused)]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -223,6 +227,19 @@ def _loss_text(loss: Loss, confidence: float) -> str:
         f"{loss.value:.5g} (exact {loss.exact:.5g}), loss {loss.loss:.3g}, at most "
         f"{loss.upper:.3g} with {confidence:.0%} confidence, {loss.examples} examples"
     )
+
+
+def _refused_lines(refused: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason, with a few of the attentions."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        by_reason.setdefault(why, []).append(name or "(root)")
+    lines = []
+    for why, names in by_reason.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        stay = "attention stays" if len(names) == 1 else "attentions stay"
+        lines.append(f"{len(names)} {stay} exact: {', '.join(names[:NAMED])}{more}: {why}.")
+    return lines
 
 
 def _times(count: int) -> str:

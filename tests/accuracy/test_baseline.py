@@ -95,6 +95,43 @@ def test_not_a_number_is_worse() -> None:
     assert verdicts(changed(metrics=broken)) == [("", "sqnr", "worse")]
 
 
+def test_infinities_are_kept_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    infinite = {
+        "top1": Value(0.0, 0.1, -math.inf),
+        "score": Value(0.0, -0.1, math.inf),
+        "perplexity": Value(math.inf, math.inf, math.nan),
+        "sqnr": Value(math.inf, math.inf, 0.0),
+    }
+    now = changed(metrics=infinite)
+    baseline.update(path, now)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    before = baseline.read(path)["vit"]
+    assert str(before) == str(now)  # as NaN is not equal to itself
+    # Only what is not a number fails against itself.
+    assert verdicts(now, before) == [("", "perplexity", "worse")]
+    del infinite["perplexity"]
+    assert verdicts(changed(metrics=infinite), changed(metrics=infinite)) == []
+    finite = {**infinite, "top1": Value(0.0, 0.0, 0.0), "score": Value(0.0, 0.0, 0.0)}
+    assert verdicts(changed(metrics=finite), changed(metrics=infinite)) == [
+        ("", "top1", "worse"),
+        ("", "score", "better: update the baseline"),
+    ]
+    assert verdicts(changed(metrics=infinite), changed(metrics=finite)) == [
+        ("", "top1", "better: update the baseline"),
+        ("", "score", "worse"),
+    ]
+
+
+def test_an_infinite_exact_model_is_held_too() -> None:
+    def of(exact: float) -> ModelResult:
+        return changed(metrics={"perplexity": Value(exact, 2.0, 0.1)})
+
+    assert verdicts(of(math.inf), of(math.inf)) == []
+    worse = [("", "perplexity of the exact model", "worse")]
+    assert verdicts(of(math.inf), of(2.0)) == verdicts(of(2.0), of(math.inf)) == worse
+
+
 def test_another_policy_is_a_remark() -> None:
     failures, notes = compare(RESULT, changed(digest="other"), SAME, OTHER)
     assert not failures
@@ -117,14 +154,15 @@ def test_the_file_keeps_other_models_and_policies(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     baseline.update(path, RESULT)
     baseline.update(path, replace(RESULT, name="swin"))
-    baseline.update(path, replace(RESULT, policies={"q": POLICY}))
+    assert baseline.update(path, replace(RESULT, policies={"q": POLICY})) == ()
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))  # strict JSON
     models = baseline.read(path)
     assert list(models) == ["swin", "vit"]
     assert list(models["vit"].policies) == ["p", "q"]
     assert compare(models["vit"], RESULT, SAME, OTHER)[0] == ()
     # Under other conditions the numbers before are worth nothing.
-    baseline.update(path, replace(RESULT, conditions={}, policies={"q": POLICY}))
+    other = replace(RESULT, conditions={}, policies={"q": POLICY})
+    assert baseline.update(path, other) == ("p",)
     assert list(baseline.read(path)["vit"].policies) == ["q"]
 
 

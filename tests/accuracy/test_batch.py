@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import UserDict
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from distr_compile.accuracy.batch import Batch, walk
+from distr_compile.accuracy.batch import Batch, add_to_digest, walk
 
 
 class Sum(nn.Module):
@@ -49,3 +52,46 @@ def test_walks_again_and_stops_at_the_limit() -> None:
 def test_an_iterator_is_refused() -> None:
     with pytest.raises(ValueError, match="got generator, which can be walked only once"):
         list(walk(x for x in [1, 2]))
+
+
+def digest(value: Any, tolerant: bool = False) -> str:
+    sha = hashlib.sha256()
+    add_to_digest(sha, Batch((value,)), tolerant=tolerant)
+    return sha.hexdigest()
+
+
+def standardised(seed: int) -> Tensor:
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_digests_notice_order_sign_and_other_data(tolerant: bool) -> None:
+    x = standardised(0)
+    swapped = x.clone()
+    swapped[[2, 9]] = x[[9, 2]]
+    others = [x.flip(0), x.flip(1), -x, swapped, 1.02 * x, x.double(), x.view(64, 16)]
+    others += [standardised(seed) for seed in range(1, 20)]
+    masked = torch.zeros(4)
+    masked[1] = -torch.inf
+    others += [0 * x, masked, masked.flip(0), torch.full((4,), torch.nan), torch.zeros(0)]
+    others += [torch.full((4,), torch.finfo(torch.float32).min), x.bfloat16(), torch.tensor(1.5)]
+    others += [torch.arange(4), torch.arange(4) > 1, x.numpy()[:, ::-1], np.arange(2000.0)]
+    others += [np.append(np.arange(1999.0), 0)]  # which NumPy shows alike
+    found = [digest(value, tolerant) for value in [x, *others]]
+    assert len(set(found)) == len(found) - 1  # x.flip(1) is there twice
+    assert digest(x.clone(), tolerant) == found[0]
+    assert digest(x.T.contiguous().T, tolerant) == found[0]
+
+
+def test_every_bit_counts_but_where_libraries_may_differ() -> None:
+    x = standardised(0)
+    moved = x.clone()
+    moved[3, 5] += 2**-22
+    assert digest(moved) != digest(x)
+    assert digest(moved, tolerant=True) == digest(x, tolerant=True)
+    rounds = [x.double() * (1 + 1e-9 * standardised(seed).double()) for seed in range(50)]
+    assert {digest(y, tolerant=True) for y in rounds} == {digest(x.double(), tolerant=True)}
+    assert len({digest(y) for y in rounds}) == 50
+    # The bits of the signs are the same everywhere.
+    assert digest(torch.arange(5.0), tolerant=True)[:16] == "74864d6f38373d47"

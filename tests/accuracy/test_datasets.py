@@ -107,8 +107,15 @@ def test_rows_are_as_long_as_the_model_takes() -> None:
 
 
 def test_texts_that_do_not_do() -> None:
-    with pytest.raises(TargetError, match="got 200 tokens; accepted: 1025 or more"):
-        rows("causal", tokens=1024)
+    with pytest.raises(TargetError, match="got 20 tokens; accepted: 33 or more"):
+        text_batches(MODEL, tokenizer_of(MINILM), TEXT[:90], "causal", batch_size=1, tokens=32)
+    for kind, tokens, least in (("", 1, 3), ("masked", 2, 3), ("", 35, 3), ("causal", 64, 1)):
+        accepted = rf"--tokens: got {tokens}; accepted: from {least}, .* positions for, 34; give"
+        with pytest.raises(TargetError, match=accepted):
+            rows(kind, tokens=tokens)
+    assert rows("", tokens=3)[0].shape[1] == 3
+    assert rows("causal", tokens=1)[0].shape[1] == 1
+    assert rows("causal", tokens=34)[0].shape[1] == 34
     maskless = SimpleNamespace(
         mask_token_id=None, cls_token_id=None, sep_token_id=None, model_max_length=32
     )

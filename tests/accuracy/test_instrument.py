@@ -166,8 +166,8 @@ def test_calibrated_bases_are_a_candidate_like_others(tmp_path: Path) -> None:
     rows = bench.rows([Batch.of(x)], [{"layers.0": "fixed"}], [METRICS["sqnr"]])
     out, exact = through_the_backend(model, rest, x), model(x)
     power = (out - exact).square().sum().item()
-    assert rows[1]["sqnr"][:, 1].sum().item() == pytest.approx(power, rel=1e-3)
-    assert rows[0]["sqnr"][:, 1].sum().item() == 0
+    assert rows[1][METRICS["sqnr"]][:, 1].sum().item() == pytest.approx(power, rel=1e-3)
+    assert rows[0][METRICS["sqnr"]][:, 1].sum().item() == 0
 
 
 class Cut(Attention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from distr_compile.accuracy.metrics import (
     METRICS,
     Metric,
     as_metric,
+    as_metrics,
     counted_positions,
     has_logits,
     main_output,
@@ -47,7 +49,8 @@ def value(name: str, output: Any, exact: Any, batch: Batch, parts: int = 1) -> f
     for i in torch.arange(len(main_output(exact))).chunk(parts):
         kwargs = {name: x[i] for name, x in batch.kwargs.items()}
         labels = None if batch.labels is None else batch.labels[i]
-        rows.append(metric.statistic(output[i], exact[i], Batch((), kwargs, labels)))
+        ours, theirs = ({"logits": x[i]} for x in (output, exact))
+        rows.append(metric.statistic(ours, theirs, Batch((), kwargs, labels)))
     together = torch.cat(rows)
     assert together.dtype == torch.float64
     assert len(together) == len(exact)
@@ -147,8 +150,18 @@ def test_low_precision_outputs_are_compared_in_fp64() -> None:
 def test_nan_is_not_hidden() -> None:
     broken = LOGITS.clone()
     broken[0, 0] = math.nan
-    for name in ("kl", "cosine", "sqnr"):
+    for name in ("kl", "agreement", "cosine", "sqnr"):
         assert math.isnan(value(name, broken, EXACT, Batch()))
+        assert math.isnan(METRICS[name].loss(METRICS[name].ideal or 0.0, math.nan))
+    labels = LABELS.clamp(min=0)
+    for name in TASK:
+        assert math.isnan(value(name, broken, EXACT, Batch(labels=labels)))
+        assert math.isnan(METRICS[name].loss(0, math.nan))
+        assert math.isnan(METRICS[name].loss(0.5, math.nan))
+    # At a position of which nothing is asked it is no matter.
+    labels[0, 0] = -100
+    for name in TASK:
+        assert not math.isnan(value(name, broken, EXACT, Batch(labels=labels)))
 
 
 def test_losses() -> None:
@@ -181,6 +194,66 @@ def test_which_outputs_are_scores_of_classes() -> None:
     assert not has_logits(x, Batch())
     assert not has_logits(x, Batch(labels=x))
     assert not has_logits({"last_hidden_state": x}, Batch(labels=torch.zeros(5).long()))
+    assert has_logits({"logits": noise(0, 2, 4, 3)}, Batch())
+    # One score for each example is of no class; of pictures nobody knows which dimension it is.
+    assert not has_logits({"logits": x[:, :1]}, Batch())
+    assert not has_logits(x[:, :1], Batch(labels=[0, 0]))
+    assert not has_logits({"logits": noise(0, 2, 3, 4, 5)}, Batch())
+    assert has_logits({"logits": noise(0, 2, 3, 4, 5)}, Batch(labels=torch.ones(2, 3, 4).long()))
+
+
+@pytest.mark.parametrize("name", ["kl", "agreement"])
+def test_distributions_are_asked_of_scores_of_classes_only(name: str) -> None:
+    accepted = r"accepted: something with logits, .*; give cosine, sqnr or rank-correlation"
+    for output in (EXACT, {"logits": EXACT[:, 0, :1]}, {"logits": EXACT[None]}):
+        shape = tuple(main_output(output).shape)
+        with pytest.raises(
+            ValueError, match=rf"{name}: got .* {re.escape(str(shape))}.*{accepted}"
+        ):
+            METRICS[name].statistic(output, output, Batch())
+    assert METRICS[name].statistic(EXACT, EXACT, Batch(labels=LABELS)).shape == (EXAMPLES, 2)
+
+
+def test_one_number_for_each_example() -> None:
+    ours, exact = noise(0, 8), noise(1, 8)
+    expected = 10 * math.log10(
+        exact.double().square().sum() / (ours - exact).double().square().sum()
+    )
+    got = METRICS["sqnr"].result(METRICS["sqnr"].statistic(ours, exact, Batch()))
+    assert got == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"top1: got .* shape \(8, 1\), one score for each"):
+        METRICS["top1"].statistic(ours, exact, Batch(labels=torch.zeros(8).long()))
+    with pytest.raises(ValueError, match="output: got a single number; accepted"):
+        METRICS["sqnr"].statistic(ours[0], exact[0], Batch())
+
+
+def test_an_example_that_is_masked_as_a_whole_has_no_embedding() -> None:
+    mask = MASK.clone()
+    mask[2] = 0
+    others = [0, 1, *range(3, EXAMPLES)]
+    metric = METRICS["rank-correlation"]
+    rows = metric.statistic(LOGITS, EXACT, Batch(kwargs={"attention_mask": mask}))
+    assert rows.shape == (EXAMPLES - 1, 2 * CLASSES)
+    kept = Batch(kwargs={"attention_mask": MASK[others]})
+    assert metric.result(rows) == value("rank-correlation", LOGITS[others], EXACT[others], kept)
+    nothing = Batch(kwargs={"attention_mask": 0 * mask})
+    assert metric.statistic(LOGITS, EXACT, nothing).shape == (0, 2 * CLASSES)
+
+
+def test_the_mask_of_an_encoder_is_not_of_what_a_decoder_puts_out() -> None:
+    output = SimpleNamespace(logits=EXACT, encoder_last_hidden_state=LOGITS)
+    batch = Batch(kwargs={"attention_mask": MASK, "labels": LABELS})  # as T5 may be called
+    for name in ("kl", "cosine"):
+        rows = METRICS[name].statistic(output, output, batch)
+        assert rows[:, 1].tolist() == [TOKENS] * EXAMPLES
+    both = Batch(kwargs={**batch.kwargs, "decoder_attention_mask": MASK})
+    assert METRICS["kl"].statistic(output, output, both)[:, 1].tolist() == MASK.sum(1).tolist()
+
+
+def test_metrics_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"metrics: got two called <lambda>; accepted: one of"):
+        as_metrics([lambda output, batch: output, "kl", lambda output, batch: -output])
+    assert [metric.name for metric in as_metrics(["kl", "top1"])] == ["kl", "top1"]
 
 
 def test_which_positions_count() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import distr_compile
 from distr_compile import Batch, Regression, regress
-from distr_compile.accuracy import checkpoint
+from distr_compile.accuracy import checkpoint, sameness
 from distr_compile.accuracy.evaluate import evaluate
 from distr_compile.accuracy.instrument import layer_errors
 from distr_compile.accuracy.regress import held_against
@@ -167,3 +168,109 @@ def test_mistakes(tmp_path: Path) -> None:
         run([])
     with pytest.raises(ValueError, match="did you mean 'top1'"):
         run(metrics=["top11"])
+    with pytest.raises(ValueError, match="metrics: got two called <lambda>"):
+        run(metrics=[lambda output, batch: 0, lambda output, batch: 1])
+    with pytest.raises(ValueError, match="policies: got one whose name is empty"):
+        run(policies={"": POLICY})
+
+
+def stopped(out: Path, count: int, **options: object) -> None:
+    """A run that stops after so many batches and leaves its progress."""
+
+    def broken() -> Iterator[Batch]:
+        yield from BATCHES[:count]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(broken, out=out, layer_batches=1, **options)
+
+
+def always(score: float) -> Callable[[Tensor, Batch], Tensor]:
+    return lambda output, batch: torch.full((2,), score)
+
+
+@pytest.mark.parametrize("what", ["metrics", "torch", "sources", "lambda", "object"])
+def test_progress_of_another_measurement_is_not_gone_on_with(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Score:
+        def __call__(self, output: Tensor, batch: Batch) -> Tensor:
+            return torch.ones(2)
+
+    one = Score()
+    before: list[object] = {"lambda": [always(1.0)], "object": [one]}.get(what, ["top5"])
+    now: list[object] = {"lambda": [always(0.0)], "object": [one], "metrics": ["top1"]}.get(
+        what, before
+    )
+    out = tmp_path / "result.json"
+    stopped(out, 2, metrics=before)
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+    if what == "sources":
+        monkeypatch.setattr(sameness, "of_sources", lambda: "others")
+    found = run(out=out, layer_batches=1, metrics=now).result.policies
+    err = capsys.readouterr().err
+    assert "starts over" in err
+    assert "goes on" not in err
+    assert ("nobody can tell whether Score is the metric" in err) == (what == "object")
+    assert found == run(layer_batches=1, metrics=now).result.policies
+
+
+def test_progress_of_the_same_function_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    stopped(out, 2, metrics=[always(1.0)])
+    run(out=out, layer_batches=1, metrics=[always(1.0)])
+    assert "goes on after 2 batches" in capsys.readouterr().err
+
+
+def test_fewer_batches_than_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    stopped(out, 2)
+    fewer = run(BATCHES[:1], out=out, layer_batches=1).result
+    assert "starts over: the batches are others than before" in capsys.readouterr().err
+    assert fewer.policies == run(BATCHES[:1], layer_batches=1).result.policies
+    assert fewer.versions["examples"] == "2"
+
+
+@pytest.mark.parametrize("layer_batches", [0, 1])
+def test_what_was_noted_of_other_data_is_dropped(layer_batches: int, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    unlabelled = [Batch((5 * noise(9, 2, 48),)), *BATCHES[1:]]
+    with pytest.raises(ValueError, match="top5: got labels of NoneType"):
+        run(unlabelled, out=out, layer_batches=layer_batches, metrics=["top5"])
+    assert (tmp_path / "result.json.progress").exists()
+    found = run(out=out, layer_batches=layer_batches, metrics=["top5"]).result.policies
+    assert found == run(layer_batches=layer_batches, metrics=["top5"]).result.policies
+
+
+def test_an_interrupt_leaves_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
+    class Interrupted(UserDict[str, Tensor]):
+        def __iter__(self) -> Iterator[str]:
+            yield "a"
+            raise KeyboardInterrupt
+
+    path = tmp_path / "progress"
+    begun = checkpoint.Checkpoint(path, "key")
+    rows = {"a": torch.zeros(2, 1), "b": torch.zeros(2, 1)}
+    begun.add("one", rows)
+    with pytest.raises(KeyboardInterrupt):
+        begun.add("two", Interrupted(rows))
+    begun.write()
+    again, why = checkpoint.Checkpoint.open(path, "key")
+    assert (again.batches, why) == (["one"], "")
+    again.add("two", rows)
+    again.write()
+    again, _ = checkpoint.Checkpoint.open(path, "key")
+    assert again.batches == ["one", "two"]
+    assert [len(again.together(name)) for name in ("a", "b")] == [4, 4]
+
+
+def test_an_update_says_what_it_drops(measured: Regression, tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    held_against(path, measured.result, update=True)
+    result = run(BATCHES[:1], {"mean": POLICY}, baseline=path, update_baseline=True)
+    assert result.notes[1:] == (
+        "Stack: dropped from it, as they were measured under other conditions: exact",
+    )

@@ -57,6 +57,21 @@ def test_decode_steps_are_exact() -> None:
     assert flops(step, PLAN) == flops(step, None)
 
 
+def test_where_a_plan_does_not_count_it_costs_what_exact_attention_does() -> None:
+    for length, is_short in ((60, False), (61, True), ("auto", True)):  # CPUs know no break-even
+        plan = dataclasses.replace(PLAN, min_seq_len=length)
+        for cost in (flops, products):
+            assert (cost(SHAPE, plan) == cost(SHAPE, None)) == is_short
+
+
+def test_the_block_of_the_strict_form_is_its_own() -> None:
+    long = CAUSAL._replace(num_queries=4096, num_keys=4096)
+    strict = dataclasses.replace(PLAN, causal="strict")
+    spelled_out = dataclasses.replace(strict, grouping_block=512)
+    assert flops(long, strict) == flops(long, spelled_out)
+    assert flops(long, strict) != flops(long, dataclasses.replace(strict, grouping_block=1024))
+
+
 def test_calls_are_added_up_and_exact_where_a_site_refused() -> None:
     counted = clock("model", torch.device("cpu"))
     takes, refuses = Site("a", "a"), Site("b", "a")

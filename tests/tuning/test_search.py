@@ -63,6 +63,12 @@ def test_an_error_that_is_not_finite_is_never_chosen() -> None:
     assert [choice.labels for choice in frontier(options)] == [{"a": "exact"}]
 
 
+def test_no_frontier_where_a_layer_has_nothing_finite() -> None:
+    free = drawn(2, 1, 3)["layer0"]
+    assert frontier({"free": free, "fixed": [Option("as given", 0.5, float("nan"))]}) == []
+    assert frontier({"fixed": [Option("as given", 0.5, float("inf"))]}) == []
+
+
 def test_the_frontier_falls_in_cost_as_the_loss_rises() -> None:
     options = drawn(5, layers=6, count=4)
     points = frontier(options)

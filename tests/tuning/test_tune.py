@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.evaluate import evaluate
 from distr_compile.accuracy.instrument import site_errors
+from distr_compile.accuracy.metrics import as_metric
 from distr_compile.cli import OK, USAGE, main
+from distr_compile.lowering import cpu
 from distr_compile.policy import Policy, PolicyError
+from distr_compile.tuning import measurements
+from distr_compile.tuning.bounds import loss_with_bound
 from distr_compile.tuning.calibrate import calibrate
+from distr_compile.tuning.halves import Halves
 from distr_compile.tuning.sensitivity import NOISE, Bench, Sensitivity, squared_errors
 from distr_compile.tuning.tune import tune
-from distr_compile.tuning.tuned import Tuning
+from distr_compile.tuning.tuned import Tuning, _refused_lines
 from tests.tiny_models import Stack, noise, stack
 
 CANDIDATES = (
@@ -105,7 +113,7 @@ def test_losses_of_layers_add_up() -> None:
         for choice in itertools.product((False, True), repeat=4)
     ]
     _, *rows = bench.rows(batches, choices, [NOISE])
-    noises = {tuple(c): NOISE.result(r["noise"]) for c, r in zip(choices, rows, strict=True)}
+    noises = {tuple(c): NOISE.result(r[NOISE]) for c, r in zip(choices, rows, strict=True)}
     gains = {layer: noises[layer,] / errors[layer]["p"] for layer in layers}
     model_of_loss = Sensitivity(errors, gains)
     for choice in choices:
@@ -142,8 +150,9 @@ def test_a_larger_budget_buys_a_cheaper_policy(tmp_path: Path) -> None:
     batches = [b.args[0] for b in task(model, 6)]
     path = tmp_path / "p.toml"
     costs = []
-    for budget in (0.0, 5e-5, 1e-4, 1.0):
-        result = tuned(model, batches, budget, path=path)  # one state file for all
+    for budget in (0.0, 3e-4, 1e-3, 1.0):
+        # one state file for all
+        result = tuned(model, batches, budget, metric="cosine", path=path)
         assert result.smooth == "noise"
         costs.append(result.chosen.cost)
     assert costs == sorted(costs, reverse=True)
@@ -179,6 +188,30 @@ def test_the_policy_says_what_was_chosen_and_does_what_was_measured(tmp_path: Pa
     assert through["noise"] == pytest.approx(result.chosen.measured, rel=1e-3)
 
 
+@pytest.mark.parametrize("named", ["kl", "noise", None])
+def test_every_example_counts_once(named: str | None) -> None:
+    """Also where the metric is the smooth measure itself, or a function of its name."""
+    model = classifier()
+    batches = [Batch((b.args[0],), labels=b.labels) for b in task(model, 8)]
+    metric: Any = "kl"
+    if named is not None:
+
+        def metric(output: Tensor, batch: Batch) -> Tensor:
+            return output.detach().float().softmax(-1).amax((-1, -2))
+
+        metric.__name__ = named
+    result = tuned(model, batches, 0.5, metric=metric)
+    as_metrics = as_metric(metric)
+    both = evaluate(model, batches[0::2], [as_metrics], {"exact": None, "tuned": result.policy})
+    rows = [both[name].rows[as_metrics.name] for name in both]
+    direct = loss_with_bound(as_metrics, rows[0], rows[1], 0.95)
+    assert result.smooth == "kl"
+    assert result.tuning.examples == direct.examples == len(rows[0]) == 8
+    assert result.tuning.loss == pytest.approx(direct.loss, rel=1e-4, abs=1e-9)
+    assert result.tuning.upper == pytest.approx(direct.upper, rel=1e-4, abs=1e-9)
+    assert result.tuning.upper > result.tuning.loss
+
+
 def test_what_no_loss_in_few_examples_means_is_told() -> None:
     batches = [noise(seed, 2, 64) for seed in range(4)]
     result = tuned(stack(), batches, 0.9, metric=lambda output, batch: torch.ones(2))
@@ -207,6 +240,29 @@ def test_nothing_is_cheaper() -> None:
     result = tuned(stack(), batches, 0.5, metric="cosine", time="model")
     assert not result.fits
     assert any("no candidate costs less than exact" in note for note in result.notes)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Approximate attention gives no numbers."""
+    real = cpu.attention
+
+    def attention(*args: Any, **options: Any) -> Tensor:
+        return real(*args, **options).fill_(math.nan)
+
+    monkeypatch.setattr(cpu, "attention", attention)
+
+
+def test_nothing_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch)
+    batches = [noise(seed, 2, 64) for seed in range(2)]
+    result = tuned(stack(), batches, 0.5, metric="cosine")
+    assert not result.fits
+    assert "each of the candidates that cost less the output is not finite" in result.notes[-1]
+    given = {"rule": [{"layers": "layers.1", "rank": 24, "min_seq_len": 0}]}
+    result = tuned(stack(), batches, 0.5, metric="cosine", policy=given)
+    assert not result.fits
+    assert "the given policy has for layers.1, the output is not finite" in result.notes[-1]
+    assert result.policy.resolve("layers.1").is_exact
 
 
 def test_held_out_data_have_a_veto() -> None:
@@ -319,6 +375,92 @@ def test_a_stale_state_is_told_and_dropped(
     assert json.loads(state.read_text())["found"]["errors"]
 
 
+def test_a_state_of_another_version_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [noise(seed, 1, 32) for seed in range(2)]
+    for name, value in (
+        ("measurements.versions", "another"),
+        ("measurements.sameness.of_sources", "another"),
+        ("measurements.sameness.of_device", "another"),
+    ):
+        path = tmp_path / f"{name}.toml"
+        tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"distr_compile.tuning.{name}", lambda *of, value=value: value)
+            result = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+        told = "another device" if name.endswith("device") else "another version"
+        assert told in result.notes[0]
+
+
+def test_other_batches_held_out_are_another_part(tmp_path: Path) -> None:
+    """As many as before, but not the same ones."""
+    batches = [noise(seed, 1, 32) for seed in range(10)]
+    path = tmp_path / "p.toml"
+    halves = [Halves(batches, share) for share in (0.5, 0.59)]
+    assert len({half.held_out_count for half in halves}) == 1
+    tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+    result = tuned(stack(), batches, 1e-3, metric="cosine", path=path, held_out=0.59)
+    assert "another held-out part" in result.notes[0]
+
+
+def test_every_compiler_is_looked_at(tmp_path: Path) -> None:
+    batches = [noise(seed, 1, 32) for seed in range(2)]
+    model, path = stack(), tmp_path / "p.toml"
+    first = tuned(model, batches, 0.5, metric="cosine", path=path)
+    assert (first.looks, first.fits) == (1, True)
+    with pytest.raises(BackendCompilerFailed, match="no-such-compiler"):
+        tuned(model, batches, 0.5, metric="cosine", path=path, compiler="no-such-compiler")
+    second = tuned(model, batches, 0.5, metric="cosine", path=path, compiler="aot_eager")
+    assert second.looks == 2
+    assert second.notes[0].startswith(f"Measurements taken from {path}.state.json")
+
+
+class Scorer:
+    """Nobody can tell what it computes from its code."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, output: Tensor, batch: Batch) -> Tensor:
+        return 1 + self.weight * output.abs().mean((1, 2))
+
+
+def test_losses_in_a_metric_that_nobody_knows_are_measured_anew(tmp_path: Path) -> None:
+    batches = [noise(seed, 1, 32) for seed in range(4)]
+    path = tmp_path / "p.toml"
+    results = {w: tuned(stack(), batches, 0.9, metric=Scorer(w), path=path) for w in (1, 2)}
+    fresh = tuned(stack(), batches, 0.9, metric=Scorer(2))
+    assert results[2].tuning == fresh.tuning != results[1].tuning
+    assert any("measured anew: nobody can tell" in note for note in results[2].notes)
+    assert results[2].looks == 2  # of the same data, whatever the metric
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda found: found["losses"]["{}"].pop("examples"), "losses.{}.examples: Field required"),
+        (lambda found: found.update(errors=[1]), "errors: Input should be a valid dict"),
+        (lambda found: found.pop("costs"), "costs: missing"),
+        (lambda found: found["costs"]["layers.0"].pop("exact"), "costs of layers.0: exact missing"),
+        (lambda found: found.update(smooth="x"), "smooth: Input should be 'kl' or 'noise'"),
+        (lambda found: found.update(gains=None), "a measurement is null"),
+        (lambda found: found.update(other=1), "other: Extra inputs are not permitted"),
+    ],
+)
+def test_a_damaged_state_is_told_and_dropped(change: Any, told: str, tmp_path: Path) -> None:
+    batches = [noise(seed, 1, 32) for seed in range(2)]
+    path, state = tmp_path / "p.toml", tmp_path / "p.toml.state.json"
+    whole = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+    content = json.loads(state.read_text())
+    change(content["found"])
+    state.write_text(json.dumps(content))
+    result = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+    assert result.notes[0].startswith("Begun anew: ")
+    assert f"is damaged ({told}" in result.notes[0]
+    assert result.tuning == whole.tuning
+
+
 # --- what is settled already --------------------------------------------------------------------
 
 
@@ -341,6 +483,66 @@ def test_rules_of_the_given_policy_stay(tmp_path: Path) -> None:
     nothing = tuned(model, batches, 1e-9, metric="cosine", policy=given)
     assert nothing.policy.rule == ()
     assert nothing.policy.default.is_exact
+
+
+class Cut(nn.Module):
+    """A layer that a graph break cuts in two."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layer(x)
+        torch._dynamo.graph_break()
+        return x + self.layer(x)
+
+
+def test_no_rule_says_what_was_not_measured(tmp_path: Path) -> None:
+    model = classifier()
+    model.body.layers[0] = Cut(model.body.layers[0])  # type: ignore[union-attr,operator,index]
+    model.body.forward = lambda x: functools.reduce(  # type: ignore[union-attr]
+        lambda x, layer: x + layer(x), model.body.layers, x
+    )
+    batches = [b.args[0] for b in task(model, 4)]
+    path = tmp_path / "p.toml"
+    given = Policy(rule=[{"layers": "body.layers.[01]*", "rank": 24, "min_seq_len": 0}])
+    result = tuned(model, batches, 0.5, metric="cosine", policy=given, path=path)
+    cut = "body.layers.0.layer"
+    assert "graph break" in result.refused[cut]
+    assert result.chosen.setting["body.layers.1"] == "as given"
+    assert result.policy.resolve("body.layers.1").rank == 24
+    assert result.policy.resolve(cut).is_exact
+    assert f"could not be measured there: {cut}." in result.notes[-1]
+    assert f"1 attention stays exact: {cut}: a graph break" in str(result)
+    assert f"# 1 attention stays exact: {cut}: a graph break" in path.read_text()
+    assert "what cannot be approximated" in str(result)
+    ours = evaluate(model, batches[0::2], ["cosine"], {"p": result.policy})["p"].values["cosine"]
+    assert ours == pytest.approx(result.tuning.value, abs=1e-9)
+    # And where all stays exact, all does.
+    nothing = tuned(model, batches, 1e-12, metric="cosine", policy=given, path=path)
+    assert not nothing.fits
+    noises = evaluate(model, batches, [NOISE], {"p": Policy.load(path)})["p"].values
+    assert noises["noise"] < 1e-10
+
+
+def test_a_policy_that_says_something_else_is_never_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "distr_compile.tuning.measurements.fields_of", lambda policy, layer: {"rank": 17}
+    )
+    batches = [noise(seed, 2, 64) for seed in range(2)]
+    with pytest.raises(RuntimeError, match=r"the policy says .*rank=17.* of 'layers.0'"):
+        tuned(stack(), batches, 0.9, metric="cosine")
+
+
+def test_attentions_that_stay_exact_are_named_a_few_for_each_reason() -> None:
+    lines = _refused_lines({**{f"a.{i}": "too narrow" for i in range(6)}, "": "odd"})
+    assert lines == [
+        "6 attentions stay exact: a.0, a.1, a.2, a.3 and 2 more: too narrow.",
+        "1 attention stays exact: (root): odd.",
+    ]
 
 
 def test_no_look_ahead_where_the_given_policy_forbids_it() -> None:
@@ -403,6 +605,8 @@ shuffled.seed = 0  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"path": "no/such/folder/p.toml"}, "path: got 'no/such/folder/p.toml'"),
+        ({"path": "."}, "accepted: a file in a folder that exists"),
         ({"budget": -1}, "budget: got -1; accepted: a number >= 0"),
         ({"budget": True}, "budget: got True"),
         ({"budget": math.nan}, "budget: got nan"),
@@ -418,7 +622,7 @@ shuffled.seed = 0  # type: ignore[attr-defined]
         ({"candidates": [{"group_size": 1}]}, "candidates: got none"),
         ({"model": stack().train()}, "call model.eval()"),
         ({"model": torch.relu}, "accepted: a torch.nn.Module"),
-        ({"model": nn.Linear(64, 2).eval()}, "got no attention to tune"),
+        ({"model": nn.Linear(64, 2).eval(), "metric": "cosine"}, "got no attention to tune"),
     ],
 )
 def test_mistakes_are_told(change: dict[str, Any], told: str) -> None:
@@ -454,3 +658,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "accepted: a loss such as 0.01 or 1%" in capsys.readouterr().err
     assert main([*arguments, "--budget", "1%", "--metric", "kl"]) == USAGE
     assert "accepted: one, which the budget is of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["--out", "--plot", "--json"])
+def test_the_command_tells_at_once_what_it_could_not_write(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distr_compile.commands.data.load", pytest.fail)
+    files = {"--out": str(tmp_path / "p.toml"), what: str(tmp_path / "none" / "p.svg")}
+    arguments = ["tune", "tests.tiny_models:stack", "--data", "test_tune:inputs", "--budget", "1%"]
+    assert main([*arguments, *itertools.chain(*files.items())]) == USAGE
+    assert f"{what}: got" in capsys.readouterr().err
+    if what == "--plot":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        files[what] = str(tmp_path / "p.svg")
+        assert main([*arguments, *itertools.chain(*files.items())]) == USAGE
+        assert "pip install 'distr-compile[plots]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("metric", "told"), [("top1", "got labels of NoneType"), ("kl", "cosine")])
+def test_a_metric_that_does_not_fit_is_told_before_anything_is_measured(
+    metric: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(measurements, "site_errors", never)
+    with pytest.raises(ValueError, match=told):
+        tuned(stack(), [noise(1, 1, 32), noise(2, 1, 32)], 0.1, metric=metric)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import Any
 
 import pytest
 import torch
 
+from distr_compile.accuracy import sameness
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.metrics import METRICS, Metric, as_metric
 from distr_compile.policy import Policy
+from distr_compile.tuning import halves as halves_module
 from distr_compile.tuning.bounds import loss_with_bound
 from distr_compile.tuning.halves import Halves
 from distr_compile.tuning.written import pattern, policy_text
@@ -80,6 +84,109 @@ def test_held_out_batches_are_spread(share: float, held: list[int]) -> None:
     assert halves.tuning_count == 8 - len(held)
     other = Halves([Batch((torch.full((2,), float(i)),), labels=i) for i in range(8)], share)
     assert other.digest != halves.digest
+
+
+def test_other_data_are_noticed_in_either_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [torch.full((2,), float(i)) for i in range(4)]
+    halves = Halves(lambda: iter(data), 0.5)
+    digested: list[float] = []
+    digest = halves_module._digest
+
+    def counting(batch: Batch) -> str:
+        digested.append(float(batch.args[0][0]))
+        return digest(batch)
+
+    monkeypatch.setattr(halves_module, "_digest", counting)
+    assert len(list(halves.half(held=True))) == 2
+    assert digested == [1, 3]  # those of the other half cost nothing
+    data[2] = torch.zeros(2)
+    assert len(list(halves.half(held=True))) == 2
+    with pytest.raises(ValueError, match="got another batch 2 than there was"):
+        list(halves.half(held=False))
+    del data[3]
+    with pytest.raises(ValueError, match="got 3 batches instead of 4"):
+        list(halves.half(held=True))
+    data += [data[1], data[0]]
+    data[2:4] = [torch.full((2,), float(i)) for i in (2, 3)]
+    with pytest.raises(ValueError, match="got more batches than the 4 there were"):
+        list(halves.half(held=True))
+
+
+# --- what a metric and a model are --------------------------------------------------------------
+
+FACTOR = 2.0
+
+
+def scaled(output: Any, batch: Batch) -> Any:
+    return FACTOR * helper(output)
+
+
+def helper(output: Any) -> Any:
+    return output + 1
+
+
+def of_threshold(threshold: Any) -> Any:
+    return lambda output, batch: output > threshold
+
+
+class Scorer:
+    factor = 1.0
+
+    def __call__(self, output: Any, batch: Batch) -> Any:
+        return self.factor * output
+
+    def method(self, output: Any, batch: Batch) -> Any:
+        return self.factor * output
+
+
+def identity(score: Any) -> str | None:
+    return sameness.of_metric(as_metric(score))
+
+
+def test_metrics_are_known_by_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identity("kl") == "kl"
+    assert identity(lambda o, b: o) != identity(lambda o, b: -o)
+    assert identity(of_threshold(1)) == identity(of_threshold(1)) != identity(of_threshold(2))
+    ours = of_threshold(1)
+    ours.__name__ = "kl"
+    assert identity(ours) not in ("kl", None)
+    before = identity(scaled)
+    assert before == identity(scaled)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "FACTOR", 3.0)
+        assert identity(scaled) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(helper, "__code__", (lambda output: output + 2).__code__)
+        assert identity(scaled) != before
+    assert identity(scaled) == before
+    one, two = (functools.partial(lambda k, o, b: k * o, k) for k in (1, 2))
+    assert identity(one) != identity(two)
+    for unknown in (Scorer(), Scorer().method, of_threshold(Scorer())):
+        assert identity(unknown) is None
+
+
+def test_models_of_equal_weights_differ_in_what_else_they_have() -> None:
+    class Config:
+        heads = 2
+
+        def to_json_string(self) -> str:
+            return str(self.heads)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model.config = Config()  # type: ignore[assignment]
+    model.heads = 2  # type: ignore[assignment]
+    seen = [sameness.of_model(model)]
+    assert sameness.of_model(model) == seen[0]
+    model.heads = 4  # type: ignore[assignment]
+    seen.append(sameness.of_model(model))
+    model.config.heads = 4  # type: ignore[union-attr]
+    seen.append(sameness.of_model(model))
+    model[1].running_mean.fill_(1)  # type: ignore[union-attr,operator]
+    seen.append(sameness.of_model(model))
+    model[0].weight.data.mul_(2)  # type: ignore[operator,union-attr]
+    seen.append(sameness.of_model(model))
+    assert len(set(seen)) == 5
 
 
 @pytest.mark.parametrize(
@@ -156,3 +263,12 @@ def _parsed(text: str) -> dict[str, object]:
     import tomlkit
 
     return tomlkit.parse(text).unwrap()
+
+
+def test_the_benchmark_says_so_where_all_stays_exact() -> None:
+    from benchmarks.tuning import held_out_cells
+
+    nothing = {"layers": 0, "held_out_loss": None, "held_out_at_most": None, "within": True}
+    assert held_out_cells(nothing) == ["all exact", "-", "-"]
+    some = {"layers": 1, "held_out_loss": 0.01, "held_out_at_most": 0.02, "within": False}
+    assert held_out_cells(some) == ["1.00%", "2.00%", "**no**"]
