@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, metric: bool = True) -> No
             action="append",
             metavar="NAME",
             help="top1, top5, perplexity, f1, ..., or pkg.module:function (output, batch) -> one "
-            "score for each example; may be repeated; default: what goes with the data",
+            "score for each example; for regress also several; default: what goes with the data",
         )
     parser.add_argument(
         "--limit", "--batches", type=count, metavar="N", help="batches (default: all)"
