@@ -22,12 +22,17 @@ CLUSTER = 8
 
 @dataclass(frozen=True)
 class Inputs:
-    """Q, K, V of one attention call, ``(B, H, N, d)`` each, as many key heads as query heads."""
+    """Q, K, V of one attention call, ``(B, H, N, d)`` each, as many key heads as query heads.
+
+    A mask is additive, ``(B or 1, H or 1, N, M)``; a scale of 0 stands for d ** -0.5.
+    """
 
     Q: Tensor
     K: Tensor
     V: Tensor
     is_causal: bool = False
+    mask: Tensor | None = None
+    scale: float = 0.0
 
 
 def uniform(trials: int, tokens: int, head_dim: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -88,14 +88,16 @@ def errors(inputs: Inputs, blocks: list[Block]) -> Errors:
         seen = S.new_ones(S.shape[-2:], dtype=torch.bool)
         if inputs.is_causal:
             seen = seen.tril(block.start)
+        scale = inputs.scale or head_dim**-0.5
+        bias = 0 if inputs.mask is None else inputs.mask[:, :, block.start : block.stop, :end]
         exact, ours = (
-            torch.log_softmax((t * head_dim**-0.5).masked_fill(~seen, -torch.inf), -1)
+            torch.log_softmax((t * scale + bias).masked_fill(~seen, -torch.inf), -1)
             for t in (S, Shat)
         )
         output = exact.exp() @ V[:, :, :end]
         wrong_output = wrong_output + _squares(ours.exp() @ V[:, :, :end] - output)
         all_output = all_output + _squares(output)
-        surprise = (exact - ours).masked_fill(~seen, 0)
+        surprise = (exact - ours).masked_fill(exact == -torch.inf, 0)
         kl = kl + (exact.exp() * surprise).sum(-1).mean(1).sum(-1)
     return Errors(
         (wrong_scores / all_scores).sqrt().mean().item(),

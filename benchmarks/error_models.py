@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.error_inputs import Inputs
 from distr_compile.accuracy.batch import Batch
+from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.metrics import as_metric, main_output
+from distr_compile.kernels.reference_projection import counted_rows
 from examples.demo import docstrings
 from tests.zoo import load
 
@@ -160,6 +162,42 @@ def from_zoo(name: str, examples: int) -> Subject:
         return {"cosine": cosine(exact, ours), metric.name: metric.result(rows)}
 
     return Subject(name, zoo.head_dim, inputs, lambda x: main_output(zoo.model(x)), compare)
+
+
+def layers_of_zoo(name: str, examples: int) -> tuple[int, list[Inputs]]:
+    """The head width, and Q, K, V of every layer for some examples, with biases and masks, fp64.
+
+    Rows of Q and K that do not count, such as padding, are 0: so are their scores, exact or not.
+    """
+    zoo = load(name)
+    found: list[Inputs] = []
+
+    def answer(call: Call) -> Tensor:
+        Q, K, V = call.q.double(), call.k.double(), call.v.double()
+        queries, keys = counted_rows(call.mask, Q.shape[2], K.shape[2], K.shape[1], 1)
+        if queries is not None and keys is not None:
+            Q, K = Q * queries[:, :, 0, :, None], K * keys[..., None]
+        mask = call.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        if mask is not None:
+            # Rows that see nothing, which softmax has no answer for, see all: 0 scores, no error.
+            blind = (mask <= torch.finfo(mask.dtype).min / 2).all(-1, keepdim=True)
+            mask = mask.double().masked_fill(blind, 0)
+            mask = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape)
+            mask = mask.expand(-1, -1, Q.shape[2], K.shape[2])
+        causal = call.options["is_causal"]
+        found.append(Inputs(Q, K, V, causal, mask, call.options["scale"]))
+        return call.exact()
+
+    first = zoo.batches[0]
+    some = Batch(
+        tuple(value[:examples] for value in first.args),
+        {name: value[:examples] for name, value in first.kwargs.items()},
+    )
+    with Instrument(answer).on(zoo.model) as run:
+        some.call(run)
+    return zoo.head_dim, found
 
 
 def _main_input(batch: Batch) -> Tensor:

@@ -229,6 +229,9 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         models += told(f"{subject.name}, results", measure_model(subject, (64, 128)))
         if subject.layers(1)[0].is_causal:
             strict += told(f"{subject.name}, strict", measure_strict(subject, sizes))
+    for name in ("digits-deit", "digits-swin", "tagger", "t5"):
+        head_dim, calls = error_models.layers_of_zoo(name, sizes.layer_texts)
+        found += told(f"{name}, layers", _errors(name, calls, head_dim))
     environment = describe("cpu", SOURCES)
     told_of = ("device", "torch", "python", "sources", "commit")
     return {

@@ -172,7 +172,8 @@ def check_results(results: estimator_error.Row, tokens: int, group_sizes: tuple[
     settings = [(row["set"], row["G"], row["block"]) for row in drawn]
     assert settings == [(s, g, b) for s in DRAWS for g in group_sizes for b in blocks]
     models = {"digits-vit", "gpt2", "llama", "MiniLM"}
-    assert {row["set"] for row in results["errors"]} - set(DRAWS) == models
+    with_masks = {"digits-deit", "digits-swin", "tagger", "t5"}
+    assert {row["set"] for row in results["errors"]} - set(DRAWS) == models | with_masks
     assert {row["model"] for row in results["models"]} == models
     assert all(list(row["errors"]) == names for row in results["errors"])
     assert all(list(row["results"]) == ["exact", "uniform", *names] for row in results["models"])
