@@ -73,6 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser, *, metric: bool = True) -> No
     parser.add_argument("--dtype", choices=DTYPES, help="of the model and the pictures")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that run compiled policies and can be interrupted."""
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
+    )
+    parser.add_argument(
+        "--compiler",
+        choices=("eager", "aot_eager", "inductor"),
+        default="eager",
+        help="of the policy's graphs; of tune in its last check (default: eager)",
+    )
+
+
 def load(options: argparse.Namespace) -> Subject:
     """The model and its data.
 

@@ -39,15 +39,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="also write the numbers; FILE.progress makes it resumable"
     )
-    parser.add_argument(
-        "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
-    )
-    parser.add_argument(
-        "--compiler",
-        choices=("eager", "aot_eager", "inductor"),
-        default="eager",
-        help="of the rewritten graph (default: eager)",
-    )
+    data.add_run_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

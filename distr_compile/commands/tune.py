@@ -55,15 +55,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", metavar="FILE", help="also draw the frontier: .png, .svg, .pdf")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers")
-    parser.add_argument(
-        "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
-    )
-    parser.add_argument(
-        "--compiler",
-        choices=("eager", "aot_eager", "inductor"),
-        default="eager",
-        help="of the policy's graphs in the last check (default: eager)",
-    )
+    data.add_run_arguments(parser)
 
 
 def budget(text: str) -> float:

@@ -73,6 +73,7 @@ class Measurements:
     compiler: str
     state: State = field(init=False)
     bar: Progress = field(init=False)
+    _smooth: Metric = field(init=False)
 
     def __post_init__(self) -> None:
         plans = [Policy(default=fields).default for fields in UNIFORM]
@@ -126,7 +127,7 @@ class Measurements:
         self.state.found["refused"] = refused
         self.state.found["layers"] = sorted(set(measured.layers.values()))
         self.state.found["costs"] = {layer: self._costs(layer, measured) for layer in errors}
-        self.state.found["smooth"] = self._smooth().name
+        self.state.found["smooth"] = self._smooth.name
         self.state.keep("errors", errors)
 
     def _costs(self, layer: str, measured: SiteErrors) -> dict[str, float]:
@@ -142,17 +143,15 @@ class Measurements:
     def check_metric(self) -> None:
         """Try the metric on the first batch: that it does not fit is to be told before all else.
 
+        The same output says which smooth measure fits. To be called before ``measure_errors``.
+
         Raises:
             ValueError: no labels, no logits, or what else it asks for.
         """
         batch = next(self.data.half(held=False)).to(device_of(self.model))
         output = batch.call(self.model)
         self.metric.statistic(output, output, batch)
-
-    @torch.no_grad()
-    def _smooth(self) -> Metric:
-        batch = next(self.data.half(held=False)).to(device_of(self.model))
-        return smooth_metric(batch.call(self.model), batch)
+        self._smooth = smooth_metric(output, batch)
 
     def measure_gains(self) -> None:
         """The gain of every layer that has a choice."""
