@@ -40,7 +40,8 @@ class Images:
         dtype: of the pictures.
 
     Raises:
-        TargetError: no such folder, or none with pictures.
+        TargetError: no such folder, none with pictures, or two of one name, which timm would take
+            for one class.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Images:
                 f"--data: no pictures in {folder} ({error}); accepted: a folder with one for each "
                 "class"
             ) from error
+        _check_class_folders(folder, dataset.reader.samples)
         has, wants = len(dataset.reader.class_to_idx), getattr(model, "num_classes", 0)
         self.note = ""
         if has != wants:
@@ -89,6 +91,17 @@ class Images:
             yield Batch((pictures.to(self._dtype),), labels=None if self.note else labels)
 
 
+def _check_class_folders(folder: Path, samples: list[tuple[str, int]]) -> None:
+    found: dict[int, Path] = {}
+    for name, label in samples:
+        other, own = found.setdefault(label, Path(name).parent), Path(name).parent
+        if own != other:
+            raise TargetError(
+                f"--data: got {folder} with {other} and {own}, which would be one class; accepted: "
+                "a folder with one for each class; give the one right above the classes"
+            )
+
+
 def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int) -> list[Batch]:
     """Rows of equally many tokens from a text.
 
@@ -103,10 +116,15 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
             but at most ``MAX_TOKENS``.
 
     Raises:
-        TargetError: the text is shorter than one row, a row has no place for a token or more than
-            the model takes, or the tokenizer has no mask.
+        TargetError: the tokenizer knows no words or has no mask, the text is shorter than one row,
+            or a row has no place for a token or more than the model takes.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if text.strip() and not len(ids):
+        raise TargetError(
+            "--text: got no token from the tokenizer; accepted: a folder with the tokenizer "
+            "beside the model; write it there with tokenizer.save_pretrained(FOLDER)"
+        )
     width = sizes["tokens"] or _width(model, tokenizer)
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     if kind == "causal":

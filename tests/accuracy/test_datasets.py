@@ -68,6 +68,22 @@ def rows(kind: str, tokenizer: Any = None, **sizes: int) -> tuple[torch.Tensor, 
     return torch.cat([batch.kwargs["input_ids"] for batch in batches]), labels
 
 
+def test_classes_of_one_name_in_two_places_are_refused(tmp_path: Path) -> None:
+    for part in ("one", "other"):
+        pictures(tmp_path / part, each=1)
+    with pytest.raises(TargetError, match="which would be one class"):
+        Images(tiny_timm(), tmp_path, 2)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_told() -> None:
+    class Empty:
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": []}
+
+    with pytest.raises(TargetError, match="save_pretrained"):
+        text_batches(None, Empty(), "some text", "causal", batch_size=1, tokens=0)
+
+
 def test_every_token_is_the_label_of_the_one_before() -> None:
     ids = tokenizer_of(MINILM)(TEXT, add_special_tokens=False)["input_ids"]
     inputs, labels = rows("causal")
