@@ -25,6 +25,7 @@ from distr_compile.lowering.dispatch import best_sdpa
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants
+from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import LayerPlan, Policy, PolicyError
 from distr_compile.reporting import GraphReport, Reason, SiteRow
 
@@ -330,6 +331,7 @@ def _compile(
         return aot_eager(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
+    keep_from_fusion(gm)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
 

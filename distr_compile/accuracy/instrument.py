@@ -217,7 +217,7 @@ class Instrument:
         decided = {}
         for label, policy in self.policies.items():
             choice = Chooser(policy, root, frame)(place)
-            decision = decide(site, choice.plan, choice.extra, torch.is_grad_enabled())
+            decision = decide(site, choice.plan, choice.extra)
             reasons = "; ".join(reason.text for reason in decision.reasons)
             decided[label] = Decided(decision, reasons)
         return site, decided

@@ -124,7 +124,6 @@ def apply(
     """
     rows: list[SiteRow] = []
     others: list[NotAttention] = []
-    grad_mode = torch.is_grad_enabled()
     decides_at_run_time = False
     # Choices first: a rewrite takes out the nodes that tell the layer.
     choices = [choose(place) for place in placed]
@@ -140,7 +139,7 @@ def apply(
                 else:
                     others.append(_not_attention(found, name))
             continue
-        decision = decide(found, choice.plan, choice.extra, grad_mode)
+        decision = decide(found, choice.plan, choice.extra)
         is_sdpa = False
         pair = None
         if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":

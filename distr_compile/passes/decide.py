@@ -56,22 +56,19 @@ class Decision:
         return estimator.prefix_sees if self.strict else estimator.sees
 
 
-def decide(
-    site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = (), grad_mode: bool = False
-) -> Decision:
+def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ()) -> Decision:
     """Collect every reason why this site stays exact; approximate it if there is none.
 
     Args:
         site: from :func:`.match.find`.
         plan: the policy's wishes for the site's layer.
         extra: reasons known to the caller, such as a graph shared by layers with different plans.
-        grad_mode: whether autograd records.
     """
     reasons = [*_policy_reasons(site, plan), *extra]
     if not plan.is_exact:  # else no length would change anything
         reasons += _size_reasons(site, plan)
         reasons += _one_block(site, plan)
-    if grad_mode and site.requires_grad:
+    if site.requires_grad:
         reasons.append(Reason("gradients", "gradients are recorded: call under torch.no_grad()"))
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)

@@ -128,6 +128,7 @@ def exact_attention(
     *,
     scale: float,
     is_causal: bool = False,
+    causal_offset: int = 0,
     rank: int,
     estimator: str,
     softcap: float = 0.0,
@@ -151,7 +152,7 @@ def exact_attention(
         assert softcap > 0
         scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
-        seen = torch.ones(rows, columns, dtype=torch.bool).tril()
+        seen = torch.ones(rows, columns, dtype=torch.bool).tril(causal_offset)
         scores = scores.masked_fill(~seen, -torch.inf)
     if mask is not None:
         assert torch.broadcast_shapes(mask.shape, scores.shape) == scores.shape

@@ -15,7 +15,7 @@ from distr_compile.lowering import dispatch
 from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
 from distr_compile.passes.decide import DTYPES, decide, flops
-from distr_compile.passes.site import AddStep, AttentionSite, FillStep, Level
+from distr_compile.passes.site import AddStep, AttentionSite, Causal, FillStep, Level
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -148,11 +148,11 @@ def test_strict_causality_leaves_what_looks_ahead_exact(estimator: str) -> None:
     sees, how = ESTIMATORS[estimator].sees, ESTIMATORS[estimator].strict
     for anything_goes in (
         decide(site(), plan),
-        decide(site(is_causal=True), replace(plan, causal="block")),
+        decide(site(causal=Causal(0)), replace(plan, causal="block")),
     ):
         assert (anything_goes.reasons, anything_goes.strict) == ((), False)
         assert anything_goes.sees == sees
-    decision = decide(site(is_causal=True, mask_kind="causal"), plan)
+    decision = decide(site(causal=Causal(0), mask_kind="causal"), plan)
     text = f"causal is strict, and {estimator} sees {sees}"
     assert decision.reasons == ((Reason("looks-ahead", text),) if how == "never" else ())
     assert decision.strict == (how == "prefix")
@@ -176,7 +176,9 @@ def test_strict_causality_with_a_mask_of_unknown_content(
     node, level = mask(*shape), Level((2, 4, 128, 128))
     given = site(kind="sdpa", mask=node, mask_kind="float")
     added = site(steps=(AddStep(node, 1, level, node),), mask_kind="float")
-    filled = site(steps=(FillStep(node, -1e9, False, level, node),), mask_kind="bool")
+    filled = site(
+        steps=(FillStep(node, -1e9, False, level, node, torch.float32),), mask_kind="bool"
+    )
     for found in (given, added, filled):
         assert codes(found, FORCED) == []
         assert codes(found, STRICT) == (["looks-ahead"] if may_be_causal else [])
@@ -201,7 +203,7 @@ def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
         assert codes(found, strict) == expected
         assert codes(found, PROJECTION) == []
         # Where the graph itself says causal, it says with which offset.
-        causal = replace(found, mask=None, is_causal=True, mask_kind="causal")
+        causal = replace(found, mask=None, causal=Causal(0), mask_kind="causal")
         assert codes(causal, strict) == []
 
 
@@ -214,12 +216,12 @@ def test_the_strict_form_needs_a_second_block() -> None:
         (128, 127, []),
         (symbol(128), 128, []),
     ]:
-        found = site(is_causal=True, mask_kind="causal", num_queries=rows, num_keys=rows)
+        found = site(causal=Causal(0), mask_kind="causal", num_queries=rows, num_keys=rows)
         assert codes(found, replace(strict, grouping_block=block)) == expected
         assert codes(found, replace(strict, grouping_block=block, causal="block")) == []
         calibrated = replace(strict, grouping_block=block, estimator="calibrated")
         assert codes(found, calibrated) == []
-        assert codes(replace(found, is_causal=False, mask_kind="none"), strict) == []
+        assert codes(replace(found, causal=None, mask_kind="none"), strict) == []
 
 
 def test_strict_causality_with_masks_inside_a_fused_call() -> None:
@@ -265,11 +267,11 @@ def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
     assert codes(gpu, LayerPlan()) == []
     (reason,) = decide(replace(gpu, num_keys=99), LayerPlan()).reasons
     assert reason.text == "min(N_q, N_k) is 99, min_seq_len is 100 (auto, f.json)"
-    assert codes(replace(gpu, is_causal=True), LayerPlan()) == ["min-seq-len"]
+    assert codes(replace(gpu, causal=Causal(0)), LayerPlan()) == ["min-seq-len"]
     assert decide(replace(gpu, num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
     monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 32, 16), BreakEven(100, None, "f.json"))
     assert codes(replace(gpu, head_dim=32), LayerPlan()) == []
-    assert codes(replace(gpu, head_dim=32, is_causal=True), LayerPlan()) == ["not-faster"]
+    assert codes(replace(gpu, head_dim=32, causal=Causal(0)), LayerPlan()) == ["not-faster"]
     for unknown in (replace(gpu, head_dim=128), replace(gpu, dtype=torch.float32)):
         assert codes(unknown, LayerPlan()) == ["not-faster"]
     (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons
@@ -293,8 +295,8 @@ def test_a_symbolic_length_is_left_to_the_op(symbolic: str) -> None:
 
 def test_gradients_only_where_they_would_be_recorded() -> None:
     needs = site(requires_grad=True)
-    assert codes(needs, FORCED, grad_mode=True) == ["gradients"]
-    assert codes(needs, FORCED, grad_mode=False) == codes(site(), FORCED, grad_mode=True) == []
+    assert codes(needs, FORCED) == ["gradients"]
+    assert codes(site(), FORCED) == []
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.complex64])
@@ -306,8 +308,8 @@ def test_every_reason_is_collected() -> None:
     shared = Reason("shared-graph", "graph shared by layers a, b")
     hard = site(num_queries=4, num_keys=8, requires_grad=True, dtype=torch.complex64)
     plan = LayerPlan(estimator="lsh-mean", group_size=3, min_seq_len=64, causal="strict")
-    hard = replace(hard, is_causal=True)
-    decision = decide(hard, plan, (shared,), grad_mode=True)
+    hard = replace(hard, causal=Causal(0))
+    decision = decide(hard, plan, (shared,))
     assert [reason.code for reason in decision.reasons] == [
         *("rank", "looks-ahead", "shared-graph", "decode", "min-seq-len", "gradients", "dtype"),
     ]
