@@ -12,9 +12,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from distr_compile.estimators import ESTIMATORS, possible_group_sizes
 from distr_compile.lowering import dispatch
+from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
-from distr_compile.passes.decide import DTYPES, decide, flops
+from distr_compile.passes.decide import DTYPES, decide, decide_bare, flops
 from distr_compile.passes.site import AddStep, AttentionSite, Causal, FillStep, Level
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
@@ -326,3 +327,57 @@ def test_flops() -> None:
     assert flops(site()) == 2 * 2 * 4 * 128 * 128 * (64 + 64)
     one = site(num_queries=symbol(50), num_keys=70, value_dim=32)
     assert flops(one) == 2 * 2 * 4 * 50 * 70 * (64 + 32)
+
+
+# --- the value that is decided ---
+
+
+def test_the_approximation_has_what_the_plan_says() -> None:
+    plan = LayerPlan(rank=24, rounds=2, grouping_block=16, min_seq_len=0, causal="strict")
+    expected = Approximation("projection", 24, block=16, rounds=2)
+    assert decide(site(), plan).approximation == expected
+    assert decide(site(causal=Causal(0)), plan).approximation == replace(expected, strict=True)
+    assert decide(site(), FORCED).approximation == Approximation("lsh-mean", 32)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("causal", ["block", "strict"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", [None, (2, 1, 1, 600), (600, 600)])
+def test_a_bare_shape_is_decided_as_the_site_that_called(
+    name: str, causal: Any, is_causal: bool, mask: tuple[int, ...] | None
+) -> None:
+    node = None
+    if mask is not None:
+        node = fx.Graph().placeholder("mask")
+        node.meta["example_value"] = torch.empty(mask, dtype=torch.bool, device="meta")
+    sizes = {"num_queries": 600, "num_keys": 600}
+    made = site(**sizes, is_causal=is_causal, mask=node, mask_kind="bool" if mask else "none")
+    shape = Shape(
+        *(2, 4, 4, 600, 600, 64, 64, is_causal),
+        None if mask is None else (mask, torch.bool),
+        *(made.dtype, made.device),
+    )
+    for fields in ({"group_size": 2}, {"rank": 16, "grouping_block": 32}, {"group_size": 1}):
+        for length in (0, 600, 601, "auto"):
+            plan = LayerPlan(estimator=name, causal=causal, min_seq_len=length, **fields)
+            decision = decide(made, plan)
+            if "looks-ahead" in [reason.code for reason in decision.reasons]:
+                continue  # of the site only: a candidate that it refuses is left out
+            bare = decide_bare(shape, plan)
+            assert bare == (decision.approximation if decision.is_distr else None)
+
+
+def test_a_bare_decode_step_is_exact() -> None:
+    shape = Shape(1, 4, 4, 15, 600, 64, 64, False, None, torch.float32, torch.device("cpu"))
+    assert decide_bare(shape, FORCED) is None
+    assert decide_bare(shape._replace(num_queries=16), FORCED) is not None
+
+
+def test_a_bare_shape_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = BreakEven(64, 128, "a test")
+    monkeypatch.setattr(decisions, "break_even", lambda *_, **__: found)
+    shape = Shape(1, 4, 4, 100, 100, 64, 64, False, None, torch.float32, torch.device("cpu"))
+    plan = replace(FORCED, min_seq_len="auto")
+    assert decide_bare(shape, plan) == Approximation("lsh-mean", 32)
+    assert decide_bare(shape._replace(causal=Causal(0)), plan) is None
