@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from distr_compile import identity, reporting
+from distr_compile import identity
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.dispatch import best_sdpa
@@ -26,7 +26,8 @@ from distr_compile.lowering.op import count_exact_calls
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants
 from distr_compile.policy import LayerPlan, Policy, PolicyError
-from distr_compile.reporting import GraphReport, Reason, SiteRow
+from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
+from distr_compile.reporting.publish import publish
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report")
@@ -137,11 +138,11 @@ def distr(
     if result is None:
         return compiled
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
-    reporting.publish(result.graph)
+    publish(result.graph)
     if result.owner is not None:
-        reporting.record(result.owner, result.graph, key=result.key, policy=parsed.policy)
+        record(result.owner, result.graph, key=result.key, policy=parsed.policy)
         if parsed.report is not None:
-            reporting.report(result.owner).to_json(parsed.report)
+            report(result.owner).to_json(parsed.report)
     return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
 
 
