@@ -551,8 +551,8 @@ def test_one_model_compiled_with_two_policies_reports_the_latest() -> None:
         torch.testing.assert_close(forced(x), approximate(model, x), **SAME)
     assert decisions(distr_compile.report(model)) == {"": "distr"}
     exact(tokens(batch=3))  # a new graph
-    (row,) = distr_compile.report(model).rows
-    assert row.decision == "exact"
+    assert [row.decision for row in distr_compile.report(model).rows] == ["exact", "exact"]
+    assert distr_compile.report(model) == distr_compile.report(exact)
 
 
 # --- lengths -------------------------------------------------------------------------------------

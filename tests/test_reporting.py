@@ -307,6 +307,7 @@ def test_json_round_trip_keeps_everything(tmp_path):
         "exact": 1,
         "not_attention": 1,
         "graphs": 2,
+        "graphs_without_attention": 0,
         "flops_approximated_percent": pytest.approx(100 * 12 / 13),
     }
 
@@ -343,7 +344,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 2"),
+        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 3"),
         (lambda d: d.pop("schema"), "got schema None"),
         (lambda d: d.pop("graphs"), "missing, unknown or wrong field: 'graphs'"),
         (lambda d: d["graphs"][0].update(colour="red"), "colour"),

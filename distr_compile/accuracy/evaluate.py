@@ -125,7 +125,7 @@ class Compiled:
                 raise inner from None
             raise
         if name not in self.reports:
-            with contextlib.suppress(LookupError):  # no attention, no report
+            with contextlib.suppress(LookupError):  # nothing was compiled, no report
                 self.reports[name] = report(self.model)
         return output
 

@@ -60,6 +60,7 @@ class SiteRow:
         flops: of the exact attention, 2 * B * H * Nq * Nk * (d + dv); symbolic sizes count by their
             hints, 0 when unknown.
         graph: index of the compiled graph.
+        mode: in what state that graph was compiled, see ``GraphReport``.
         site: number of the site within its graph.
         sdpa: the exact site was rewritten to ``F.scaled_dot_product_attention``.
         calls: the live counter of the graph, filled in by ``GraphReport``.
@@ -84,6 +85,7 @@ class SiteRow:
     reasons: tuple[Reason, ...] = ()
     flops: int = 0
     graph: int = 0
+    mode: str = ""
     site: int = 0
     sdpa: bool = False
     calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
@@ -138,6 +140,9 @@ class GraphReport:
         matched: policy patterns that matched an attention of this graph.
         unmatched: policy patterns that name modules of the model but no attention of this graph.
         notes: what else the user should know, such as "graph shared by layers 0, 1".
+        mode: in what state the graph was compiled: "eval" or "train", after the training flag of
+            the module; "eval, grad" and "train, no grad" where grad mode is the other one; of code
+            without a module "grad" or "no grad". Given to every row.
         calls: live counter, site -> calls that ran exactly; shared with the rows.
         failures: live record, site -> why its kernel failed; shared with the rows.
 
@@ -152,6 +157,7 @@ class GraphReport:
     matched: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mode: str = ""
     calls: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
     failures: dict[int, Reason] = field(default_factory=dict, repr=False, compare=False)
 
@@ -162,10 +168,15 @@ class GraphReport:
         for site in sites:
             self.calls.setdefault(site, 0)
         bound = tuple(
-            replace(row, graph=self.index, calls=self.calls, failures=self.failures)
+            replace(row, graph=self.index, mode=self.mode, calls=self.calls, failures=self.failures)
             for row in self.rows
         )
         object.__setattr__(self, "rows", bound)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be said of the graph: it has no attention and nothing like it."""
+        return not (self.rows or self.not_attention or self.notes)
 
     def count_exact(self, site: int, failure: str | None = None) -> None:
         """Count one call in which ``site`` ran exactly; seen by every row of the site at once.

@@ -12,7 +12,7 @@ from typing import Any
 from distr_compile.reporting import plain, table
 from distr_compile.reporting.rows import GraphReport, NotAttention, SiteRow
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,10 +22,15 @@ class Report:
     Attributes:
         parts: the graphs, in the order of compilation.
         name: what the report is about, usually the class name of the model.
+        graphs_without_attention: number of further graphs that were compiled and have neither
+            attention nor anything like it.
+        skipped: sentences about code that PyTorch made no graph of, as far as that is known.
     """
 
     parts: tuple[GraphReport, ...]
     name: str = ""
+    graphs_without_attention: int = 0
+    skipped: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[SiteRow, ...]:
@@ -46,12 +51,12 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes of all graphs, each once."""
-        return _unique(note for part in self.parts for note in part.notes)
+        """Notes of all graphs, each once, and what was skipped."""
+        return _unique([*(note for part in self.parts for note in part.notes), *self.skipped])
 
     @property
     def graphs(self) -> int:
-        """Number of compiled graphs."""
+        """Number of compiled graphs that have an entry here; those without attention have none."""
         return len(self.parts)
 
     @property
@@ -79,6 +84,8 @@ class Report:
 
     def summary(self) -> str:
         """The totals in one line."""
+        if not self.parts and self.graphs_without_attention:
+            return f"no attention in {table.count(self.graphs_without_attention, 'compiled graph')}"
         percent = self.flops_approximated_percent
         parts = [f"{table.count(self.found, 'attention')} in {table.count(self.graphs, 'graph')}"]
         parts.append(f"{self.distr} distr, {self.exact} exact")
@@ -128,9 +135,11 @@ class Report:
                 "exact": self.exact,
                 "not_attention": len(self.not_attention),
                 "graphs": self.graphs,
+                "graphs_without_attention": self.graphs_without_attention,
                 "flops_approximated_percent": self.flops_approximated_percent,
             },
             "unmatched": list(self.unmatched),
+            "skipped": list(self.skipped),
             "graphs": [plain.to_plain(part) for part in self.parts],
         }
 
@@ -163,7 +172,12 @@ class Report:
                 "write the report again with to_json"
             )
         try:
-            return cls(tuple(plain.read_graph(graph) for graph in data["graphs"]), data["name"])
+            return cls(
+                tuple(plain.read_graph(graph) for graph in data["graphs"]),
+                data["name"],
+                data["totals"]["graphs_without_attention"],
+                tuple(data["skipped"]),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"report: missing, unknown or wrong field: {error}") from error
 

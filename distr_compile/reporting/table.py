@@ -39,6 +39,7 @@ class Footnotes:
 def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnotes) -> str:
     """The table of attentions; empty without any."""
     with_graph = not fold and len({row.graph for row in rows}) > 1
+    with_mode = len({row.mode for row in rows}) > 1
     lines = []
     for layer, members in _fold([(row.layer, _said(row)) for row in rows], fold):
         row = rows[members[0]]
@@ -53,7 +54,11 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
             "estimator": _estimator_text(row),
             "reasons": "\n".join(notes.cite(reason, len(members)) for reason in _reasons(row)),
         }
-        lines.append({"graph": str(row.graph), **line} if with_graph else line)
+        if with_mode:
+            line = {"mode": row.mode.replace(", ", ",\n"), **line}
+        if with_graph:
+            line = {"graph": str(row.graph), **line}
+        lines.append(line)
     return _fitted(lines, "layer", width)
 
 
@@ -90,7 +95,8 @@ def _width_text(row: SiteRow, name: str) -> str:
 def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
-        *(row.form, tuple(row.shapes.items()), row.dtype, row.mask, row.decision, row.sdpa),
+        *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask),
+        *(row.decision, row.sdpa),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 
