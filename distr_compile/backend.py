@@ -27,6 +27,7 @@ from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find
 from distr_compile.passes.emit import declare_constants
 from distr_compile.policy import LayerPlan, Policy, PolicyError
 from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
+from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -186,7 +187,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
         decides_at_run_time = outcome.decides_at_run_time
         graph = replace(
             graph,
-            rows=outcome.rows,
+            rows=_with_breaks(outcome.rows, gm, frame),
             not_attention=outcome.not_attention,
             matched=matched,
             unmatched=unmatched,
@@ -298,6 +299,22 @@ def _use_of_rules(
         if rule.layers not in matched and any(map(rule.matches, ran))
     )
     return matched, unmatched
+
+
+def _with_breaks(
+    rows: tuple[SiteRow, ...], gm: fx.GraphModule, frame: identity.FrameModule
+) -> tuple[SiteRow, ...]:
+    """The rows; where a graph break cut an attention in two, with the break and how to avoid it."""
+    if not any(reason.code == "graph-break" for row in rows for reason in row.reasons):
+        return rows
+    own = getattr(gm, "compile_subgraph_reason", None)
+    text = break_before(identity.entered_at(frame), own)
+
+    def said(reason: Reason) -> Reason:
+        is_break = reason.code == "graph-break"
+        return Reason(reason.code, f"{reason.text}. {text}") if is_break else reason
+
+    return tuple(replace(row, reasons=tuple(map(said, row.reasons))) for row in rows)
 
 
 def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ...]:

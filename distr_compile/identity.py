@@ -379,6 +379,22 @@ def _calling_module() -> nn.Module | None:
     return None
 
 
+def entered_at(frame: FrameModule) -> list[tuple[str, int]]:
+    """Files and lines at which the code of a frame is entered, the nearest first.
+
+    Where a resumed function goes on; for any other, the lines of its callers.
+    """
+    places = []
+    if isinstance(frame.code_key, CodeType) and frame.resumed:
+        line = frame.code_key.co_name.rpartition("_")[2]
+        places.append((frame.code_key.co_filename, int(line)))
+    for caller in _callers():
+        if _is_wrapper(caller):
+            break
+        places.append((caller.f_code.co_filename, caller.f_lineno))
+    return places
+
+
 # ------------------------------------------------------------------------------------- the layers
 
 

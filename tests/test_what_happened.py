@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,221 @@ def test_all_pieces_of_a_graph_that_ddp_cuts_are_listed(compiler: str) -> None:
     torch._dynamo.reset()
     function(tokens(width=256))  # the same graphs again: they replace their reports
     assert report(function).graphs == found.graphs == 6
+
+
+# --- graph breaks --------------------------------------------------------------------------------
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+
+
+class Cut(nn.Module):
+    """A break between Q K^T and the softmax."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = scores_of(q, k)
+        torch._dynamo.graph_break()
+        return scores.softmax(-1) @ v
+
+
+class CutBefore(nn.Module):
+    """The softmax is in a function that is entered as a frame, since a break follows in it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_and_break(scores_of(q, k), v)
+
+
+def attend_and_break(scores: Tensor, v: Tensor) -> Tensor:
+    x = scores.softmax(-1) @ v
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def line_of(function: Any, text: str = "graph_break()") -> str:
+    lines, first = inspect.getsourcelines(function)
+    return f"{__file__}:{first + next(i for i, line in enumerate(lines) if text in line)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [(Cut, Cut.forward), (CutBefore, attend_and_break)]
+)
+def test_a_row_that_a_graph_break_cut_says_where_and_how_to_avoid_it(
+    module: type[nn.Module], function: Any
+) -> None:
+    model = module().eval()
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 32)
+    compiled(model)(q, k, v)
+    for found in (report(model), explain(model, q, k, v, policy=FORCED)):
+        (reason,) = found.rows[0].reasons
+        assert reason.code == "graph-break"
+        assert reason.text.startswith("QK^T and the softmax are in different graphs.")
+        assert f"is at {line_of(function)}: Call to `torch._dynamo.graph_break()`" in reason.text
+        assert "Remove the `torch._dynamo.graph_break()` call." in reason.text
+        assert 'TORCH_LOGS="graph_breaks"' in reason.text
+        assert "fullgraph=True" in reason.text
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_cut_of_ddp_is_named_as_such() -> None:
+    class Biased(nn.Module):
+        """The bias of the scores fills a bucket, so that the cut is between them and Q K^T."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.bias = nn.Linear(64, 192), nn.Parameter(torch.randn(512, 512))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+            return (scores_of(q, k) + self.bias).softmax(-1) @ v
+
+    model = nn.parallel.DistributedDataParallel(Biased().eval(), bucket_cap_mb=1)
+    compiled(model)(torch.randn(1, 512, 64))
+    (reason,) = report(model).rows[0].reasons
+    assert reason.code == "graph-break"
+    assert "DDPOptimizer intentional graph-break" in reason.text
+    assert "optimize_ddp = False" in reason.text
+
+
+def test_the_break_that_counts_is_not_the_latest() -> None:
+    model = nn.ModuleDict({"a": Cut(), "b": CutBefore()}).eval()
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 32)
+    functions = {name: compiled(child) for name, child in model.items()}
+    for batch in (2, 3):
+        for function in functions.values():
+            function(q[:, :1].expand(-1, batch, -1, -1), k[:, :1], v[:, :1])
+    for name, code in (("a", Cut.forward), ("b", attend_and_break)):
+        texts = [r.text for row in report(functions[name]).rows for r in row.reasons]
+        assert texts
+        assert all(line_of(code) in text for text in texts)
+
+
+# --- what Dynamo skipped -------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def disabled(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+class CallsDisabled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + 1
+        return disabled(y) * 2
+
+
+class Disabled(Attention):
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class GivenUp(nn.Module):
+    """Dynamo resumes in no loop: it gives up the frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1):
+            x = x + 1
+            torch._dynamo.graph_break()
+            x = self.attention(x)
+        return x
+
+
+def test_disabled_functions_are_named() -> None:
+    model = CallsDisabled().eval()
+    compiled(model)(tokens())
+    found = report(model)
+    at = line_of(CallsDisabled.forward, "disabled(y)")
+    assert found.summary() == "no attention in 2 compiled graphs"
+    assert f"note: {at} calls disabled(), which is marked with" in " ".join(str(found).split())
+    assert Report.from_json(found.to_json()) == found
+
+
+def test_layers_with_a_disabled_forward_are_named_once() -> None:
+    model = nn.Sequential(Attention(), Disabled(), Disabled()).eval()
+    wrapper = nn.ModuleDict({"model": model})
+    compiled(model)(tokens())
+    notes = [note for note in report(model).notes if "disable" in note]
+    assert [note.partition(";")[0] for note in notes] == [
+        "1, 2: Disabled.forward() is marked with torch.compiler.disable"
+    ]
+    assert [n.partition(":")[0] for n in report(wrapper).notes] == ["model.1, model.2"]
+
+
+def test_a_frame_that_dynamo_gave_up_is_named() -> None:
+    model = GivenUp().eval()
+    compiled(model)(tokens())
+    found = report(model)
+    assert decisions(found) == {"attention": "distr"}
+    (note,) = found.notes
+    assert note.startswith("Dynamo gave up GivenUp.forward() (")
+    assert f"at {line_of(GivenUp.forward)}: Call to `torch._dynamo.graph_break()`." in note
+    assert "What it computes itself runs as it is, exactly" in note
+
+
+def test_the_recompile_limit_is_named() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: int) -> Tensor:
+            return (x @ x.transpose(-2, -1) * factor).softmax(-1) @ x
+
+    model, x = Scaled().eval(), torch.randn(1, 2, 32, 64)
+    function = compiled(model, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        function(x, 1), function(x, 2)
+        assert not any("reached" in note for note in report(function).notes)
+        function(x, 3)
+    (note,) = [note for note in report(function).notes if "reached" in note]
+    assert note.startswith("Dynamo reached a recompile limit in Scaled.forward() (")
+
+
+def test_the_error_says_why_nothing_was_compiled() -> None:
+    class Hopeless(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = (x @ x.transpose(-2, -1)).softmax(-1) @ x
+                torch._dynamo.graph_break()
+            return x
+
+    disabled_model, hopeless = Disabled().eval(), Hopeless().eval()
+    compiled(disabled_model)(tokens()), compiled(hopeless)(tokens())
+    with pytest.raises(LookupError, match=r"Disabled\.forward\(\) is marked with torch.compiler"):
+        report(disabled_model)
+    with pytest.raises(LookupError, match=r"Dynamo gave up Hopeless\.forward\(\) .*graph_break"):
+        report(hopeless)
+    with pytest.raises(LookupError) as raised:
+        report(Attention())
+    assert "PyTorch tells" not in str(raised.value)
+    off = torch._dynamo.config.patch(disable=True)
+    with off, pytest.raises(LookupError, match="TORCH_COMPILE_DISABLE=1"):
+        report(Attention())
+
+
+def test_an_error_is_reported_only_where_dynamo_suppressed_it() -> None:
+    model, wrong = Attention().eval(), {"rule": [{"layers": "nothing", "group_size": 2}]}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        compiled(model, wrong)(tokens())
+    with pytest.raises(LookupError) as raised:
+        report(model)
+    assert "PyTorch tells" not in str(raised.value)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        compiled(model, wrong)(tokens())
+        with pytest.raises(LookupError, match='raised: PolicyError: rule 1: layers: got "nothing"'):
+            report(model)
+
+
+def test_reports_do_without_what_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 32)
+    for name in ("graph_break_reasons", "get_compilation_metrics"):
+        monkeypatch.delattr(f"torch._dynamo.utils.{name}")
+    cut, given_up = Cut().eval(), GivenUp().eval()
+    compiled(cut)(q, k, v), compiled(given_up)(tokens())
+    (reason,) = report(cut).rows[0].reasons
+    assert reason.text.startswith("QK^T and the softmax are in different graphs. A graph break ")
+    assert "fullgraph=True" in reason.text
+    assert report(given_up).notes == ()
+    with pytest.raises(LookupError):
+        report(Attention())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from distr_compile.reporting.breaks import skipped
 from distr_compile.reporting.rows import LOCK, DistrWarning, GraphReport
 from distr_compile.reporting.summary import Report
 
@@ -148,15 +149,17 @@ def report(obj: Any) -> Report:
                 if not graphs and part is not owner:  # compiled by itself, in another way
                     graphs = entry.of_latest()
         placed += [(prefix, graph) for graph in graphs]
+    outside = skipped(owner)
     if not placed:
+        known = "".join(f"\nPyTorch tells: {sentence}" for sentence in outside)
         raise LookupError(
             f"no report for {name}: nothing was compiled for it with backend='distr'. Compile the "
             "model with torch.compile(model, backend='distr'), call it once with real inputs, "
-            "then ask for the report of that same model"
+            f"then ask for the report of that same model{known}"
         )
     full = [(prefix, graph) for prefix, graph in placed if not graph.is_empty]
     parts = tuple(graph.placed(i, prefix) for i, (prefix, graph) in enumerate(full))
-    return Report(parts, name, len(placed) - len(full))
+    return Report(parts, name, len(placed) - len(full), outside)
 
 
 def _reference(backend: Any) -> weakref.ref[Any] | None:

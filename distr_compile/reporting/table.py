@@ -164,7 +164,9 @@ def _shape_text(shape: Shape) -> str:
 
 def wrap(text: str, width: int, indent: int = 0) -> str:
     """Break a text into lines, the second and further ones indented."""
-    return textwrap.fill(text, max(width, 12), subsequent_indent=" " * indent)
+    further = " " * indent
+    # Names of files are kept whole.
+    return textwrap.fill(text, max(width, 12), subsequent_indent=further, break_on_hyphens=False)
 
 
 def count(number: int, noun: str) -> str:
