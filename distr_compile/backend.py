@@ -187,12 +187,13 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
         decides_at_run_time = outcome.decides_at_run_time
         graph = replace(
             graph,
-            rows=_with_breaks(outcome.rows, gm, frame),
+            rows=outcome.rows,
             not_attention=outcome.not_attention,
             matched=matched,
             unmatched=unmatched,
             notes=tuple(dict.fromkeys(chooser.notes)),
         )
+        graph = _with_break(graph, gm, frame)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
     return Result(graph, owner, key, decides_at_run_time, backend)
 
@@ -301,20 +302,22 @@ def _use_of_rules(
     return matched, unmatched
 
 
-def _with_breaks(
-    rows: tuple[SiteRow, ...], gm: fx.GraphModule, frame: identity.FrameModule
-) -> tuple[SiteRow, ...]:
-    """The rows; where a graph break cut an attention in two, with the break and how to avoid it."""
-    if not any(reason.code == "graph-break" for row in rows for reason in row.reasons):
-        return rows
+def _with_break(graph: GraphReport, gm: fx.GraphModule, frame: identity.FrameModule) -> GraphReport:
+    """Where a graph break cut an attention in two: with where it is and how to avoid it."""
+    reasons = [r for row in graph.rows for r in row.reasons]
+    reasons += [entry.reason for entry in graph.not_attention]
+    if all(reason.code != "graph-break" for reason in reasons):
+        return graph
     own = getattr(gm, "compile_subgraph_reason", None)
     text = break_before(identity.entered_at(frame), own)
 
     def said(reason: Reason) -> Reason:
         is_break = reason.code == "graph-break"
-        return Reason(reason.code, f"{reason.text}. {text}") if is_break else reason
+        return Reason(reason.code, f"{reason.text.rstrip('.')}. {text}") if is_break else reason
 
-    return tuple(replace(row, reasons=tuple(map(said, row.reasons))) for row in rows)
+    rows = (replace(row, reasons=tuple(map(said, row.reasons))) for row in graph.rows)
+    others = (replace(entry, reason=said(entry.reason)) for entry in graph.not_attention)
+    return replace(graph, rows=tuple(rows), not_attention=tuple(others))
 
 
 def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ...]:

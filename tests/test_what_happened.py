@@ -134,6 +134,7 @@ def test_compiled_functions_have_their_own_report_too() -> None:
     forced(q, k, v), exact(q, k, v)
     assert decisions(report(exact)) == decisions(report(attend)) == {"": "exact"}
     assert decisions(report(forced)) == {"": "distr"}
+    assert {row.mode for row in report(forced).rows} == {"no grad"}
 
 
 def test_an_equal_compile_shares_the_graphs_and_the_report() -> None:

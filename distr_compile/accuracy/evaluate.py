@@ -126,7 +126,7 @@ class Compiled:
             raise
         if name not in self.reports:
             with contextlib.suppress(LookupError):  # nothing was compiled, no report
-                self.reports[name] = report(self.model)
+                self.reports[name] = report(run)
         return output
 
 

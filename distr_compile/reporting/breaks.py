@@ -3,8 +3,8 @@
 Nothing is hooked into. Three things are read that PyTorch keeps anyway (2.11 to 2.14):
 
 * ``graph_break_reasons``: every graph break since the last reset, with its reason and stack;
-* ``get_compilation_metrics()``: the last 64 attempts to compile a frame. A frame that was given up
-  has an error and no guarded code; one at a recompile limit has the error only;
+* ``get_compilation_metrics()``: the last 64 attempts to compile a frame. One that failed has an
+  error and the place of its function; one at a recompile limit only the number of its frame;
 * ``_torchdynamo_disable``: the mark that ``torch.compiler.disable`` leaves on a function.
 
 All of it is private. What is missing is not reported; nothing here raises.
