@@ -470,7 +470,8 @@ def test_more_blocks_than_dynamo_recompiles_one_code() -> None:
     assert [row.decision for row in report.rows] == [
         "exact" if i % 2 else "distr" for i in range(depth)
     ]
-    assert report.notes == ()
+    (note,) = report.notes  # and none about a limit
+    assert note.startswith("Dynamo gave up Broken.forward()")
 
 
 def test_a_module_called_twice() -> None:

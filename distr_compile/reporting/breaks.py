@@ -54,7 +54,7 @@ def break_before(places: Iterable[tuple[str, int]], own: Any) -> str:
         for one in breaks:
             if place in one.stack:
                 at = f"The graph break before it is at {one.at}"
-                return f"{at}: {_first_line(one.text)}.{_hints(one.text)} {_ADVICE}"
+                return f"{at}: {_first_line(one.text)}.{_advice_of(one.text)} {_ADVICE}"
     return f"A graph break lies between them. {_ADVICE}"
 
 
@@ -136,7 +136,7 @@ def _why(code: _Code, attempt: _Attempt) -> str:
             "accumulated_recompile_limit"
         )
     what = f"Dynamo gave up {code}{attempt.at}: {first}"
-    return f"{what}. What it computes itself {_OUTSIDE}.{_hints(attempt.error)}"
+    return f"{what}. What it computes itself {_OUTSIDE}.{_advice_of(attempt.error)}"
 
 
 # --- what PyTorch keeps --------------------------------------------------------------------------
@@ -224,9 +224,10 @@ def _first_line(text: str) -> str:
     return re.sub(r":\s*\n\s*", ": ", text.strip(), count=1).partition("\n")[0].rstrip(".")
 
 
-def _hints(text: str) -> str:
-    """Dynamo's own advice, as it stands in the text of a graph break."""
-    return "".join(f" {hint}" for hint in re.findall(r"^ *Hint: (.+)$", text, flags=re.MULTILINE))
+def _advice_of(text: str) -> str:
+    """Dynamo's own first hint, which is the one for the case at hand."""
+    hint = re.search(r"^ *Hint: (.+)$", text, flags=re.MULTILINE)
+    return f" {hint[1]}" if hint else ""
 
 
 # --- the code of a model -------------------------------------------------------------------------
