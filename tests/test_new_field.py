@@ -136,7 +136,6 @@ def test_candidates_that_differ_in_it_are_two(found: dict[str, Any]) -> None:
     assert found["labels"] == ["lsh-mean G=2", "lsh-mean G=2 seed=1"]
 
 
-@pytest.mark.xfail(strict=True, reason="rewrite.py spells out the op's arguments itself")
 def test_the_compiled_model_has_it(found: dict[str, Any]) -> None:
     assert found["compiled"] > 1e-3
     assert found["metrics"]["0"] != pytest.approx(found["metrics"]["1"], rel=1e-3)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from distr_compile.lowering.call import Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
@@ -52,7 +53,6 @@ def rewrite(
     Raises:
         RefusedError: the operands cannot be laid out; the graph is as it was.
     """
-    plan = decision.plan
 
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
@@ -63,28 +63,11 @@ def rewrite(
             rest = tuple(map(emit.constant, names, bases))
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
-        options: dict[str, Any] = {"softcap": site.softcap} if site.softcap else {}
-        if is_causal and site.causal is not None and site.causal.offset:
-            options["causal_offset"] = site.causal.offset
-        if decision.strict:
-            options["strict"] = True
-        return emit.function(
-            torch.ops.distr.attention.default,
-            q,
-            k,
-            v,
-            mask,
-            *rest,
-            scale=scale,
-            is_causal=is_causal,
-            rank=decision.rank,
-            estimator=plan.estimator,
-            grouping_block=0 if plan.grouping_block == "auto" else plan.grouping_block,
-            rounds=plan.rounds,
-            min_seq_len=decision.min_seq_len,
-            site=number,
-            **options,
-        )
+        offset = site.causal.offset or None if is_causal and site.causal is not None else None
+        scores = Scores(scale, is_causal, offset, site.softcap)
+        arguments = op_arguments(decision.approximation, scores, decision.min_seq_len, number)
+        op = torch.ops.distr.attention.default
+        return emit.function(op, q, k, v, mask, *rest, **arguments)
 
     if site.kind in {"mha", "encoder"}:
         scale = 1.0 / math.sqrt(site.head_dim)

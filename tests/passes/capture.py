@@ -84,9 +84,8 @@ def run(
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         result = run_pass(gm, chosen, change=True)
-        if result is not None:
-            capture.rows += result.graph.rows
-            capture.not_attention += result.graph.not_attention
+        capture.rows += result.graph.rows
+        capture.not_attention += result.graph.not_attention
         _compute_exactly(gm, capture.calls)
         capture.graphs.append(gm)
         return gm.forward

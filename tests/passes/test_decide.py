@@ -352,7 +352,8 @@ def test_a_bare_shape_is_decided_as_the_site_that_called(
         node = fx.Graph().placeholder("mask")
         node.meta["example_value"] = torch.empty(mask, dtype=torch.bool, device="meta")
     sizes = {"num_queries": 600, "num_keys": 600}
-    made = site(**sizes, is_causal=is_causal, mask=node, mask_kind="bool" if mask else "none")
+    causal_by = Causal(0) if is_causal else None
+    made = site(**sizes, causal=causal_by, mask=node, mask_kind="bool" if mask else "none")
     shape = Shape(
         *(2, 4, 4, 600, 600, 64, 64, is_causal),
         None if mask is None else (mask, torch.bool),
