@@ -1,7 +1,8 @@
 """The zoo: tiny real models with random weights, each buildable offline in about a second.
 
 timm models come with small images and few blocks, transformers models from their default config
-with every size shrunk by one table (``SHRUNK``). ``enliven`` then redraws the weights, because at
+with every size shrunk by one table (``SHRUNK``), those of diffusers (``diffusion/``) with sizes
+given by hand. ``enliven`` then redraws the weights, because at
 their own initialisation (std 0.02, layer scales of 1e-5) attention is nearly uniform or nearly
 switched off, and a wrong rewrite would hide in the rounding.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .diffusion import DIFFUSERS, build_diffusers
 
 HEAD_DIM, HEADS, LAYERS, VOCABULARY, TOKENS, TARGET_TOKENS = 32, 2, 2, 128, 24, 20
 HIDDEN = HEAD_DIM * HEADS
@@ -37,15 +40,14 @@ class Case:
 
     def build(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model in eval mode and its inputs (positional ones under "0", "1", ...)."""
-        build = _build_timm if self.source == "timm" else _build_hf
-        model, inputs = build(self)
+        model, inputs = BUILD[self.source](self)
         enliven(model.eval())
         calibrate(model, inputs)
         return model, inputs
 
 
 def cases() -> Iterator[Case]:
-    """Every case of the survey, timm first."""
+    """Every case of the survey: timm, transformers, diffusers."""
     for name in TIMM:
         yield Case("timm", name, "eager")
         if name not in SAME_WHEN_FUSED:
@@ -53,6 +55,9 @@ def cases() -> Iterator[Case]:
     for name, spec in HF.items():
         for variant in spec.variants:
             yield Case("hf", name, variant)
+    for name, entry in DIFFUSERS.items():
+        for variant in entry.variants:
+            yield Case("diffusers", name, variant)
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:
@@ -719,4 +724,10 @@ HF: dict[str, HfSpec] = {
         },
         {**TEXT, "pixel_values": (2, 4, 3, IMAGE, IMAGE)},
     ),
+}
+
+BUILD: dict[str, Callable[[Case], tuple[nn.Module, dict[str, Any]]]] = {
+    "timm": _build_timm,
+    "hf": _build_hf,
+    "diffusers": lambda case: build_diffusers(case.name, case.variant),
 }
