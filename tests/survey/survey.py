@@ -75,6 +75,10 @@ SLICE = (
     "hf:mixtral:sdpa",
     "hf:t5:sdpa",
     "hf:xlnet:eager",
+    "diffusers:AutoencoderKL:eager",
+    "diffusers:CogVideoXTransformer3DModel:sdpa",
+    "diffusers:FluxTransformer2DModel:sdpa",
+    "diffusers:PriorTransformer:eager",
 )
 
 
@@ -205,7 +209,9 @@ def exact_attention(
         scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand_as(scores[..., :1])], -1)
-    return out.copy_(scores.softmax(-1)[..., :keys] @ v.repeat_interleave(heads, 1))
+    hidden = scores.isneginf().all(-1, keepdim=True)  # a row that sees no key is 0
+    weights = scores.softmax(-1).masked_fill(hidden, 0.0)[..., :keys]
+    return out.copy_(weights @ v.repeat_interleave(heads, 1))
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -386,7 +392,8 @@ def summary(results: Iterable[Result]) -> str:
         (
             f"cases            {len(lines)} ({len(lines) - len(clean)} failed), "
             f"{len({line.name for line in clean if line.source == 'timm'})} timm models, "
-            f"{len({line.name for line in clean if line.source == 'hf'})} transformers types",
+            f"{len({line.name for line in clean if line.source == 'hf'})} transformers types, "
+            f"{len({line.name for line in clean if line.source == 'diffusers'})} diffusers classes",
             f"counts equal     {sum(line.count_equal for line in clean)} of {len(clean)} cases "
             f"({total} attention-like operations ran)",
             f"labels agree     {right} of {labelled} sites"
