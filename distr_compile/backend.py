@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,14 @@ class Result:
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
         decides_at_run_time: some op of the graph may still choose exact when it is called.
+        outputs: as in ``Outcome``.
     """
 
     graph: GraphReport
     owner: Any
     key: tuple[Any, ...]
     decides_at_run_time: bool
+    outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
 
 
 def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result | None:
@@ -192,7 +194,8 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result | No
         notes=tuple(dict.fromkeys(chooser.notes)),
     )
     owner = root.key if root is not None else None
-    return Result(graph, owner, _graph_key(gm, frame), outcome.decides_at_run_time)
+    key = _graph_key(gm, frame)
+    return Result(graph, owner, key, outcome.decides_at_run_time, outcome.outputs)
 
 
 @dataclass
