@@ -52,7 +52,6 @@ def run(options: argparse.Namespace) -> int:
     import torch._dynamo.config as dynamo
 
     from distr_compile.explaining import explain
-    from distr_compile.verifying import verify
 
     sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
     verification = None
@@ -60,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
         report = explain(target.model, *target.args, policy=policy, **target.kwargs)
         print(report.table(fold=not options.no_fold))
         if options.verify:
+            from distr_compile.verifying import verify
+
             verification = verify(target.model, *target.args, policy=policy, **target.kwargs)
             print(f"\nverification: {verification}")
     if options.json:
