@@ -249,7 +249,7 @@ def verify(
                 raise
     dtypes = before.dtypes | {t.dtype for t in expected.values()}
     dtypes |= {t.dtype for _, t in named_tensors((args, kwargs), "inputs")}
-    dtypes |= {getattr(torch, row.dtype) for g in watch.called for row in g.rows if row.dtype}
+    dtypes |= {dtype for graph in watch.called for dtype in graph.dtypes.values()}
     name = getattr(model, "__name__", type(model).__name__)
     return Verification(watch.checks(), tuple(_outputs(expected, got, bound_of(dtypes))), name)
 
@@ -351,9 +351,9 @@ class _Site:
     bound: float = 0.0
     why: str = "no call reached it"
 
-    def compare(self, want: Tensor, got: Any, dtype: str) -> None:
+    def compare(self, want: Tensor, got: Any, dtype: torch.dtype | None) -> None:
         """Take one more pair of values into account."""
-        dtypes = {want.dtype, getattr(torch, dtype)} if dtype else {want.dtype}
+        dtypes = {want.dtype, dtype} if dtype else {want.dtype}
         self.bound = max(self.bound, bound_of(dtypes))
         if not isinstance(got, Tensor) or want.shape != got.shape or want.dtype != got.dtype:
             self.error = math.inf
@@ -392,7 +392,8 @@ class _Graph:
         self._at = {
             row.site: self._sites[places[row.site]] for row in self.rows if row.site in places
         }
-        dtypes = {places[row.site]: row.dtype for row in self.rows if row.site in places}
+        self.dtypes = {row.site: _dtype(row, original) for row in self.rows if row.dtype}
+        dtypes = {places[n]: self.dtypes.get(n) for n in places}
         for place, site in self._sites.items():
             _tap(self._original, *place, _Recorder(site))
             _tap(self._follower, *place, _Comparer(site, dtypes[place]))
@@ -424,7 +425,8 @@ class _Graph:
         """One per row."""
         for row in self.rows:
             site = self._at.get(row.site, _Site(why="the pass does not tell what stands for it"))
-            bound = site.bound or (bound_of({getattr(torch, row.dtype)}) if row.dtype else 0.0)
+            known = self.dtypes.get(row.site)
+            bound = site.bound or bound_of({known} if known else set())
             status: Status = "not-verified"
             if site.error is not None:
                 status = "ok" if site.error <= bound else "wrong"
@@ -439,6 +441,16 @@ class _Graph:
                 graph=number,
                 site=row.site,
             )
+
+
+def _dtype(row: SiteRow, gm: fx.GraphModule) -> torch.dtype:
+    """The lowest precision that may have taken part: models in fp64 have softmaxes in fp32."""
+    dtype: torch.dtype = getattr(torch, row.dtype)
+    if dtype != torch.float64:
+        return dtype
+    values = (n.meta.get("example_value") for _, m in _graph_modules(gm) for n in m.graph.nodes)
+    in_single = any(isinstance(v, Tensor) and v.dtype == torch.float32 for v in values)
+    return torch.float32 if in_single else dtype
 
 
 def _decision(row: SiteRow) -> str:
@@ -491,7 +503,7 @@ class _Recorder:
 class _Comparer:
     """Compares with the values kept, in their order, and goes on with them."""
 
-    def __init__(self, site: _Site, dtype: str) -> None:
+    def __init__(self, site: _Site, dtype: torch.dtype | None) -> None:
         self.site, self.dtype, self.__name__ = site, dtype, "compare"
 
     def __call__(self, value: Any, is_rewritten: bool) -> Any:

@@ -297,6 +297,15 @@ def test_bounds_follow_the_dtype(dtype: torch.dtype) -> None:
         assert not distr_compile.verify(model, x().to(dtype)).ok
 
 
+def test_a_softmax_in_single_precision_is_no_fault_of_a_model_in_double() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT, -1, dtype=torch.float32).to(v.dtype) @ v
+
+    found = distr_compile.verify(attend, *torch.randn(3, 1, 2, N, WIDTH).double())
+    assert found.ok
+    assert [row.bound for row in found.rows] == [1e-4]
+
+
 def test_lengths_of_the_policy_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     path = tmp_path / "p.toml"
     path.write_text('[default]\nmin_seq_len = 4096\n[[rule]]\nlayers = "0"\nmin_seq_len = 9999\n')
