@@ -70,14 +70,15 @@ def argument(position: int, change: Callable[..., Any] | None) -> Edit:
     return edit
 
 
-def without(name: str) -> Edit:
-    """Take out the last call of a method or function ``name`` in front of the node."""
+def without(*names: str) -> Edit:
+    """Take out the last call of each method or function in front of the node."""
 
     def edit(graph: fx.Graph, node: fx.Node) -> None:
-        before = list(graph.nodes)[: list(graph.nodes).index(node)]
-        gone = next(n for n in reversed(before) if getattr(n.target, "__name__", n.target) == name)
-        gone.replace_all_uses_with(gone.args[0])  # type: ignore[arg-type]
-        graph.erase_node(gone)
+        for name in names:
+            before = list(graph.nodes)[: list(graph.nodes).index(node)]
+            calls = [n for n in before if getattr(n.target, "__name__", n.target) == name]
+            calls[-1].replace_all_uses_with(calls[-1].args[0])  # type: ignore[arg-type]
+            graph.erase_node(calls[-1])
 
     return edit
 
