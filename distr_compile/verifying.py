@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from distr_compile import identity
 from distr_compile.backend import Result, run_pass
@@ -417,6 +418,7 @@ class _Graph:
         return self._forward(*inputs)
 
     def _beside(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        _LazyGraphModule.force_recompile(graph)  # else its first call prints what it raises
         tensors = clones((x for x in inputs if isinstance(x, Tensor)), keep_grad=False)
         with torch.no_grad():
             graph.forward(*(tensors.get(id(x), x) for x in inputs))
@@ -476,13 +478,14 @@ def _tap(gm: fx.GraphModule, path: str, name: str, see: Callable[[Any, bool], An
 
 
 def _value(value: Any) -> Tensor | None:
-    """The tensor to compare: of several outputs the first; None where nothing has values."""
+    """The tensor to compare: of several outputs the first; None where nothing has values.
+
+    Of a tensor inside a transform (vmap, grad) it is the one underneath, with its batch axes.
+    """
     first = value[0] if isinstance(value, (tuple, list)) and value else value
-    if type(first) not in (Tensor, nn.Parameter):
-        return None  # traced, batched by vmap, distributed, ...
-    if torch._C._functorch.is_functorch_wrapped_tensor(first):
-        return None
-    return first  # type: ignore[no-any-return]
+    while isinstance(first, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(first):
+        first = torch._C._functorch.get_unwrapped(first)
+    return first if type(first) in (Tensor, nn.Parameter) else None  # traced, distributed, ...
 
 
 class _Recorder:
@@ -494,7 +497,7 @@ class _Recorder:
     def __call__(self, value: Any, is_rewritten: bool) -> Any:
         tensor = _value(value)
         if tensor is None:
-            self.site.why = "it runs inside a transform, where it has no value of its own"
+            self.site.why = "its value is not that of a plain tensor"
         else:
             self.site.values.append(tensor.detach().clone())
         return value
@@ -512,7 +515,8 @@ class _Comparer:
             return value
         want = self.site.values.pop(0)
         self.site.compare(want, tensor, self.dtype)
-        if not is_rewritten or want.shape != tensor.shape:
+        first = value[0] if isinstance(value, (tuple, list)) else value
+        if not is_rewritten or first is not tensor or want.shape != tensor.shape:
             return value
         known = torch.empty_like(tensor).copy_(want)
         return (known, *value[1:]) if isinstance(value, (tuple, list)) else known

@@ -129,6 +129,34 @@ def test_a_wrong_rewrite_in_a_body_is_found() -> None:
     assert [(row.layer, row.status) for row in found.rows] == [("block", "wrong")]
 
 
+def test_a_body_that_is_called_twice_is_compared_call_by_call() -> None:
+    block = Spelled(gate=0.0).eval()
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        return block(x)
+
+    def twice(x: Tensor) -> Tensor:
+        return region(region(x) + 1.0)
+
+    with torch.no_grad():
+        assert distr_compile.verify(twice, x()).ok
+        with planted(option(scale=lambda s: 1.1 * s)):
+            found = distr_compile.verify(twice, x())
+    assert {row.status for row in found.rows} == {"wrong"}
+
+
+def test_inside_a_transform_the_tensor_underneath_is_compared() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    policy = {"default": {"group_size": 1, "exact": "keep"}}
+    operands = torch.randn(3, 2, 2, N, WIDTH)
+    found = distr_compile.verify(torch.vmap(attend), *operands, policy=policy)
+    assert found.ok
+    assert [row.error for row in found.rows] == [0.0]
+
+
 def test_a_value_of_zero_verifies_nothing() -> None:
     model = Spelled().eval()
     with torch.no_grad():
