@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distr_compile.tuning.calibrate import Calibration, calibrate
     from distr_compile.tuning.tune import tune
     from distr_compile.tuning.tuned import Tuning
+    from distr_compile.verifying import Verification, verify
 
 __all__ = [
     "Batch",
@@ -35,11 +36,13 @@ __all__ = [
     "Rule",
     "SiteRow",
     "Tuning",
+    "Verification",
     "calibrate",
     "explain",
     "regress",
     "report",
     "tune",
+    "verify",
 ]
 
 _HOMES = {
@@ -52,6 +55,7 @@ _HOMES = {
     "Tuning": "tuning.tuned",
     "tune": "tuning.tune",
     "Metric": "accuracy.metrics",
+    **dict.fromkeys(("Verification", "verify"), "verifying"),
 }
 
 

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,7 @@ class Result:
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
         decides_at_run_time: some op of the graph may still choose exact when it is called.
+        outputs: as in ``Outcome``.
         backend: tells two compiled objects of one owner apart.
     """
 
@@ -164,6 +165,7 @@ class Result:
     owner: Any
     key: tuple[Any, ...]
     decides_at_run_time: bool
+    outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
     backend: object = None
 
 
@@ -177,6 +179,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
     frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
     name = type(root.module).__name__ if root and root.module is not None else frame.function
     graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
+    outputs: Mapping[int, tuple[fx.Graph, str]] = {}
     key = (*_graph_key(gm, frame), graph.mode)
     if placed or frame.limit_note():
         chooser = Chooser(policy, root, frame)
@@ -185,7 +188,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
         declare_constants(gm)
         check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
         matched, unmatched = _use_of_rules(gm, policy, outcome, root)
-        decides_at_run_time = outcome.decides_at_run_time
+        decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
         graph = replace(
             graph,
             rows=outcome.rows,
@@ -196,7 +199,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
         )
         graph = _with_break(graph, gm, frame)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    return Result(graph, owner, key, decides_at_run_time, backend)
+    return Result(graph, owner, key, decides_at_run_time, outputs, backend)
 
 
 def _mode(frame: identity.FrameModule) -> str:

@@ -33,6 +33,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also run the model in eager and rewritten and compare; exit code 1 if they differ",
+    )
     parser.add_argument("--no-fold", action="store_true", help="one line per attention")
 
 
@@ -49,9 +54,15 @@ def run(options: argparse.Namespace) -> int:
     from distr_compile.explaining import explain
 
     sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
+    verification = None
     with torch.no_grad(), sizes or contextlib.nullcontext():
         report = explain(target.model, *target.args, policy=policy, **target.kwargs)
-    print(report.table(fold=not options.no_fold))
+        print(report.table(fold=not options.no_fold))
+        if options.verify:
+            from distr_compile.verifying import verify
+
+            verification = verify(target.model, *target.args, policy=policy, **target.kwargs)
+            print(f"\nverification: {verification}")
     if options.json:
         report.to_json(options.json)
     if report.unmatched:
@@ -59,4 +70,6 @@ def run(options: argparse.Namespace) -> int:
             "no attention is named by " + ", ".join(map(repr, report.unmatched)) + "; see the "
             "layers in the table above"
         )
+    if verification is not None and not verification.ok:
+        raise CommandError(verification.summary())
     return OK

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, auto_grouping_block
 from distr_compile.kernels import reference
-from distr_compile.lowering import cpu, cuda, fixed
+from distr_compile.lowering import cpu, cuda, exactly, fixed
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -160,6 +160,8 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
+    if exactly.is_computing_exactly():
+        return _lay_out(exactly.attention(q, k, v, mask, **softmax))
     short = _is_short(q.shape[2], k.shape[2], min_seq_len)
     if short:
         _tell_exact(site, None)

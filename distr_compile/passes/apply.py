@@ -74,6 +74,11 @@ class Outcome:
     decides_at_run_time: bool
     names: dict[int, str]
     """Number of a site -> its name in a file of bases."""
+    outputs: dict[int, tuple[fx.Graph, str]]
+    """Number of a row -> its graph and the name that its output had there before any rewrite.
+
+    The node that took its place carries that name in ``meta[STANDS_FOR]``.
+    """
 
 
 def find_all(module: fx.GraphModule) -> list[Placed]:
@@ -129,12 +134,16 @@ def apply(
     choices = [choose(place) for place in placed]
     site_names = _site_names(placed, choices)
     named: dict[int, str] = {}
+    outputs: dict[int, tuple[fx.Graph, str]] = {}
     for place, choice, in_file in zip(placed, choices, site_names, strict=True):
         found = place.found
         names = (choice.name, *choice.repeats)
+        output = found.anchor if isinstance(found, Unmatched) else found.output
+        stands = (place.graph, output.name)
         if isinstance(found, Unmatched):
             for name in names:
                 if found.attention:
+                    outputs[len(rows)] = stands
                     rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
                 else:
                     others.append(_not_attention(found, name))
@@ -151,8 +160,9 @@ def apply(
         decides_at_run_time |= decision.is_distr and decision.min_seq_len > 0
         decides_at_run_time |= decision.is_distr and not isinstance(found.num_queries, int)
         for name in names:
+            outputs[len(rows)] = stands
             rows.append(_row(found, name, decision, is_sdpa, len(rows)))
-    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named)
+    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
 
 
 def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:

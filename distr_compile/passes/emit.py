@@ -13,6 +13,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+STANDS_FOR = "distr_stands_for"
+"""Key in the metadata of the node that took a site's place: the name of the site's output."""
+
 
 def erase_idle(graph: fx.Graph, node: fx.Node) -> None:
     """Take out a node of which nothing comes (:func:`.vocabulary.is_idle`), and its readers."""
@@ -86,6 +89,11 @@ class Emitter:
             node.meta["example_value"] = fake.fake_mode.from_tensor(value)
         self._made.append(node)
         return node
+
+    def stand_for(self, output: fx.Node, node: fx.Node) -> None:
+        """Let ``node`` take the place of a site's output."""
+        output.replace_all_uses_with(node)
+        node.meta[STANDS_FOR] = output.name
 
     def undo(self) -> None:
         """Take out everything written so far; nothing may read it yet."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.emit import Emitter, erase_idle
+from distr_compile.passes.emit import STANDS_FOR, Emitter, erase_idle
 from distr_compile.passes.memory import Memory
 from distr_compile.passes.site import AttentionSite, Causal, RefusedError
 from distr_compile.passes.vocabulary import shape_of
@@ -158,6 +158,7 @@ def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Attend) ->
     if not is_batched:
         out = emit.method("squeeze", out, 1)
     out = emit.function(F.linear, out, a["out_proj_weight"], a["out_proj_bias"])
+    out.meta[STANDS_FOR] = site.output.name
     for user in list(site.anchor.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
@@ -218,7 +219,7 @@ def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Attend) -> No
     else:
         x = norm(emit.function(torch.add, x, self_attention(x)), 1)
         x = norm(emit.function(torch.add, x, feed_forward(x)), 2)
-    site.anchor.replace_all_uses_with(x)
+    emit.stand_for(site.output, x)
 
 
 def _encoder_mask(a: dict[str, Any], emit: Emitter) -> fx.Node | None:

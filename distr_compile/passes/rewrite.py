@@ -160,7 +160,7 @@ def _replace(graph: fx.Graph, site: AttentionSite, attend: Any, *, share_heads: 
     except RefusedError:
         emit.undo()
         raise
-    site.output.replace_all_uses_with(out)
+    emit.stand_for(site.output, out)
     for reader, node in readers:
         _read_sizes(graph, reader, node)
     for node in sorted(site.interior, reverse=True):

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from distr_compile.comparing import named_tensors, relative_error
+from distr_compile.lowering.exactly import computing_exactly
 
 from .labels import agreement, census, parse, read_labels, spell
 from .models import Case, cases, split
@@ -88,7 +89,7 @@ class Result:
 
     ``distr``, ``exact`` and ``found`` are decisions under ``APPROXIMATE``; ``max_rel_err`` is the
     worst output under ``EXACT`` against eager, ``max_rel_err_op`` under ``APPROXIMATE`` with
-    ``exact_attention`` in the place of the estimate: it checks every argument the op was given.
+    exact attention in the place of the estimate: it checks every argument the op was given.
     ``right`` of ``labelled`` sites agree with the hand labels; ``inductor_fused`` is what
     Inductor's own ``fuse_attention`` pass rewrites of an eager spelling (0 for the others).
     """
@@ -146,7 +147,7 @@ def _measure(case: Case, result: Result, inductor: bool) -> Result:
     with torch.no_grad():
         report = explain(model, *args, policy=APPROXIMATE, **kwargs)
     kept = run_compiled(model, inputs, EXACT)
-    with mock.patch("distr_compile.lowering.cpu.attention", exact_attention):
+    with computing_exactly():
         rewritten = run_compiled(model, inputs, APPROXIMATE)
     found = census(report)
     label = read_labels().get((case.source, case.name, case.variant))
@@ -164,8 +165,8 @@ def _measure(case: Case, result: Result, inductor: bool) -> Result:
         right=right,
         labelled=labelled,
         inductor_fused=fused,
-        max_rel_err=float(f"{relative_error(expected, kept):.1e}"),
-        max_rel_err_op=float(f"{relative_error(expected, rewritten):.1e}"),
+        max_rel_err=float(f"{worst_error(expected, kept):.1e}"),
+        max_rel_err_op=float(f"{worst_error(expected, rewritten):.1e}"),
         graphs=report.graphs,
     )
 
@@ -180,64 +181,13 @@ def run_compiled(model: nn.Module, inputs: Mapping[str, Any], policy: dict[str, 
         return torch.compile(model, backend="distr", options=options)(*args, **kwargs)
 
 
-def exact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int,
-    softcap: float,
-    sinks: Tensor | None,
-    out: Tensor,
-    **estimate: Any,
-) -> Tensor:
-    """Attention by its formula, from the arguments that the op hands to its CPU implementation."""
-    heads = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(heads, 1).transpose(-2, -1) * scale
-    keys = scores.shape[-1]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(causal_offset)
-        scores = scores.masked_fill(~visible, -torch.inf)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand_as(scores[..., :1])], -1)
-    hidden = scores.isneginf().all(-1, keepdim=True)  # a row that sees no key is 0
-    weights = scores.softmax(-1).masked_fill(hidden, 0.0)[..., :keys]
-    return out.copy_(weights @ v.repeat_interleave(heads, 1))
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Every floating tensor of a nested output, in order (model outputs are ordered dicts)."""
-    leaves = pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def relative_error(expected: Any, got: Any) -> float:
-    """The worst relative Frobenius error over all tensors of two outputs of one model.
+def worst_error(expected: Any, got: Any) -> float:
+    """The worst relative error over all floating tensors of two outputs of one model.
 
     Equal infinities (masked logits) and NaN in the same place count as equal.
     """
-    worst = 0.0
-    for one, other in zip(tensors(expected), tensors(got), strict=True):
-        a, b = one.double(), other.double()
-        finite = a.isfinite()
-        if not torch.equal(finite, b.isfinite()):
-            return float("inf")
-        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-            return float("inf")
-        a, b = a[finite], b[finite]
-        norm = a.norm().item()
-        error = (a - b).norm().item()
-        worst = max(worst, error / norm if norm else error)
-    return worst
+    pairs = zip(named_tensors(expected), named_tensors(got), strict=True)
+    return max((relative_error(one, other) for (_, one), (_, other) in pairs), default=0.0)
 
 
 def inductor_fusions(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -1,0 +1,201 @@
+"""Run a model twice from one state, and leave it as it was: its tensors, attributes, random state.
+
+Nothing here knows of attention. :func:`clones` and :func:`copied` copy what a call is given,
+:class:`Snapshot` keeps what the modules of a model hold, :class:`RandomState` the generators.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The default generators of torch (every device in use), NumPy and Python."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they stand."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        return cls(torch.get_rng_state(), tuple(cuda), np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        """Let the next random numbers be those that would have come then."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+def clones(tensors: Iterable[Tensor], *, keep_grad: bool = True) -> dict[int, Tensor]:
+    """Copies of tensors, by the ``id`` of each; tensors that share memory have copies that do.
+
+    Args:
+        tensors: of any kind. Those that are no plain strided tensors are cloned one by one, and so
+            are results of a recorded operation, whose copies are results too.
+        keep_grad: copies require a gradient where the tensors do; else none does.
+    """
+    copies: dict[int, Tensor] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        if id(tensor) in copies:
+            continue
+        with torch.no_grad():
+            if _is_plain(tensor):
+                source = tensor.untyped_storage()
+                if source._cdata not in storages:
+                    storages[source._cdata] = source.clone()
+                place = (tensor.storage_offset(), tensor.size(), tensor.stride())
+                new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                new = new.set_(storages[source._cdata], *place)  # type: ignore[call-overload]
+            else:
+                new = tensor.detach().clone()
+        if keep_grad and tensor.requires_grad:
+            new.requires_grad_()
+            new = new if tensor.is_leaf else new.clone()
+        copies[id(tensor)] = new
+    return copies
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+        and tensor.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def copied(arguments: Any) -> Any:
+    """A copy of the arguments of a call that shares no tensor with them.
+
+    Objects are copied deeply, such as a cache of keys and values; where one cannot be, the tensors
+    in lists, tuples and dicts are copied and the objects are shared.
+    """
+    leaves = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    copies = clones(leaves)
+    try:
+        return copy.deepcopy(arguments, dict(copies))
+    except Exception:  # whatever an object of the user's may raise
+        return pytree.tree_map(lambda x: copies.get(id(x), x), arguments)
+
+
+def modules_of(model: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
+    """A module and its submodules; of a function those that it closes over or finds as globals."""
+    if isinstance(model, nn.Module):
+        return list(model.named_modules())
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return list(owner.named_modules())
+    function = inspect.unwrap(model)
+    if not inspect.isfunction(function):
+        return []
+    used = inspect.getclosurevars(function)
+    roots = {**used.nonlocals, **used.globals}
+    return [
+        (".".join(part for part in (root, name) if part), module)
+        for root, value in roots.items()
+        if isinstance(value, nn.Module)
+        for name, module in value.named_modules()
+    ]
+
+
+class Snapshot:
+    """What the modules of a model hold now: tensors by value, attributes and containers by item.
+
+    Parameters, buffers and other tensors in attributes, lists, tuples, dicts and sets are kept by
+    value, which takes as much memory again. Objects of other classes are kept as references.
+
+    Args:
+        model: a module or a function, see :func:`modules_of`.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: dict[int, tuple[str, Tensor]] = {}
+        seen: set[int] = set()
+        for name, module in modules_of(model):
+            self._keep(module.__dict__, name, seen)
+        self._values = clones((t for _, t in self._tensors.values()), keep_grad=False)
+
+    def _keep(self, value: Any, name: str, seen: set[int]) -> None:
+        if isinstance(value, Tensor):
+            self._tensors.setdefault(id(value), (name, value))
+            return
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, set)):
+            return
+        seen.add(id(value))
+        if not isinstance(value, tuple):
+            self._containers.append((value, copy.copy(value)))
+        for key, item in _items(value):
+            hidden = isinstance(key, str) and key in ("_parameters", "_buffers", "_modules")
+            self._keep(item, name if hidden else f"{name}.{key}".strip("."), seen)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the floating tensors."""
+        return {t.dtype for _, t in self._tensors.values() if t.is_floating_point()}
+
+    def written(self) -> dict[str, Tensor]:
+        """Copies of the tensors that are no longer what they were, by name."""
+        return {
+            name: tensor.detach().clone()
+            for key, (name, tensor) in self._tensors.items()
+            if not _same(tensor, self._values[key])
+        }
+
+    def restore(self) -> None:
+        """Make everything as it was when this snapshot was taken."""
+        for container, before in self._containers:
+            if _is_as_before(container, before):
+                continue
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        for key, (_, tensor) in self._tensors.items():
+            if _same(tensor, self._values[key]):
+                continue
+            # Through .data: what autograd has saved of this tensor stays valid.
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.data.copy_(self._values[key])
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items()) if isinstance(value, dict) else enumerate(value)
+
+
+def _is_as_before(container: Any, before: Any) -> bool:
+    if isinstance(container, set):
+        return bool(container == before)
+    now, then = list(_items(container)), list(_items(before))
+    return len(now) == len(then) and all(
+        (a is b or a == b) and x is y for (a, x), (b, y) in zip(now, then, strict=True)
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.device.type == "meta" or a.shape != b.shape:
+        return a.device.type == "meta"
+    if a.layout is not torch.strided or a.is_nested or a.is_quantized:
+        return True  # not compared: hardly ever written in place
+    return (
+        bool(((a == b) | (a.isnan() & b.isnan())).all())
+        if a.is_floating_point()
+        else bool((a == b).all())
+    )
