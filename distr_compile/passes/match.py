@@ -106,8 +106,11 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
             raise RefusedError("flex", "flex_attention: its score function is left as it is")
         return _left_alone(site, flow)
     except RefusedError as refused:
+        value = voc.tensor_of(node)
         if refused.attention and node in flow.memory.transformed:
             refused = RefusedError("transform", _TRANSFORM)
+        elif refused.attention and value is not None and not is_plain_fake(value):
+            refused = RefusedError("tensor-subclass", f"a tensor is a {type(value).__name__}")
         form = walk.form() if kind == "softmax" else target_name(node).strip("_")
         flops = _flops(node, kind, flow) if refused.attention else 0
         return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
@@ -263,11 +266,12 @@ class _Walk:
             source: Any = getattr(op, "x", None)
             if isinstance(op, voc.Add):
                 if maximum := _row_maximum(op, node):
-                    if flow.memory.writers(op.x, op.x, node):
+                    made = flow.now(op.x, node)
+                    if any(flow.memory.writers(made, n, node) for n in maximum - {node}):
                         raise RefusedError("in-place-write", "the scores are written in place")
                     self._refuse_shift(capped)
                     self.interior.extend(maximum - {node})
-                    node = op.x
+                    node = made
                     continue
                 source, term, first = self._scores_side(op.x, op.y)
                 if not first and op.alpha != 1:

@@ -579,3 +579,52 @@ def test_attention_of_attention(which: str, sdpa: bool) -> None:
         got, found = run(function, inputs, 2, compiler="eager")
         assert set(found) == {"distr"}
         assert worst(got, function(*inputs)) < 2e-5
+
+
+def test_transforms_around_the_compiled_function() -> None:
+    q, k, v = (normal(B, H, N, D) for _ in range(3))
+    policy = {"default": {"group_size": 2, "min_seq_len": 0}}
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        plain, backend="distr", options={"policy": policy, "compiler": "eager"}
+    )
+    for called in (
+        lambda f: torch.vmap(f)(q, k, v),
+        lambda f: torch.func.grad(lambda x: f(x, k, v).sum())(q),
+        lambda f: torch.func.jvp(lambda x: f(x, k, v), (q,), (k,))[1],
+        lambda f: _tangent(f, q, k, v),
+    ):
+        torch.testing.assert_close(called(compiled), called(plain), rtol=1e-4, atol=1e-5)
+
+
+def _tangent(f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    import torch.autograd.forward_ad as forward_ad
+
+    with torch.no_grad(), forward_ad.dual_level():
+        out = f(forward_ad.make_dual(q, k), k, v)
+        tangent = forward_ad.unpack_dual(out).tangent
+        assert tangent is not None
+        return tangent
+
+
+def test_distributed_tensors_are_left_alone(tmp_path: Any) -> None:
+    """One process; at default options too, where an exact site would become SDPA."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rdzv", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        inputs = [normal(B, H, N, D) for _ in range(3)]
+        sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in inputs]
+        for policy in ({}, {"default": {"group_size": 2, "min_seq_len": 0}}):
+            torch._dynamo.reset()
+            options = {"policy": policy, "compiler": "eager"}
+            compiled = torch.compile(plain, backend="distr", options=options)
+            with torch.no_grad():
+                out = compiled(*sharded).full_tensor()
+            assert worst(out, plain(*inputs)) < 1e-6
+            assert [x.code for r in report(compiled).rows for x in r.reasons] == ["tensor-subclass"]
+    finally:
+        dist.destroy_process_group()

@@ -41,7 +41,6 @@ MISSES = {
     "added inside the cap": "soft-cap",
     "per key": "scores-edited",
     "shifted before the sink": "sinks",
-    "not rebound": "in-place-write",
     "queries written": "in-place-write",
     "shown by 0": "scores-edited",
 }
@@ -67,6 +66,7 @@ class Spelling:
     dropout: str
     side: str  # of the weights in the product with V
     after: str
+    is_written: bool
     miss: str = ""
     constant: float = field(default=0.17)
 
@@ -99,6 +99,7 @@ def spellings(draw: st.DrawFn, miss: bool = False) -> Spelling:
         dropout=one("", "", "off", "p=0"),
         side=one("left", "left", "right"),
         after=one("", "tokens", "view", "reshape"),
+        is_written=one(False, False, True),
         miss=name,
     )
 
@@ -223,8 +224,8 @@ def attend(s: Spelling, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor) -> Any:
         scores = masked(scores, mask, s, list(terms))
     if s.miss == "shown by 0":
         scores = scores.masked_fill(~keep, 0.0)
-    if s.miss == "not rebound":
-        scores.add_(bias)
+    if s.is_written:
+        scores.add_(bias)  # not rebound: the name stands for what is written
     if "last" in s.scale:
         scores = scores * 0.9
     extra = scores.sum() if s.miss == "scores read twice" else 0.0
