@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes. PYTHON picks the interpreter.
 PYTHON ?= python3
-PYTHON_OLDEST ?= $(shell command -v python3.12 || command -v $(PYTHON))
+# The first of these that runs: a name on the path need not, it may be a version manager's.
+PYTHON_OLDEST ?= python3.12 python3.13 python3.11 python3.10 $(PYTHON)
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -73,8 +74,14 @@ $(VENV)/stamp: pyproject.toml
 	$(BIN)/python -m pip install --editable '.[zoo,dev]'
 	touch $@
 
-# The interpreter of Triton 3.6, which comes with torch 2.11, fails with numpy >= 2.4.
+# torch 2.11 and its Triton 3.6 have wheels for Python 3.10 to 3.14; that Triton's interpreter fails with numpy >= 2.4.
 $(OLDEST)/stamp: pyproject.toml
-	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	@for python in $(PYTHON_OLDEST); do \
+		$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
+			2>/dev/null && { echo "$$python -m venv $(OLDEST)"; exec $$python -m venv $(OLDEST); }; \
+	done; \
+	echo 'No Python from 3.10 to 3.14 runs here, of: $(PYTHON_OLDEST).' \
+		'Install one, or name one: make test-oldest PYTHON_OLDEST=/path/to/python3' >&2; \
+	exit 1
 	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,dev]'
 	touch $@

@@ -186,8 +186,7 @@ def layers_of_zoo(name: str, examples: int) -> tuple[int, list[Inputs]]:
             mask = mask.double().masked_fill(blind, 0)
             mask = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape)
             mask = mask.expand(-1, -1, Q.shape[2], K.shape[2])
-        causal = call.options["is_causal"]
-        found.append(Inputs(Q, K, V, causal, mask, call.options["scale"]))
+        found.append(Inputs(Q, K, V, call.scores.is_causal, mask, call.scores.scale))
         return call.exact()
 
     first = zoo.batches[0]

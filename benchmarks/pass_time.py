@@ -85,7 +85,7 @@ def timed_passes() -> Iterator[Measured]:
         result = run_pass(gm, *args, **kwargs)
         measured.seconds += time.perf_counter() - start
         measured.cpu += time.thread_time() - start_cpu
-        measured.sites += len(result.graph.rows) if result is not None else 0
+        measured.sites += len(result.graph.rows)
         return result
 
     with mock.patch.object(backend, "run_pass", timed):

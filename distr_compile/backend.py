@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from distr_compile import identity, reporting
+from distr_compile import identity
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.dispatch import best_sdpa
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants
+from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import LayerPlan, Policy, PolicyError
-from distr_compile.reporting import GraphReport, Reason, SiteRow
+from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
+from distr_compile.reporting.breaks import break_before
+from distr_compile.reporting.publish import publish
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report")
@@ -134,14 +137,14 @@ def distr(
     result = run_pass(gm, parsed.policy, change=True)
     with _exact_kernels(result, example_inputs):
         compiled = _compile(gm, example_inputs, parsed, name)
-    if result is None:
-        return compiled
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
-    reporting.publish(result.graph)
+    if not result.graph.is_empty:
+        publish(result.graph)
     if result.owner is not None:
-        reporting.record(result.owner, result.graph, key=result.key, policy=parsed.policy)
+        of_compile = {"policy": parsed.policy, "backend": result.backend}
+        record(result.owner, result.graph, key=result.key, **of_compile)
         if parsed.report is not None:
-            reporting.report(result.owner).to_json(parsed.report)
+            report(result.owner).to_json(parsed.report)
     return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
 
 
@@ -154,6 +157,7 @@ class Result:
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
         decides_at_run_time: some op of the graph may still choose exact when it is called.
+        backend: tells two compiled objects of one owner apart.
         outputs: as in ``Outcome``.
     """
 
@@ -161,41 +165,51 @@ class Result:
     owner: Any
     key: tuple[Any, ...]
     decides_at_run_time: bool
+    backend: object = None
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
 
 
-def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result | None:
-    """Match, decide and rewrite (if ``change``) one graph, inside a backend call.
-
-    Returns:
-        ``None`` for a graph that has nothing to report.
-    """
+def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
+    """Match, decide and rewrite (if ``change``) one graph, inside a backend call."""
     root = identity.find_root()
     if root is not None and root.module is not None:
         policy.check_layers(sorted({name for names in root.names.values() for name in names}))
     placed = find_all(gm)
     # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
     frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
-    if not placed and not frame.limit_note():
-        return None
-    chooser = Chooser(policy, root, frame)
-    bases = BasesOfModel(policy, root.module if root is not None else None)
-    outcome = apply(placed, chooser, bases, change=change)
-    declare_constants(gm)
-    check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
-    matched, unmatched = _use_of_rules(gm, policy, outcome, root)
-    graph = GraphReport(
-        index=0,
-        root=type(root.module).__name__ if root and root.module is not None else frame.function,
-        rows=outcome.rows,
-        not_attention=outcome.not_attention,
-        matched=matched,
-        unmatched=unmatched,
-        notes=tuple(dict.fromkeys(chooser.notes)),
-    )
-    owner = root.key if root is not None else None
-    key = _graph_key(gm, frame)
-    return Result(graph, owner, key, outcome.decides_at_run_time, outcome.outputs)
+    name = type(root.module).__name__ if root and root.module is not None else frame.function
+    graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
+    outputs: Mapping[int, tuple[fx.Graph, str]] = {}
+    key = (*_graph_key(gm, frame), graph.mode)
+    if placed or frame.limit_note():
+        chooser = Chooser(policy, root, frame)
+        bases = BasesOfModel(policy, root.module if root is not None else None)
+        outcome = apply(placed, chooser, bases, change=change)
+        declare_constants(gm)
+        check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
+        matched, unmatched = _use_of_rules(gm, policy, outcome, root)
+        decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
+        graph = replace(
+            graph,
+            rows=outcome.rows,
+            not_attention=outcome.not_attention,
+            matched=matched,
+            unmatched=unmatched,
+            notes=tuple(dict.fromkeys(chooser.notes)),
+        )
+        graph = _with_break(graph, gm, frame)
+    owner, backend = (root.key, root.backend) if root is not None else (None, None)
+    return Result(graph, owner, key, decides_at_run_time, backend, outputs)
+
+
+def _mode(frame: identity.FrameModule) -> str:
+    """Grad mode and training flag: a graph of training is another one than that of evaluation."""
+    grad = torch.is_grad_enabled()
+    if frame.module is None:
+        return "grad" if grad else "no grad"
+    if frame.module.training:
+        return "train" if grad else "train, no grad"
+    return "eval, grad" if grad else "eval"
 
 
 @dataclass
@@ -292,29 +306,46 @@ def _use_of_rules(
     return matched, unmatched
 
 
+def _with_break(graph: GraphReport, gm: fx.GraphModule, frame: identity.FrameModule) -> GraphReport:
+    """Where a graph break cut an attention in two: with where it is and how to avoid it."""
+    reasons = [r for row in graph.rows for r in row.reasons]
+    reasons += [entry.reason for entry in graph.not_attention]
+    if all(reason.code != "graph-break" for reason in reasons):
+        return graph
+    own = getattr(gm, "compile_subgraph_reason", None)
+    text = break_before(identity.entered_at(frame), own)
+
+    def said(reason: Reason) -> Reason:
+        is_break = reason.code == "graph-break"
+        return Reason(reason.code, f"{reason.text.rstrip('.')}. {text}") if is_break else reason
+
+    rows = (replace(row, reasons=tuple(map(said, row.reasons))) for row in graph.rows)
+    others = (replace(entry, reason=said(entry.reason)) for entry in graph.not_attention)
+    return replace(graph, rows=tuple(rows), not_attention=tuple(others))
+
+
 def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ...]:
     """Names a graph among those of one model: a graph compiled again replaces its report."""
-    inputs = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    # A symbol's name changes from compile to compile.
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    # A symbol's name changes from compile to compile. The names of tensors tell the pieces apart
+    # into which DDPOptimizer cuts one graph: equal layers have inputs of equal shapes.
     shapes = [
-        (tuple(s if isinstance(s, int) else "?" for s in v.shape), str(v.dtype))
-        for v in inputs
-        if isinstance(v, torch.Tensor)
+        (node.name, tuple(s if isinstance(s, int) else "?" for s in v.shape), str(v.dtype))
+        for node in inputs
+        if isinstance(v := node.meta.get("example_value"), torch.Tensor)
     ]
     module = id(frame.module) if frame.module is not None else 0
     return (frame.code_key, module, tuple(shapes))
 
 
-def _exact_kernels(
-    result: Result | None, example_inputs: Sequence[Any]
-) -> AbstractContextManager[None]:
+def _exact_kernels(result: Result, example_inputs: Sequence[Any]) -> AbstractContextManager[None]:
     """The device's fastest SDPA for exact attention of fixed sizes without a mask tensor.
 
     Elsewhere PyTorch's choice stands: cuDNN compiles a kernel for every new length, and rows that a
     mask hides altogether are its own affair.
     """
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.is_cuda]
-    rows = [row for row in result.graph.rows if row.decision == "exact"] if result else []
+    rows = [row for row in result.graph.rows if row.decision == "exact"]
     is_plain = all(row.mask in ("none", "causal") for row in rows)
     is_static = all(isinstance(n, int) for row in rows for s in row.shapes.values() for n in s)
     if devices and rows and is_plain and is_static:
@@ -333,6 +364,7 @@ def _compile(
         return aot_eager(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
+    keep_from_fusion(gm)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
 

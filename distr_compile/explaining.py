@@ -54,12 +54,16 @@ def explain(
     if isinstance(model, nn.Module):
         model = owner  # type: ignore[assignment]
     graphs: list[GraphReport] = []
+    without_attention = 0
     outside = _Outside(owner)
 
     def observe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        result = run_pass(gm, checked, change=False)
-        if result is not None:
-            graphs.append(result.graph)
+        nonlocal without_attention
+        graph = run_pass(gm, checked, change=False).graph
+        if graph.is_empty:
+            without_attention += 1
+        else:
+            graphs.append(graph)
         return outside.excluding(gm.forward)
 
     is_inference = isinstance(owner, nn.Module) and not owner.training
@@ -78,7 +82,7 @@ def explain(
         found = (*last.not_attention, *outside.found)
         graphs.append(replace(last, not_attention=found))
     numbered = tuple(replace(graph, index=i) for i, graph in enumerate(graphs))
-    report = Report(numbered, name)
+    report = Report(numbered, name, without_attention)
     check_group_sizes(checked, report.rows, whole=True)
     _check_use(checked, report)
     return report

@@ -46,11 +46,14 @@ class Root:
         names: id(module) -> its names in ``module.named_modules(remove_duplicate=False)``.
         key: the compiled object itself: the module, the function, or for a bound method its object.
             ``key_of`` gives the same key from what ``torch.compile`` returned.
+        backend: what ``torch.compile`` made of the backend and its options; tells two compiled
+            objects of one module apart.
     """
 
     module: nn.Module | None
     names: dict[int, tuple[str, ...]]
     key: object
+    backend: object = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def find_root() -> Root | None:
     if module is not None:
         for name, child in module.named_modules(remove_duplicate=False):
             names[id(child)] = (*names.get(id(child), ()), name)
-    return Root(module, names, key_of(wrappers[-1].fn))
+    return Root(module, names, key_of(wrappers[-1].fn), wrappers[-1].backend)
 
 
 def key_of(compiled: Any) -> object:
@@ -374,6 +377,22 @@ def _calling_module() -> nn.Module | None:
         if isinstance(owner, nn.Module):
             return owner
     return None
+
+
+def entered_at(frame: FrameModule) -> list[tuple[str, int]]:
+    """Files and lines at which the code of a frame is entered, the nearest first.
+
+    Where a resumed function goes on; for any other, the lines of its callers.
+    """
+    places = []
+    if isinstance(frame.code_key, CodeType) and frame.resumed:
+        line = frame.code_key.co_name.rpartition("_")[2]
+        places.append((frame.code_key.co_filename, int(line)))
+    for caller in _callers():
+        if _is_wrapper(caller):
+            break
+        places.append((caller.f_code.co_filename, caller.f_lineno))
+    return places
 
 
 # ------------------------------------------------------------------------------------- the layers

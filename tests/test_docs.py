@@ -40,3 +40,18 @@ def test_links_lead_to_files_of_the_repository(document: Path) -> None:
     targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
     missing = [t for t in targets if t and not (document.parent / t).exists()]
     assert not missing
+
+
+def test_recipes_name_what_there_is() -> None:
+    """Every step begins with a file and names to find there, up to a colon."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d+\. (`.+?`): ", text, re.MULTILINE)
+    assert len(steps) == len(re.findall(r"^\d+\. ", text, re.MULTILINE)) > 0
+    for step in steps:
+        file, *names = re.findall(r"`([^`]+)`", step)
+        content = (ROOT / file).read_text(encoding="utf-8")
+        assert [name for name in names if not re.search(rf"\b{name}\b", content)] == [], file
+    named = re.findall(r"`((?:distr_compile|lowering|tests|docs)/[^`]+)`", text)
+    assert all(any((ROOT / top / n).exists() for top in ("", "distr_compile")) for n in named)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    assert [n for n in re.findall(r"`(test_\w+)`", text) if f"def {n}(" not in tests] == []

@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 
-from distr_compile import reporting
 from distr_compile.reporting import (
     DistrWarning,
     GraphReport,
@@ -28,10 +27,12 @@ from distr_compile.reporting import (
     Reason,
     Report,
     SiteRow,
-    publish,
     record,
+    registry,
     report,
+    table,
 )
+from distr_compile.reporting.publish import publish
 
 POLICY_SAYS = Reason("group-size-1", "the policy says group_size = 1 (rule 1)")
 NO_PRODUCT = Reason("no-qk-product", "no product of two activations reaches this softmax")
@@ -306,6 +307,7 @@ def test_json_round_trip_keeps_everything(tmp_path):
         "exact": 1,
         "not_attention": 1,
         "graphs": 2,
+        "graphs_without_attention": 0,
         "flops_approximated_percent": pytest.approx(100 * 12 / 13),
     }
 
@@ -342,7 +344,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 2"),
+        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 3"),
         (lambda d: d.pop("schema"), "got schema None"),
         (lambda d: d.pop("graphs"), "missing, unknown or wrong field: 'graphs'"),
         (lambda d: d["graphs"][0].update(colour="red"), "colour"),
@@ -448,12 +450,12 @@ def test_the_report_lives_no_longer_than_the_model():
     record(model, one_site("a"), key="k")
     record(model.blocks[0], one_site("a"))
     gc.collect()  # of other tests
-    kept = len(reporting._ENTRIES)
+    kept = len(registry._ENTRIES)
     ref = weakref.ref(model)
     del model
     gc.collect()
     assert ref() is None
-    assert len(reporting._ENTRIES) == kept - 2
+    assert len(registry._ENTRIES) == kept - 2
 
 
 def test_modules_that_compare_by_value_are_kept_apart():
@@ -520,9 +522,9 @@ def test_a_pattern_that_an_earlier_graph_matched_does_not_warn():
 
 def test_the_log_says_the_rank_where_it_is_no_group_size_and_more_than_one_round():
     even = row("a", estimator="lsh-sample", grouping_block=64)
-    assert str(reporting._Line(even)).endswith("distr, G = 2, lsh-sample, block 64")
+    assert table.line_of(even).endswith("distr, G = 2, lsh-sample, block 64")
     odd = row("a", group_size=None, rank=40, estimator="projection", rounds=2)
-    assert str(reporting._Line(odd)).endswith("distr, r=40, projection in 2 rounds, block auto")
+    assert table.line_of(odd).endswith("distr, r=40, projection in 2 rounds, block auto")
 
 
 def test_publish_counts():
@@ -567,7 +569,8 @@ def test_torch_logs_and_tlparse_show_the_report(tmp_path):
     """In a process of its own: torch reads both variables while it is imported."""
     script = """
         import torch
-        from distr_compile.reporting import GraphReport, Reason, SiteRow, publish
+        from distr_compile.reporting import GraphReport, Reason, SiteRow
+        from distr_compile.reporting.publish import publish
         q = (1, 2, 32, 16)
         site = SiteRow("blocks.0", "sdpa", {"q": q, "k": q, "v": q}, "float32", "none", "exact",
                        reasons=(Reason("why", "because"),))

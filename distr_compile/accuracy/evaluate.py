@@ -125,8 +125,8 @@ class Compiled:
                 raise inner from None
             raise
         if name not in self.reports:
-            with contextlib.suppress(LookupError):  # no attention, no report
-                self.reports[name] = report(self.model)
+            with contextlib.suppress(LookupError):  # nothing was compiled, no report
+                self.reports[name] = report(run)
         return output
 
 

@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,13 @@ from distr_compile.backend import Chooser
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS, MIN_RANK
 from distr_compile.explaining import untraced
+from distr_compile.lowering.call import (
+    Approximation,
+    Scores,
+    Shape,
+    op_arguments,
+    read_arguments,
+)
 from distr_compile.passes.apply import Outcome, Placed, apply, find_all
 from distr_compile.passes.decide import Decision, decide
 from distr_compile.passes.site import AttentionSite
@@ -31,22 +38,6 @@ _OP = torch.ops.distr.attention.default
 
 _OBSERVING = Policy({"estimator": "projection", "rank": MIN_RANK, "min_seq_len": 0})
 """Makes the pass rewrite whatever can be approximated at all."""
-
-
-class Shape(NamedTuple):
-    """What the time of one call depends on."""
-
-    batch: int
-    num_heads: int
-    num_key_heads: int
-    num_queries: int
-    num_keys: int
-    head_dim: int
-    value_dim: int
-    is_causal: bool
-    mask: tuple[tuple[int, ...], torch.dtype] | None
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(eq=False)
@@ -69,10 +60,17 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Approximation:
-    """What a candidate means at one site of one graph: arguments of the op, and A and B."""
+class Candidate:
+    """What a candidate means at one site of one graph.
 
-    options: Mapping[str, Any]
+    Attributes:
+        approximation: what the op is told.
+        min_seq_len: below this length a call is exact.
+        bases: A and B, for an estimator that needs them.
+    """
+
+    approximation: Approximation
+    min_seq_len: int
     bases: tuple[Tensor, Tensor] | None
 
 
@@ -82,7 +80,9 @@ class Call:
 
     Attributes:
         site: where.
-        q, k, v, mask, sinks, options: as the op takes them.
+        q, k, v, mask, sinks: as the op takes them.
+        scores: the rest of the softmax's input.
+        number: of the site within its graph.
         candidates: those that can run here.
     """
 
@@ -92,42 +92,30 @@ class Call:
     v: Tensor
     mask: Tensor | None
     sinks: Tensor | None
-    options: Mapping[str, Any]
-    candidates: Mapping[str, Approximation]
+    scores: Scores
+    number: int
+    candidates: Mapping[str, Candidate]
 
     def exact(self) -> Tensor:
         """The output of exact attention."""
-        options = {**self.options, "rank": self.q.shape[3]}
-        out: Tensor = _OP(self.q, self.k, self.v, self.mask, None, None, self.sinks, **options)
-        return out
+        return self._run(Candidate(Approximation.none(self.q.shape[3]), 0, None))
 
     def approximate(self, label: str) -> Tensor:
         """The output with one of the candidates."""
-        chosen = self.candidates[label]
+        return self._run(self.candidates[label])
+
+    def _run(self, chosen: Candidate) -> Tensor:
         A, B = chosen.bases or (None, None)
         if A is not None and B is not None:
             A, B = A.to(self.q.device), B.to(self.q.device)
-        options = {**self.options, **chosen.options}
-        out: Tensor = _OP(self.q, self.k, self.v, self.mask, A, B, self.sinks, **options)
+        arguments = op_arguments(chosen.approximation, self.scores, chosen.min_seq_len, self.number)
+        out: Tensor = _OP(self.q, self.k, self.v, self.mask, A, B, self.sinks, **arguments)
         return out
 
     @property
     def shape(self) -> Shape:
         """See :class:`Shape`."""
-        batch, heads, queries, width = self.q.shape
-        return Shape(
-            batch=batch,
-            num_heads=heads,
-            num_key_heads=self.k.shape[1],
-            num_queries=queries,
-            num_keys=self.k.shape[2],
-            head_dim=width,
-            value_dim=self.v.shape[3],
-            is_causal=self.options["is_causal"],
-            mask=None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype),
-            dtype=self.q.dtype,
-            device=self.q.device,
-        )
+        return Shape.of(self.q, self.k, self.v, self.mask, self.scores.is_causal)
 
 
 def _everywhere(layer: str) -> bool:
@@ -217,7 +205,7 @@ class Instrument:
         decided = {}
         for label, policy in self.policies.items():
             choice = Chooser(policy, root, frame)(place)
-            decision = decide(site, choice.plan, choice.extra, torch.is_grad_enabled())
+            decision = decide(site, choice.plan, choice.extra)
             reasons = "; ".join(reason.text for reason in decision.reasons)
             decided[label] = Decided(decision, reasons)
         return site, decided
@@ -230,7 +218,7 @@ class Instrument:
         root: identity.Root | None,
     ) -> Callable[..., Tensor]:
         """The function that stands in a graph for the op at ``site``."""
-        candidates: dict[str, Approximation] = {}
+        candidates: dict[str, Candidate] = {}
         for label, one in decided.items():
             try:
                 if one.refused:
@@ -244,7 +232,9 @@ class Instrument:
                 site.refused[label] = str(error)
                 continue
             site.possible.add(label)
-            candidates[label] = Approximation(one.options, pair)
+            candidates[label] = Candidate(
+                one.decision.approximation, one.decision.min_seq_len, pair
+            )
 
         def hook(
             q: Tensor,
@@ -256,7 +246,8 @@ class Instrument:
             sinks: Tensor | None = None,
             **options: Any,
         ) -> Tensor:
-            call = Call(site, q, k, v, mask, sinks, options, candidates)
+            given = read_arguments(options)
+            call = Call(site, q, k, v, mask, sinks, given.scores, given.site, candidates)
             if site.name in self.mixed:
                 return call.exact()
             site.calls[call.shape] += 1
@@ -271,19 +262,6 @@ class Decided:
 
     decision: Decision
     refused: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the op."""
-        plan = self.decision.plan
-        return {
-            "rank": self.decision.rank,
-            "estimator": plan.estimator,
-            "rounds": plan.rounds,
-            "grouping_block": 0 if plan.grouping_block == "auto" else plan.grouping_block,
-            "min_seq_len": self.decision.min_seq_len,
-            "strict": self.decision.strict,
-        }
 
 
 def _shared_sites(outcome: Outcome) -> set[int]:
@@ -301,12 +279,14 @@ def _shared_sites(outcome: Outcome) -> set[int]:
 def _hook_in(module: fx.GraphModule, hooks: Mapping[int, Callable[..., Tensor]]) -> None:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is _OP:
-            node.target = hooks.get(node.kwargs["site"], _exact)
+            node.target = hooks.get(read_arguments(node.kwargs).site, _exact)
     module.recompile()
 
 
 def _exact(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-    out: Tensor = _OP(q, *rest, **{**options, "rank": q.shape[3]})
+    given = read_arguments(options)
+    exact = op_arguments(Approximation.none(q.shape[3]), given.scores, site=given.site)
+    out: Tensor = _OP(q, *rest, **exact)
     return out
 
 

@@ -129,7 +129,6 @@ def apply(
     """
     rows: list[SiteRow] = []
     others: list[NotAttention] = []
-    grad_mode = torch.is_grad_enabled()
     decides_at_run_time = False
     # Choices first: a rewrite takes out the nodes that tell the layer.
     choices = [choose(place) for place in placed]
@@ -149,7 +148,7 @@ def apply(
                 else:
                     others.append(_not_attention(found, name))
             continue
-        decision = decide(found, choice.plan, choice.extra, grad_mode)
+        decision = decide(found, choice.plan, choice.extra)
         is_sdpa = False
         pair = None
         if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":

@@ -1,4 +1,8 @@
-"""Per site: approximate or stay exact, with every reason that speaks for exact."""
+"""Per site: approximate or stay exact, with every reason that speaks for exact.
+
+What a plan comes to at a site, or at the bare shape of a call, is one value, made here only: the
+:class:`.call.Approximation`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from distr_compile.estimators import (
     possible_group_sizes,
 )
 from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import break_even
 from distr_compile.passes.site import AddStep, AttentionSite, FillStep
 from distr_compile.passes.vocabulary import hint, same_size, shape_of
@@ -50,28 +55,30 @@ class Decision:
         return self.decision == "distr"
 
     @property
+    def approximation(self) -> Approximation:
+        """What the op is told where the site is approximated."""
+        return _approximation(self.plan, self.rank, self.strict)
+
+    @property
     def sees(self) -> str:
         """What the approximation of a row depends on."""
         estimator = ESTIMATORS[self.plan.estimator]
         return estimator.prefix_sees if self.strict else estimator.sees
 
 
-def decide(
-    site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = (), grad_mode: bool = False
-) -> Decision:
+def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ()) -> Decision:
     """Collect every reason why this site stays exact; approximate it if there is none.
 
     Args:
         site: from :func:`.match.find`.
         plan: the policy's wishes for the site's layer.
         extra: reasons known to the caller, such as a graph shared by layers with different plans.
-        grad_mode: whether autograd records.
     """
     reasons = [*_policy_reasons(site, plan), *extra]
     if not plan.is_exact:  # else no length would change anything
         reasons += _size_reasons(site, plan)
         reasons += _one_block(site, plan)
-    if grad_mode and site.requires_grad:
+    if site.requires_grad:
         reasons.append(Reason("gradients", "gradients are recorded: call under torch.no_grad()"))
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)
@@ -82,17 +89,48 @@ def decide(
         rank=_rank(site, plan),
         min_seq_len=0 if reasons else _run_time_limit(site, plan),
         plan=plan,
-        strict=not reasons
-        and _must_not_look_ahead(site, plan)
-        and ESTIMATORS[plan.estimator].strict == "prefix",
+        strict=not reasons and _takes_prefix_form(site, plan),
     )
 
 
-def _rank(site: AttentionSite, plan: LayerPlan) -> int:
-    """The columns the plan leaves of this site's, whether or not that can be; see ``Decision``."""
-    if not isinstance(site.head_dim, int):
+def decide_bare(shape: Shape, plan: LayerPlan) -> Approximation | None:
+    """What a call of this shape, without a graph around it, is approximated by.
+
+    That the plan fits the width and may stand here at all is for :func:`decide` to say, at the site
+    that made the call.
+
+    Returns:
+        None where the call is exact, because the plan says so or because of its length.
+    """
+    rank = _rank(shape, plan)
+    if rank == shape.head_dim or shape.num_queries < MIN_QUERIES:
+        return None
+    limit, _ = _limit(shape, plan)
+    if limit is None or min(shape.num_queries, shape.num_keys) < limit:
+        return None
+    return _approximation(plan, rank, _takes_prefix_form(shape, plan))
+
+
+def _approximation(plan: LayerPlan, rank: int, strict: bool) -> Approximation:
+    """The fields of a plan that change what is computed, as the op takes them.
+
+    A new field of this kind is a line here and one in :mod:`.call`; rewriting, tuning and measuring
+    go by the value.
+    """
+    return Approximation(
+        estimator=plan.estimator,
+        rank=rank,
+        block=0 if plan.grouping_block == "auto" else plan.grouping_block,
+        rounds=plan.rounds,
+        strict=strict,
+    )
+
+
+def _rank(call: AttentionSite | Shape, plan: LayerPlan) -> int:
+    """The columns the plan leaves, whether or not that can be; see ``Decision``."""
+    if not isinstance(call.head_dim, int):
         return 0
-    return plan.rank or site.head_dim // (plan.group_size or 1)
+    return plan.rank or call.head_dim // (plan.group_size or 1)
 
 
 def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
@@ -116,8 +154,12 @@ def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     return reasons
 
 
-def _must_not_look_ahead(site: AttentionSite, plan: LayerPlan) -> bool:
-    """Whether the policy forbids a row of this site to depend on later ones.
+def _takes_prefix_form(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
+    return ESTIMATORS[plan.estimator].strict == "prefix" and _must_not_look_ahead(call, plan)
+
+
+def _must_not_look_ahead(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
+    """Whether the policy forbids a row to depend on later ones here.
 
     A mask that may be causal has an unknown offset: row i sees keys ``j <= i + offset``. The prefix
     form is told 0, and then approximates keys before a block by keys and rows before it. Row i of
@@ -125,13 +167,12 @@ def _must_not_look_ahead(site: AttentionSite, plan: LayerPlan) -> bool:
     front; what it sees beyond is exact. Only a negative offset, fewer keys than queries aligned at
     the end, would make some of these keys later than the row: see ``_may_lack_keys``.
     """
-    return plan.causal == "strict" and (site.is_causal or _may_be_causal(site))
+    return plan.causal == "strict" and (call.is_causal or _may_be_causal(call))
 
 
 def _one_block(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     """The prefix form scores the first block exactly: there must be a second one."""
-    prefix = ESTIMATORS[plan.estimator].strict == "prefix" and _must_not_look_ahead(site, plan)
-    if not prefix or not isinstance(site.num_queries, int):
+    if not _takes_prefix_form(site, plan) or not isinstance(site.num_queries, int):
         return []
     block = plan.grouping_block
     if block == "auto":
@@ -181,15 +222,20 @@ def _rank_fault(width: int, plan: LayerPlan) -> str | None:
     )
 
 
-def _may_be_causal(site: AttentionSite) -> bool:
+def _may_be_causal(call: AttentionSite | Shape) -> bool:
     """Whether a mask of unknown content could hide later keys: it has a row for each query."""
-    if site.kind in {"mha", "encoder"}:  # their masks are merged inside the node
-        return site.mask_kind != "none"
-    masks = [site.mask]
-    masks += [s.term for s in site.steps if isinstance(s, AddStep)]
-    masks += [s.condition for s in site.steps if isinstance(s, FillStep)]
-    shapes = [shape_of(mask) for mask in masks if mask is not None]
-    return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
+    if isinstance(call, AttentionSite) and call.kind in {"mha", "encoder"}:
+        return call.mask_kind != "none"  # their masks are merged inside the node
+    return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in _mask_shapes(call))
+
+
+def _mask_shapes(call: AttentionSite | Shape) -> list[tuple[Any, ...]]:
+    if isinstance(call, Shape):
+        return [] if call.mask is None else [call.mask[0]]
+    masks = [call.mask]
+    masks += [s.term for s in call.steps if isinstance(s, AddStep)]
+    masks += [s.condition for s in call.steps if isinstance(s, FillStep)]
+    return [shape_of(mask) for mask in masks if mask is not None]
 
 
 def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
@@ -210,20 +256,20 @@ def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     return reasons
 
 
-def _limit(site: AttentionSite, plan: LayerPlan) -> tuple[int | None, str]:
+def _limit(call: AttentionSite | Shape, plan: LayerPlan) -> tuple[int | None, str]:
     """The least length to approximate at, None for no length, and what that is known from."""
     if plan.min_seq_len != "auto":
         return plan.min_seq_len, ""
-    width, dtype = site.head_dim, str(site.dtype).removeprefix("torch.")
-    found = break_even(site.device, site.dtype, head_dim=width, rank=_rank(site, plan))
+    width, dtype = call.head_dim, str(call.dtype).removeprefix("torch.")
+    found = break_even(call.device, call.dtype, head_dim=width, rank=_rank(call, plan))
     limit = None
     if found is not None:
-        limit = found.causal_tokens if site.is_causal else found.tokens
+        limit = found.causal_tokens if call.is_causal else found.tokens
     if found is None or limit is None:
-        name = site.device.type
+        name = call.device.type
         if name == "cuda":
             left = f"G = {plan.group_size}" if plan.rank is None else f"r = {plan.rank}"
-            name = f"{architecture(site.device)} in {dtype} at width {width}, {left}"
+            name = f"{architecture(call.device)} in {dtype} at width {width}, {left}"
         return None, f"not known to be faster on {name}"
     return limit, f" (auto, {found.source})"
 

@@ -8,7 +8,6 @@ whose last axis is the one the softmax runs over, and the product that contracts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +16,24 @@ from torch import fx
 
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.causal import is_causal_bias, is_causal_mask
+from distr_compile.passes.memory import is_plain_fake
 from distr_compile.passes.operands import (
+    See,
     common_dtype,
+    einsum_axes,
     einsum_scores,
     einsum_values,
     operand,
     per_head,
     take_scale,
-    taken_off,
     unrepeated,
 )
 from distr_compile.passes.origin import BATCH, TOKEN, Flow, axis_origin
+from distr_compile.passes.output import order_to_copy
 from distr_compile.passes.site import (
     AddStep,
     AttentionSite,
+    Causal,
     Factor,
     FillStep,
     Level,
@@ -62,26 +64,75 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
     anchors = [(node, kind) for node in graph.nodes if (kind := voc.anchor_kind(node))]
     if not anchors:
         return []
-    flow = Flow(graph)
-    return [_read_anchor(node, kind, flow) for node, kind in anchors]
+    try:
+        flow = Flow(graph)
+    except Exception as error:  # fake tensors and dispatch modes are PyTorch's: anything can happen
+        text = f"which node writes what is not known: {type(error).__name__}: {error}"
+        return [Unmatched(n, kind, "not-run", text[:300], attention=True) for n, kind in anchors]
+    inner = {n for a, _ in anchors if isinstance(op := read(a), voc.Softmax) for n in op.inner}
+    found = {node: _read_anchor(node, kind, flow) for node, kind in anchors}
+    found |= {n: _by_hand(n) for n in graph.nodes if n not in inner and _is_by_hand(n, flow)}
+    return sorted(found.values(), key=lambda each: flow.memory.position[each.anchor])
+
+
+def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
+    """Whether scores are exponentiated, and it is not read as a softmax."""
+    if target_name(node) not in {"exp", "exp_", "exp2"} or isinstance(read(node), voc.Softmax):
+        return False
+    scores = [n for n in node.all_input_nodes if voc.is_tensor(n)]
+    return any(flow.is_scores(p) for n in scores for p in flow.chained[n])
+
+
+def _by_hand(node: fx.Node) -> Unmatched:
+    text = "exp of the scores, normalised in a way that is not read as a softmax"
+    return Unmatched(node, "softmax", "softmax-form", text, True, target_name(node).strip("_"))
 
 
 def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
     walk = _Walk(flow)
     try:
         if kind == "softmax":
-            return walk.softmax(node)
-        if kind == "sdpa":
-            return _sdpa(node, flow)
-        if kind == "mha":
-            return open_up.multi_head_site(node)
-        if kind == "encoder":
-            return open_up.encoder_layer_site(node)
-        raise RefusedError("flex", "flex_attention: its score function is left as it is")
+            site = walk.softmax(node)
+        elif kind == "sdpa":
+            site = _sdpa(node, flow)
+        elif kind == "mha":
+            site = open_up.multi_head_site(node, flow.memory)
+        elif kind == "encoder":
+            site = open_up.encoder_layer_site(node)
+        else:
+            raise RefusedError("flex", "flex_attention: its score function is left as it is")
+        return _left_alone(site, flow)
     except RefusedError as refused:
         form = walk.form() if kind == "softmax" else target_name(node).strip("_")
         flops = _flops(node, kind, flow) if refused.attention else 0
         return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
+
+
+def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
+    """The site, unless it stands where a call of ours would not mean the same.
+
+    Raises:
+        RefusedError: it is inside a transform, works on a tensor subclass, or writes in place what
+            others read.
+    """
+    memory, nodes = flow.memory, set(site.interior)
+    read_too = {n for node in nodes for n in node.all_input_nodes}
+    if nodes & memory.transformed:
+        raise RefusedError("transform", "vmap, a torch.func transform or forward-mode AD is around")
+    values = (voc.tensor_of(n) for n in nodes | read_too)
+    others = {type(x).__name__ for x in values if x is not None and not is_plain_fake(x)}
+    if others:
+        raise RefusedError("tensor-subclass", f"a tensor is a {', '.join(sorted(others))}")
+    for writer in nodes:
+        # What is written goes with the nodes: nobody else may look at it.
+        for reader, position in memory.position.items() if memory.writes(writer) else ():
+            looks = any(memory.writes_into(writer, n) for n in reader.all_input_nodes)
+            is_input = reader.op in ("placeholder", "get_attr")
+            if is_input and memory.writes_into(writer, reader):
+                raise RefusedError("in-place-write", "the scores are written into an input")
+            if looks and position > memory.position[writer] and reader not in nodes | memory.dead:
+                raise RefusedError("in-place-write", f"{reader} reads what is written in place")
+    return site
 
 
 def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
@@ -89,7 +140,7 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
     op = read(node)
     if isinstance(op, voc.Softmax):
         products = flow.chained[op.x] | flow.behind[op.x]
-        widths = [hint(shape_of(read(p).a)[-1]) for p in products if shape_of(read(p).a)]  # type: ignore[union-attr]
+        widths = [hint(shape_of(flow.read(p).a)[-1]) for p in products if shape_of(flow.read(p).a)]  # type: ignore[union-attr]
         return 4 * _count(shape_of(node)) * max(widths, default=0)
     if isinstance(op, voc.Sdpa):
         return 4 * _count(shape_of(op.q)) * hint(shape_of(op.k)[-2])
@@ -119,22 +170,17 @@ def _is_cut_off(node: fx.Node) -> bool:
     return len(shape_of(node)) > 2
 
 
-def _weighs_values(softmax: fx.Node) -> bool:
+def _weighs_values(softmax: fx.Node, flow: Flow) -> bool:
     """Whether the result of a softmax is multiplied with something, as P with V."""
     node = softmax
     while len(node.users) == 1:
         node = next(iter(node.users))
-        op = read(node)
+        op = flow.read(node)
         if isinstance(op, voc.Product):
             return True
         if not isinstance(op, _UNARY):
             return False
     return False
-
-
-def _swaps_matrix(op: voc.Permute) -> bool:
-    rank = len(op.dims)
-    return op.dims == (*range(rank - 2), rank - 1, rank - 2)
 
 
 @dataclass
@@ -146,6 +192,7 @@ class _Walk:
     forward: list[str] = field(default_factory=list)
     interior: list[fx.Node] = field(default_factory=list)
     sink: voc.Append | None = None
+    permuted: bool = False
 
     def form(self) -> str:
         return " ".join([*reversed(self.backward), *self.forward])
@@ -156,77 +203,91 @@ class _Walk:
         if not isinstance(op, voc.Softmax) or rank == 0:
             raise _no_product("the softmax's arguments are not known")
         flow = self.flow
-        self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else "softmax")
+        self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else target_name(node))
         candidates = flow.chained[op.x] | flow.behind[op.x]
-        if not candidates and _is_cut_off(op.x) and _weighs_values(node):
+        if not candidates and _is_cut_off(op.x) and _weighs_values(node, flow):
             raise RefusedError("graph-break", "QK^T and the softmax are in different graphs")
         if not candidates:
             raise _no_product()
         try:
-            if op.dim != rank - 1:
-                raise RefusedError(
-                    "softmax-axis", f"the softmax runs over axis {op.dim} of {rank}, not the last"
-                )
-            product, events, swapped = self._back(op.x, node)
-            q, k, product_op = self._product(product, swapped)
-            out, out_level, v, output_dims = self._forward(node)
+            product, events, places, dim = self._back(op, node)
+            q, k, product_op, axes = self._product(product, places, dim)
+            is_plain = axes == tuple(range(len(axes)))
+            scores_lead = tuple(shape_of(product)[places[axis]] for axis in axes[:-2])
+            axes = tuple(range(rank)) if is_plain else axes  # reshaped on the way, if at all
+            out, out_level, v, output_dims = self._forward(node, axes)
         except RefusedError as refused:
             if not any(flow.is_scores(p) for p in candidates):
-                raise _no_product() from refused
+                raise self._no_scores(candidates) from refused
             raise
+        scores = Level((*scores_lead, q.shape[-2], k.shape[-2]))
+        replayed = _replay(flow, scores, events, product_op, product, is_plain)
         return self._assemble(
-            node, product, product_op, (q, k, v), events, out, out_level, output_dims
+            node, product, product_op, (q, k, v), scores, replayed, out, out_level, output_dims
         )
+
+    def _no_scores(self, candidates: frozenset[fx.Node]) -> RefusedError:
+        """Why there is no QK^T: an einsum of real scores with a table mixes their heads."""
+        for product in candidates:
+            behind = self.flow.behind[product] - {product}
+            if any(map(self.flow.is_scores, behind)):
+                return RefusedError("cross-head-mix", "an einsum mixes the scores across heads")
+        return _no_product()
 
     # -- back to QK^T ----------------------------------------------------------------------------
 
     def _back(
-        self, start: fx.Node, reader: fx.Node
-    ) -> tuple[fx.Node, list[tuple[voc.Op, fx.Node]], bool]:
-        """From the softmax's input to the product. Events are (record, node), last one first."""
+        self, softmax: voc.Softmax, anchor: fx.Node
+    ) -> tuple[fx.Node, list[tuple[voc.Op, fx.Node]], tuple[int, ...], int]:
+        """From the softmax to the product.
+
+        Returns:
+            The product; the events on the way, (record, node), last one first; where each axis of
+            the softmax is among the product's; and which of them the softmax runs over. Where the
+            scores are reshaped on the way, the axes before the first reshape stand for its axes.
+        """
+        flow = self.flow
         events: list[tuple[voc.Op, fx.Node]] = []
-        swapped = capped = False
-        node, readers = start, {reader}
-        while not isinstance(op := read(node), voc.Product):
-            if not self.flow.chained[node]:
+        if softmax.sign < 0:
+            events.append((voc.Scale(softmax.x, softmax.sign), anchor))
+        places, dim = tuple(range(len(shape_of(softmax.x)))), softmax.dim
+        capped = False
+        self.interior += [anchor, *softmax.inner]
+        if any(flow.memory.writers(n, n, anchor) for n in softmax.inner):
+            raise RefusedError("in-place-write", "the exponentials are written in place")
+        node = flow.now(softmax.x, min(softmax.inner, default=anchor))
+        while not isinstance(op := flow.read(node), voc.Product):
+            if not flow.chained[node]:
                 self._blocked(node)
-            self._read_by_us_only(node, readers)
+            self._read_by_us_only(node)
             self.interior.append(node)
             self.backward.append(target_name(node).strip("_"))
-            readers = {node}
+            source: Any = getattr(op, "x", None)
             if isinstance(op, voc.Add):
                 if maximum := _row_maximum(op, node):
+                    if flow.memory.writers(op.x, op.x, node):
+                        raise RefusedError("in-place-write", "the scores are written in place")
                     self._refuse_shift(capped)
-                    readers |= maximum
                     self.interior.extend(maximum - {node})
                     node = op.x
                     continue
-                scores, term, first = self._scores_side(op.x, op.y)
+                source, term, first = self._scores_side(op.x, op.y)
                 if not first and op.alpha != 1:
                     raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
                 if capped or not voc.is_tensor(term):
                     self._refuse_shift(capped)
                 else:
-                    events.append((voc.Add(scores, term, op.alpha), node))
-                node = scores
+                    events.append((voc.Add(source, term, op.alpha), node))
             elif isinstance(op, voc.Scale):
-                scores, factor, first = self._scores_side(op.x, op.factor)
+                source, factor, first = self._scores_side(op.x, op.factor)
                 if op.divide and not first:
                     raise RefusedError("scores-edited", "a tensor is divided by the scores")
-                events.append((voc.Scale(scores, factor, op.divide), node))
-                node = scores
+                events.append((voc.Scale(source, factor, op.divide), node))
             elif isinstance(op, voc.Clamp):
-                if (op.low is not None and op.low > -NO_CLAMP) or (
-                    op.high is not None and op.high < NO_CLAMP
-                ):
-                    raise RefusedError("scores-edited", "the scores are clamped")
-                node = op.x
+                self._check_clamp(op, node)
             elif isinstance(op, voc.Permute):
-                if not _swaps_matrix(op):
-                    raise RefusedError("layout", "the axes of the scores are permuted")
                 events.append((op, node))
-                swapped = not swapped
-                node = op.x
+                places = tuple(op.dims[place] for place in places)
             elif capped and isinstance(op, voc.Fill):
                 raise RefusedError("soft-cap", "the scores are masked inside the soft cap's tanh")
             elif isinstance(op, voc.Tanh):
@@ -234,24 +295,30 @@ class _Walk:
                     raise RefusedError("soft-cap", "the scores pass through tanh twice")
                 capped = True
                 events.append((op, node))
-                node = op.x
             elif isinstance(op, voc.Append):
                 self._take_sink(op, events)
                 events.append((op, node))
-                node = op.x
             elif isinstance(op, voc.Fill | voc.Reshape):
+                if isinstance(op, voc.Reshape):
+                    places, dim = _reshaped(places, dim, shape_of(op.x))
                 events.append((op, node))
-                node = op.x
-            elif isinstance(op, voc.Cast | voc.Identity):
-                node = op.x
-            else:
+            elif not isinstance(op, voc.Cast | voc.Identity):
                 raise RefusedError("scores-edited", f"{target_name(node)} before the softmax")
-        self._read_by_us_only(node, readers)
+            node = flow.now(source, node)
+        self._read_by_us_only(node)
         self.backward.append(target_name(node))
         self.interior.append(node)
         if op.addend is not None and capped:
             self._refuse_shift(capped)
-        return node, events, swapped
+        return node, events, places, dim
+
+    def _check_clamp(self, op: voc.Clamp, node: fx.Node) -> None:
+        low, high = (
+            default if bound is None else self.flow.constants.number(bound, node)
+            for bound, default in ((op.low, -math.inf), (op.high, math.inf))
+        )
+        if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
+            raise RefusedError("scores-edited", "the scores are clamped")
 
     def _take_sink(self, op: voc.Append, events: list[tuple[voc.Op, fx.Node]]) -> None:
         if self.sink is not None:
@@ -285,17 +352,19 @@ class _Walk:
             raise RefusedError("two-products", "a second product of activations is in the scores")
         return scores, other, first
 
-    def _read_by_us_only(self, node: fx.Node, readers: Iterable[fx.Node]) -> None:
+    def _read_by_us_only(self, node: fx.Node) -> None:
+        """Refuse where somebody else looks at the scores, or writes to them."""
+        memory = self.flow.memory
         others = [
             user
             for user in node.users
-            if user not in readers
+            if user not in self.interior
             and not voc.reads_shape_only(user, node)
-            and not voc.is_idle(user)
+            and user not in memory.dead
         ]
         if not others:
             return
-        if any(voc.written(user) is node for user in others):
+        if any(memory.writes_into(user, node) for user in others):
             raise RefusedError("in-place-write", "the scores are written in place")
         if any(user.op == "output" for user in others):
             raise RefusedError("weights-reused", "the scores are returned")
@@ -306,8 +375,8 @@ class _Walk:
         """The walk cannot go on: find the node in the way and say what it means."""
         flow = self.flow
         while True:
-            op = read(node)
-            if isinstance(op, _ON_SCORES):
+            op = flow.read(node)
+            if isinstance(op, _ON_SCORES) and flow.memory.definition(op.x, node) is op.x:
                 node = op.x
             elif isinstance(op, voc.Scale | voc.Add):
                 other = op.factor if isinstance(op, voc.Scale) else op.y
@@ -329,24 +398,46 @@ class _Walk:
             if len(scored) == 1:
                 raise RefusedError("sinks", "more than a sink column is concatenated to the scores")
             raise RefusedError("concat-scores", "one softmax runs over several score matrices")
-        if _is_banded(node):
+        if _is_banded(node, flow):
             raise RefusedError("banded", "the scores are cut to a band (a window of keys)")
         raise RefusedError("scores-edited", f"the scores pass through {name} before the softmax")
 
     # -- the product -----------------------------------------------------------------------------
 
-    def _product(self, node: fx.Node, swapped: bool) -> tuple[Operand, Operand, voc.Product]:
-        """Q as (..., N_q, d) and K as (..., N_k, d), at the rank of the scores."""
-        op = read(node)
+    def _product(
+        self, node: fx.Node, places: tuple[int, ...], dim: int
+    ) -> tuple[Operand, Operand, voc.Product, tuple[int, ...]]:
+        """Q as (..., N_q, d) and K as (..., N_k, d), and the softmax's axes as (lead..., N_q, N_k).
+
+        Args:
+            node: the product.
+            places: where each axis of the softmax is among the product's.
+            dim: the softmax's axis, of the keys.
+        """
+        op = self.flow.read(node)
         assert isinstance(op, voc.Product)
-        rank = len(shape_of(node))
-        if op.equation is not None:
-            q, k = einsum_scores(op)
+        rank, see = len(places), self._see(node)
+        is_einsum = op.equation is not None
+        if is_einsum:
+            query, key = einsum_axes(op, places[dim])[-2:]
         else:
-            q = operand(op.a, rank, transposed=False)
-            k = operand(op.b, rank, transposed=True)
-        if swapped:
-            q, k = k, q
+            key = places[dim]
+            query = {rank - 1: rank - 2, rank - 2: rank - 1}.get(key, -1)
+            if query < 0:
+                why = f"the softmax runs over axis {dim} of {rank}, not over keys"
+                raise RefusedError("softmax-axis", why)
+        lead = [i for i in range(rank) if places[i] not in (query, key)]
+        axes = (*lead, places.index(query), dim)
+        own = tuple(places[i] for i in axes)
+        if is_einsum:
+            q, k = einsum_scores(see, op, own)
+        else:
+            if own[:-2] != tuple(range(rank - 2)):
+                raise RefusedError("layout", "the axes of the scores are permuted")
+            q = operand(see, op.a, rank, transposed=False)
+            k = operand(see, op.b, rank, transposed=True)
+            if key < query:
+                q, k = k, q
         if q.dims[-2] >= 0 and axis_origin(q.node, q.dims[-2], self.flow.axes) == BATCH:
             raise RefusedError("batch-attention", "attention runs across the batch dimension")
         for x in (q, k):
@@ -355,20 +446,22 @@ class _Walk:
                     "channel-attention",
                     "channel attention: the product contracts over tokens, not over width",
                 )
-        return q, k, op
+        return q, k, op, axes
+
+    def _see(self, out: fx.Node) -> See:
+        return lambda node: self.flow.through(node, out)
 
     # -- forward to PV ---------------------------------------------------------------------------
 
-    def _forward(self, softmax: fx.Node) -> tuple[fx.Node, Level, Operand, tuple[int, ...]]:
+    def _forward(
+        self, softmax: fx.Node, axes: tuple[int, ...]
+    ) -> tuple[fx.Node, Level, Operand, tuple[int, ...]]:
         """From the softmax to the product with V: output node, its level, V, the output's axes."""
-        node, transposed = softmax, False
-        shape = shape_of(softmax)
-        matrix = shape[-2:]
-        sink = self.sink
-        self.interior.append(softmax)
+        node, shape = softmax, shape_of(softmax)
+        rank, sink = len(shape), self.sink
         while True:
             user = self._only_user(node)
-            op = read(user)
+            op = self.flow.read(user)
             if isinstance(op, voc.Product):
                 break
             self.forward.append(target_name(user).strip("_"))
@@ -376,16 +469,17 @@ class _Walk:
             if isinstance(op, voc.Dropout):
                 raise RefusedError("dropout", "the weights are dropped out: training")
             if isinstance(op, voc.Permute):
-                if not _swaps_matrix(op):
-                    self._weights_edited(user)
-                transposed = not transposed
-            elif isinstance(op, voc.Reshape):
+                axes = tuple(op.dims.index(axis) for axis in axes)
+                self.permuted |= op.dims[:-2] != tuple(range(rank - 2))
                 shape = shape_of(user)
-                if transposed or not same_shape(shape[-2:], matrix):
+            elif isinstance(op, voc.Reshape):
+                new = shape_of(user)
+                if axes != tuple(range(rank)) or not same_shape(new[-2:], shape[-2:]):
                     raise RefusedError("layout", "the weights are reshaped over keys or queries")
-            elif sink is not None and not transposed and _drops_sink(user, sink):
+                shape, rank = new, len(new)
+                axes = tuple(range(rank))
+            elif sink is not None and axes[-1] == rank - 1 and _drops_sink(user, sink):
                 sink, shape = None, shape_of(user)
-                matrix = shape[-2:]
             elif not isinstance(op, voc.Cast | voc.Identity):
                 self._weights_edited(user)
             node = user
@@ -401,27 +495,30 @@ class _Walk:
             raise RefusedError("dead", "nothing reads the result of this attention")
         if any(_scatters(reader, user) for reader in user.users):
             raise RefusedError("in-place-write", "the output is written to rows chosen by a tensor")
-        rank = len(shape_of(user))
-        axes = tuple(range(rank))
+        see = self._see(user)
+        lead = tuple(shape[axis] for axis in axes[:-2])
+        matrix = tuple(shape[axis] for axis in axes[-2:])
+        output_axes = tuple(range(len(shape_of(user))))
+        plain = tuple(range(rank))
         if op.equation is not None:
-            v, axes = einsum_values(op, node, transposed)
-        elif op.a is node and not transposed:
-            v = operand(op.b, rank, transposed=False)
-        elif op.b is node and transposed:
-            v = operand(op.a, rank, transposed=True)
-            axes = (*axes[:-2], axes[-1], axes[-2])
+            v, output_axes = einsum_values(see, op, node, axes)
+        elif op.a is node and axes == plain:
+            v, lead = operand(see, op.b, len(output_axes), transposed=False), shape_of(user)[:-2]
+        elif op.b is node and axes == (*plain[:-2], rank - 1, rank - 2):
+            v, lead = operand(see, op.a, len(output_axes), transposed=True), shape_of(user)[:-2]
+            output_axes = (*output_axes[:-2], output_axes[-1], output_axes[-2])
+        elif axes[-1] == (rank - 1 if op.a is node else rank - 2):
+            raise RefusedError("layout", "the axes of the weights are permuted")
         else:
             raise RefusedError("softmax-axis", "the weights are contracted over queries, not keys")
-        # The output may have more batch entries than the weights; an einsum permutes its axes.
-        lead = shape[:-2] if op.equation is not None else shape_of(user)[:-2]
-        return user, Level((*lead, *matrix)), v, axes
+        return user, Level((*lead, *matrix)), v, output_axes
 
     def _only_user(self, node: fx.Node) -> fx.Node:
+        memory = self.flow.memory
         users = [
             user
             for user in node.users
-            if not voc.reads_shape_only(user, node)
-            and (len(node.users) == 1 or not voc.is_idle(user))
+            if not voc.reads_shape_only(user, node) and user not in memory.dead
         ]
         if not users:
             raise RefusedError("dead", "nothing reads the result of this softmax")
@@ -429,7 +526,7 @@ class _Walk:
             raise RefusedError(
                 "weights-reused", "the weights leave the graph: returned, or read after a break"
             )
-        if any(voc.written(user) is node for user in users):
+        if any(memory.writes_into(user, node) and user.users == {} for user in users):
             raise RefusedError("weights-edited", "the weights are written in place")
         if len(users) > 1:
             names = ", ".join(sorted({target_name(u) for u in users}))
@@ -438,7 +535,7 @@ class _Walk:
 
     def _weights_edited(self, node: fx.Node) -> None:
         name = target_name(node) or node.op
-        if name in {"linear", "conv2d", "conv1d", "permute", "movedim"}:
+        if self.permuted or name in {"linear", "conv2d", "conv1d", "permute", "movedim"}:
             raise RefusedError("cross-head-mix", f"{name} mixes the weights across heads")
         raise RefusedError("weights-edited", f"the weights pass through {name} after the softmax")
 
@@ -450,16 +547,15 @@ class _Walk:
         product: fx.Node,
         op: voc.Product,
         operands: tuple[Operand, Operand, Operand],
-        events: list[tuple[voc.Op, fx.Node]],
+        scores: Level,
+        replayed: tuple[list[Level], list[Step], float],
         out: fx.Node,
         out_level: Level,
         output_dims: tuple[int, ...],
     ) -> AttentionSite:
         q, k, v = operands
-        rank = max(len(q.shape), len(k.shape))
-        lead = shape_of(product)[: rank - 2]
-        scores = Level((*lead, q.shape[-2], k.shape[-2]))
-        levels, steps, softcap = _replay(scores, events, op, product)
+        flow, see = self.flow, self._see(out)
+        levels, steps, softcap = replayed
         if not same_shape(levels[-1].shape[-2:], scores.shape[-2:]):
             raise RefusedError("layout", "the softmax runs over reshaped keys")
         if not same_size(v.shape[-2], scores.shape[-1]):
@@ -468,29 +564,27 @@ class _Walk:
         canonical = min([*plain, out_level], key=_preference)
         out_value = voc.tensor_of(out)
         assert out_value is not None
-        q, k = common_dtype(q, k, v, product, out_value)
-        (q, q_factors), (k, k_factors) = take_scale(q), take_scale(k)
-        q, k = common_dtype(q, k, v, product, out_value)
+        q, k, _ = common_dtype(see, q, k, v, product, out_value)
+        (q, q_factors), (k, k_factors) = take_scale(see, q), take_scale(see, k)
+        q, k, compute_dtype = common_dtype(see, q, k, v, product, out_value)
         if voc.is_tensor(op.alpha):
             raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
         alpha = () if op.alpha == 1 else (Factor(op.alpha),)
-        shared = _shared_heads(k, v)
+        shared = _shared_heads(see, k, v)
         for x, reader in ((q, product), (k, product), (v, out)):
-            _check_operand(self.flow, x, reader, out, self.interior)
-        for x, reader in zip(shared or (), (product, out), strict=False):
-            _check_operand(self.flow, x, reader, out, self.interior)
+            _check_writes(flow, x.node, reader, out)
         for step in steps:
             for term in _tensors(step):
-                _check_writes(self.flow, term, step.reader, out, self.interior)
+                _check_writes(flow, term, step.reader, out)
         sinks = self._sinks(canonical, out)
-        mask_kind, is_causal, steps = _mask_kind(steps)
-        terms = [t for s in steps for t in _tensors(s)]
+        mask_kind, causal, steps = _mask_kind(flow, steps)
+        self._erase_dead()
         return AttentionSite(
             kind="softmax",
             anchor=anchor,
             form=self.form(),
             output=out,
-            dtype=out_value.dtype,
+            dtype=compute_dtype or out_value.dtype,
             device=out_value.device,
             **_sizes(canonical, q, shared[0] if shared else k, v),
             q=q,
@@ -498,6 +592,7 @@ class _Walk:
             v=v,
             shared_k=shared[0] if shared else None,
             shared_v=shared[1] if shared else None,
+            compute_dtype=compute_dtype,
             factors=(*q_factors, *k_factors, *alpha),
             steps=tuple(steps),
             softcap=softcap,
@@ -507,23 +602,33 @@ class _Walk:
             out=out_level,
             output_dims=output_dims,
             mask_kind=mask_kind,
-            is_causal=is_causal,
-            interior=tuple(self.interior),
-            requires_grad=_records_gradient(q.node, k.node, v.node, sinks, *terms),
+            causal=causal,
+            interior=tuple(dict.fromkeys(self.interior)),
+            copy_order=order_to_copy(flow.memory, out),
+            requires_grad=out_value.requires_grad,
         )
+
+    def _erase_dead(self) -> None:
+        """Dead readers of what goes, and theirs, go too."""
+        stack = list(self.interior)
+        while stack:
+            dead = [u for u in stack.pop().users if u in self.flow.memory.dead]
+            self.interior += dead
+            stack += dead
 
     def _sinks(self, canonical: Level, out: fx.Node) -> fx.Node | None:
         """One number per head, from the column that the scores were given."""
         if self.sink is None:
             return None
-        sinks = per_head(self.sink.column)
+        _check_writes(self.flow, self.sink.column, self.sink.column, out)
+        sinks = per_head(self._see(out), self.sink.column)
         value = voc.tensor_of(sinks)
         heads = shape_of(self.sink.x)[-3:-2]
         if sinks is None or value is None or not value.dtype.is_floating_point:
             raise RefusedError("sinks", "the sinks are not one number per head")
         if not same_shape(canonical.lead[-1:], heads):
             raise RefusedError("sinks", "the sinks are concatenated under other axes of the heads")
-        _check_writes(self.flow, sinks, sinks, out, self.interior)
+        _check_writes(self.flow, sinks, sinks, out)
         return sinks
 
 
@@ -543,30 +648,32 @@ def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
     out = voc.tensor_of(node)
     assert out is not None
     rank = len(out.shape)
-    q, k, v = (operand(x, rank, transposed=False) for x in (op.q, op.k, op.v))
-    q, k = common_dtype(q, k, v, node, out)
-    for x in (q, k, v):
-        _check_operand(flow, x, node, node, [])
+
+    def see(x: fx.Node) -> voc.Op | None:
+        return flow.through(x, node)
+
+    q, k, v = (operand(see, x, rank, transposed=False) for x in (op.q, op.k, op.v))
+    q, k, compute_dtype = common_dtype(see, q, k, v, node, out)
     is_causal, mask, mask_kind = op.is_causal, op.mask, "none"
+    offset: int | None = 0 if is_causal else None
     if mask is not None:
         value = voc.tensor_of(mask)
         if value is None:
             raise RefusedError("scores-edited", "SDPA's mask is not a tensor")
         mask_kind = "bool" if value.dtype is torch.bool else "float"
-        recognise = is_causal_mask if value.dtype is torch.bool else is_causal_bias
-        if not is_causal and recognise(mask, q.shape[-2], k.shape[-2]):
+        if not is_causal:
+            offset = flow.constants.causal_offset(mask, node, q.shape[-2], k.shape[-2])
+        if not is_causal and offset is not None:
             is_causal, mask, mask_kind = True, None, "none"
     kinds = [kind for kind, is_there in (("causal", is_causal), (mask_kind, mask)) if is_there]
     level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))
-    shared = None if op.enable_gqa else _shared_heads(k, v)
-    for x in shared or ():
-        _check_operand(flow, x, node, node, [])
+    shared = None if op.enable_gqa else _shared_heads(see, k, v)
     return AttentionSite(
         kind="sdpa",
         anchor=node,
         form="scaled_dot_product_attention",
         output=node,
-        dtype=out.dtype,
+        dtype=compute_dtype or out.dtype,
         device=out.device,
         **_sizes(level, q, shared[0] if shared else k, v),
         q=q,
@@ -581,9 +688,11 @@ def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
         output_dims=tuple(range(rank)),
         mask=mask,
         mask_kind="+".join(kinds) or "none",
-        is_causal=is_causal,
+        causal=None if offset is None else Causal(offset),
+        compute_dtype=compute_dtype,
         interior=(node,),
-        requires_grad=_records_gradient(op.q, op.k, op.v, op.mask),
+        copy_order=order_to_copy(flow.memory, node),
+        requires_grad=out.requires_grad,
     )
 
 
@@ -607,9 +716,9 @@ def _sizes(level: Level, q: Operand, k: Operand, v: Operand) -> dict[str, Any]:
     }
 
 
-def _shared_heads(k: Operand, v: Operand) -> tuple[Operand, Operand] | None:
+def _shared_heads(see: See, k: Operand, v: Operand) -> tuple[Operand, Operand] | None:
     """K and V before ``repeat_kv``, where both were repeated by the same count."""
-    before_k, before_v = unrepeated(k), unrepeated(v)
+    before_k, before_v = unrepeated(see, k), unrepeated(see, v)
     if before_k is None or before_v is None or before_k[1] != before_v[1]:
         return None
     return before_k[0], before_v[0]
@@ -621,11 +730,6 @@ def _tensors(step: Step) -> list[fx.Node]:
     if isinstance(step, FillStep):
         return [step.condition]
     return [step.factor] if voc.is_tensor(step.factor) else []  # type: ignore[list-item]
-
-
-def _records_gradient(*nodes: fx.Node | None) -> bool:
-    values = [voc.tensor_of(n) for n in nodes if n is not None]
-    return any(v is not None and v.requires_grad for v in values)
 
 
 def _preference(level: Level) -> tuple[int, int, int]:
@@ -644,20 +748,40 @@ def _reshape_args(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(args) if len(args) == len(shape_of(node)) else None
 
 
+def _reshaped(
+    places: tuple[int, ...], dim: int, before: tuple[Any, ...]
+) -> tuple[tuple[int, ...], int]:
+    """The axes before a reshape, which only scores whose last axis is the keys' may have."""
+    if places != tuple(range(len(places))) or dim != len(places) - 1:
+        raise RefusedError("layout", "the scores are reshaped and their axes permuted")
+    return tuple(range(len(before))), len(before) - 1
+
+
 def _replay(
-    scores: Level, events: list[tuple[voc.Op, fx.Node]], op: voc.Product, product: fx.Node
+    flow: Flow,
+    scores: Level,
+    events: list[tuple[voc.Op, fx.Node]],
+    op: voc.Product,
+    product: fx.Node,
+    is_plain: bool,
 ) -> tuple[list[Level], list[Step], float]:
-    """Go over the events forwards: the shapes the scores take, the steps at each, the soft cap."""
+    """Go over the events forwards: the shapes the scores take, the steps at each, the soft cap.
+
+    As long as the axes are not (lead..., query, key), only numbers may happen to the scores.
+    """
     levels, level = [scores], scores
     steps: list[Step] = []
     softcap = 0.0
     width: Any = None
+    permutes = sum(isinstance(event, voc.Permute) for event, _ in events)
     if op.addend is not None:
         if not isinstance(op.beta, int | float):
             raise RefusedError("scores-edited", "baddbmm's beta is not a number")
         steps.append(AddStep(op.addend, op.beta, level, product))
     for event, node in reversed(events):
-        shape = shape_of(node)
+        shape = shape_of(node) or shape_of(event.x)  # type: ignore[union-attr]  # a write by setitem returns nothing
+        permutes -= isinstance(event, voc.Permute)
+        in_order = is_plain and permutes == 0 and not isinstance(event, voc.Permute)
         if isinstance(event, voc.Append):
             width = shape[-1]
         if width is not None:  # the level is that of the keys' scores
@@ -667,7 +791,9 @@ def _replay(
         if isinstance(event, voc.Reshape):
             level = Level(shape, _reshape_args(node))
             levels.append(level)
-        elif not same_shape(shape[:-2], level.lead):  # a bias has a batch that the scores lack
+        elif in_order and not same_shape(shape[-2:], level.shape[-2:]):
+            raise RefusedError("layout", "a bias or mask broadcasts the scores over rows or keys")
+        elif in_order and not same_shape(shape[:-2], level.lead):  # the bias has a batch of its own
             level = Level((*shape[:-2], *level.shape[-2:]))
             levels.append(level)
         if isinstance(event, voc.Scale):
@@ -681,9 +807,9 @@ def _replay(
                 raise RefusedError("scores-edited", "a complex tensor is added")
             steps.append(AddStep(event.y, event.alpha, level, node))  # type: ignore[arg-type]
         elif isinstance(event, voc.Fill):
-            steps.append(_fill_step(event, node, level))
-        elif isinstance(event, voc.Permute) and (len(levels) > 1 or any(map(_tensors, steps))):
-            raise RefusedError("layout", "the scores are transposed after a bias, mask or reshape")
+            steps.append(_fill_step(flow, event, node, level))
+        if not in_order and (len(levels) > 1 or any(map(_tensors, steps))):
+            raise RefusedError("layout", "the axes of the scores are permuted around a bias")
     # b tanh(a s) is odd in both: |b| tanh(a b s / |b|), the soft cap |b| of scores scaled by a b.
     return levels, steps, abs(softcap)
 
@@ -721,60 +847,45 @@ def _scale_step(event: voc.Scale, node: fx.Node, level: Level, before: list[Step
     return ScaleStep(factor, event.divide, level, node)
 
 
-def _fill_step(event: voc.Fill, node: fx.Node, level: Level) -> FillStep:
-    value = voc.constant(event.value)
+def _fill_step(flow: Flow, event: voc.Fill, node: fx.Node, level: Level) -> FillStep:
+    value = flow.constants.number(event.value, node)
     if value is None:
         raise RefusedError("scores-edited", "the mask's fill value is not a constant")
     if value > voc.HIDING:
         raise RefusedError("scores-edited", f"scores are replaced by {value:g}: hides nothing")
-    condition, scores = voc.tensor_of(event.condition), voc.tensor_of(node)
+    condition, scores = voc.tensor_of(event.condition), voc.tensor_of(event.x)
     if condition is None or condition.dtype is not torch.bool:
         raise RefusedError("scores-edited", "the mask's condition is not boolean")
     if value != voc.INFINITE and scores is not None and scores.dtype is torch.float16:
         raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
-    return FillStep(event.condition, value, event.keep, level, node)
+    value_of_node = voc.tensor_of(node)
+    dtype = (scores if value_of_node is None else value_of_node).dtype  # type: ignore[union-attr]
+    return FillStep(event.condition, value, event.keep, level, node, dtype)
 
 
-def _mask_kind(steps: list[Step]) -> tuple[str, bool, list[Step]]:
-    """What hides or biases keys, for the report; whether it is all "causal"; the steps left."""
+def _mask_kind(flow: Flow, steps: list[Step]) -> tuple[str, Causal | None, list[Step]]:
+    """What hides or biases keys, for the report; whether that is "causal"; the steps left."""
     masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
     if not masks:
-        return "none", False, steps
+        return "none", None, steps
     if len(masks) == 1:
         only = masks[0]
-        rows, columns = only.level.shape[-2:]
+        rows, keys = only.level.shape[-2:]
+        offset, find = None, flow.constants.causal_offset
         if isinstance(only, FillStep):
-            causal = is_causal_mask(only.condition, rows, columns, hidden=not only.keep)
-        else:
-            causal = only.alpha == 1 and is_causal_bias(only.term, rows, columns)
-        if causal:
-            return "causal", True, [s for s in steps if s is not only]
+            offset = find(only.condition, only.reader, rows, keys, hidden=not only.keep)
+        elif only.alpha == 1:
+            offset = find(only.term, only.reader, rows, keys)
+        if offset is not None:
+            return "causal", Causal(offset, only), [s for s in steps if s is not only]
     is_bool = all(isinstance(s, FillStep) and s.value == voc.INFINITE for s in masks)
-    return ("bool" if is_bool else "float"), False, steps
+    return ("bool" if is_bool else "float"), None, steps
 
 
-def _check_writes(
-    flow: Flow, node: fx.Node, start: fx.Node, out: fx.Node, interior: list[fx.Node]
-) -> None:
+def _check_writes(flow: Flow, node: fx.Node, start: fx.Node, out: fx.Node) -> None:
     """Refuse where a tensor may change between the model's read (``start``) and ours (``out``)."""
-    for writer in flow.writes.get(voc.alias_root(node), ()):
-        is_between = flow.position[start] < flow.position[writer] < flow.position[out]
-        if is_between and writer not in interior:
-            raise RefusedError("in-place-write", "an operand is written in place during attention")
-
-
-def _check_operand(
-    flow: Flow, x: Operand, reader: fx.Node, out: fx.Node, interior: list[fx.Node]
-) -> None:
-    """Refuse where Q, K or V, or what was taken off it (a scale, a copy), may have been written."""
-    _check_built(flow, x.node)
-    for factor in reader.all_input_nodes:
-        path = [reader, factor]
-        while path[-1] is not x.node and (source := taken_off(path[-1])) is not None:
-            path.append(source)
-        if path[-1] is x.node:
-            for node in path[1:]:
-                _check_writes(flow, node, path[-2], out, interior)
+    if flow.memory.writers(node, start, out):
+        raise RefusedError("in-place-write", "an operand is written in place during attention")
 
 
 def _scatters(writer: fx.Node, value: fx.Node) -> bool:
@@ -783,19 +894,6 @@ def _scatters(writer: fx.Node, value: fx.Node) -> bool:
         return False
     index = writer.args[1]
     return any(map(voc.is_tensor, index if isinstance(index, tuple) else (index,)))
-
-
-def _check_built(flow: Flow, node: fx.Node) -> None:
-    """Refuse an operand put together by slice writes: what it holds no walk over arguments sees.
-
-    A write to the whole tensor (``index_copy_`` of a static cache) names what it writes.
-    """
-    root = voc.alias_root(node)
-    if target_name(root) not in {"new_empty", "empty", "empty_like", "new_zeros", "zeros"}:
-        return
-    for writer in flow.writes.get(root, ()):
-        if target_name(writer) == "setitem" or voc.written(writer) is not root:
-            raise RefusedError("in-place-write", "an operand is put together by slice writes")
 
 
 def _drops_sink(user: fx.Node, sink: voc.Append) -> bool:
@@ -841,7 +939,7 @@ def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
     return readers if is_ours else set()
 
 
-def _is_banded(node: fx.Node) -> bool:
+def _is_banded(node: fx.Node, flow: Flow) -> bool:
     """Whether a window was cut out of the scores: as_strided, unfold or diagonal nearby."""
     seen, stack = {node}, [node]
     while stack and len(seen) < 64:
@@ -849,7 +947,7 @@ def _is_banded(node: fx.Node) -> bool:
         if target_name(current) in {"as_strided", "unfold", "diagonal"}:
             return True
         near = [] if target_name(current) in {"linear", "softmax"} else current.all_input_nodes
-        near = near + [user for user in current.users if voc.written(user) is current]
+        near = near + [user for user in current.users if flow.memory.writes_into(user, current)]
         for other in near:
             if other not in seen:
                 seen.add(other)

@@ -20,7 +20,8 @@ from torch import fx
 
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.emit import STANDS_FOR, Emitter, erase_idle
-from distr_compile.passes.site import AttentionSite, RefusedError
+from distr_compile.passes.memory import Memory
+from distr_compile.passes.site import AttentionSite, Causal, RefusedError
 from distr_compile.passes.vocabulary import shape_of
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
@@ -47,10 +48,10 @@ def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
     return arguments
 
 
-def multi_head_site(node: fx.Node) -> AttentionSite:
+def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
     """The site of ``F.multi_head_attention_forward``, or ``RefusedError`` with the reason."""
     a = _mha_arguments(node)
-    outputs = [user for user in node.users if not voc.is_idle(user)]
+    outputs = [user for user in node.users if user not in memory.dead]
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
         raise RefusedError("weights-reused", "the weights are returned (need_weights)")
     if not outputs:
@@ -90,9 +91,9 @@ def multi_head_site(node: fx.Node) -> AttentionSite:
         head_dim=query[-1] // heads,
         value_dim=query[-1] // heads,
         mask_kind=mask_kind,
-        is_causal=is_causal,
+        causal=Causal(0) if is_causal else None,
         interior=(node,),
-        requires_grad=_records_gradient(a),
+        requires_grad=out.requires_grad,
     )
 
 
@@ -121,13 +122,8 @@ def encoder_layer_site(node: fx.Node) -> AttentionSite:
         value_dim=width // heads,
         mask_kind="none" if a["mask"] is None else "bool",
         interior=(node,),
-        requires_grad=_records_gradient(a),
+        requires_grad=out.requires_grad,
     )
-
-
-def _records_gradient(arguments: dict[str, Any]) -> bool:
-    values = [voc.tensor_of(x) for x in arguments.values() if isinstance(x, fx.Node)]
-    return any(v is not None and v.requires_grad for v in values)
 
 
 def spell_out(site: AttentionSite, emit: Emitter, attend: Attend) -> None:

@@ -2,12 +2,15 @@
 
 The product's factors come in every layout (a transposed K, an einsum's axis order), with the scale
 multiplied in, upcast, or with key heads repeated for grouped-query attention. Each function here
-undoes one of these and returns an :class:`Operand`; none changes the graph.
+undoes one of these and returns an :class:`Operand`; none changes the graph. They look through a
+node only where ``see`` (:meth:`.Flow.through`) lets them: what is read in its stead, later, must
+still hold what it held.
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +19,12 @@ from torch import fx
 
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.site import Factor, Operand, RefusedError
-from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
+from distr_compile.passes.vocabulary import same_shape, same_size, shape_of, target_name
+
+See = Callable[[fx.Node], "voc.Op | None"]
 
 
-def operand(node: fx.Node, rank: int, *, transposed: bool) -> Operand:
+def operand(see: See, node: fx.Node, rank: int, *, transposed: bool) -> Operand:
     """A factor as (lead..., rows, width) at the rank of its product."""
     own = len(shape_of(node))
     if own < 2:
@@ -27,20 +32,17 @@ def operand(node: fx.Node, rank: int, *, transposed: bool) -> Operand:
     dims = list(range(own))
     if transposed:
         dims[-1], dims[-2] = dims[-2], dims[-1]
-    return peel(node, tuple([-1] * (rank - own) + dims))
+    return peel(see, node, tuple([-1] * (rank - own) + dims))
 
 
-def peel(node: fx.Node, dims: tuple[int, ...]) -> Operand:
+def peel(see: See, node: fx.Node, dims: tuple[int, ...]) -> Operand:
     """Take permutations and copies off a node and keep them as the operand's axis order."""
-    while True:
-        op = read(node)
+    while isinstance(op := see(node), voc.Permute | voc.Identity):
         if isinstance(op, voc.Permute):
             dims = tuple(d if d < 0 else op.dims[d] for d in dims)
-            node = op.x
-        elif isinstance(op, voc.Identity) and target_name(node) in {"contiguous", "dropout"}:
-            node = op.x
-        else:
+        elif target_name(node) not in {"contiguous", "dropout"}:
             break
+        node = op.x
     shape = shape_of(node)
     return Operand(node, dims, tuple(1 if d < 0 else shape[d] for d in dims))
 
@@ -76,9 +78,10 @@ def _labels(op: voc.Product) -> tuple[str, str, str]:
     )
 
 
-def einsum_scores(op: voc.Product) -> tuple[Operand, Operand]:
-    """Q and K of ``einsum("...", a, b)`` whose output ends in (query, key)."""
+def einsum_scores(see: See, op: voc.Product, axes: tuple[int, ...]) -> tuple[Operand, Operand]:
+    """Q and K of ``einsum("...", a, b)``, whose output's ``axes`` are (lead..., query, key)."""
     first, second, out = _labels(op)
+    out = "".join(out[axis] for axis in axes)
     summed = [label for label in first if label in second and label not in out]
     lost = [x for x in first + second if x not in out and x not in summed]
     if len(summed) != 1 or lost or len(out) < 2:
@@ -89,41 +92,56 @@ def einsum_scores(op: voc.Product) -> tuple[Operand, Operand]:
         raise RefusedError("layout", f"einsum {op.equation!r}: the output is not (..., query, key)")
     q_dims = [q_labels.find(x) for x in (*out[:-1], summed[0])]
     k_dims = [k_labels.find(x) for x in (*out[:-2], out[-1], summed[0])]
-    return peel(q_node, tuple(q_dims)), peel(k_node, tuple(k_dims))
+    return peel(see, q_node, tuple(q_dims)), peel(see, k_node, tuple(k_dims))
+
+
+def einsum_axes(op: voc.Product, key: int) -> tuple[int, ...]:
+    """The axes of an einsum's output as (lead..., query, key), given which are the keys'."""
+    first, second, out = _labels(op)
+    other = first if out[key] in second else second
+    queries = [i for i, x in enumerate(out) if x in other and not (x in first and x in second)]
+    if len(queries) != 1 or key in queries:
+        raise RefusedError("layout", f"einsum {op.equation!r}: which axis is the queries'?")
+    lead = [i for i in range(len(out)) if i not in (key, queries[0])]
+    return (*lead, queries[0], key)
 
 
 def einsum_values(
-    op: voc.Product, weights: fx.Node, transposed: bool
+    see: See, op: voc.Product, weights: fx.Node, axes: tuple[int, ...]
 ) -> tuple[Operand, tuple[int, ...]]:
-    """V of ``einsum("...", p, v)``, and its output's axes as a permutation of (lead, row, d_v)."""
+    """V of ``einsum("...", p, v)``, and its output's axes as a permutation of (lead, row, d_v).
+
+    ``axes`` are those of p as (lead..., query, key).
+    """
     first, second, out = _labels(op)
     p, v, value = (first, second, op.b) if op.a is weights else (second, first, op.a)
-    query, key = (p[-1], p[-2]) if transposed else (p[-2], p[-1])
+    p = "".join(p[axis] for axis in axes)
+    query, key = p[-2], p[-1]
+    if query in out and key in out:
+        raise RefusedError("cross-head-mix", f"einsum {op.equation!r} mixes the weights' heads")
     width = [x for x in v if x not in p]
     if key not in v or key in out or query in v or len(width) != 1 or len(out) != len(p):
         raise RefusedError("weights-edited", f"einsum {op.equation!r} does not contract the keys")
-    axes = (*p[:-2], query, width[0])
+    order = (*p[:-2], query, width[0])
     dims = tuple(v.find(x) for x in (*p[:-2], key, width[0]))
-    return peel(value, dims), tuple(axes.index(x) for x in out)
+    return peel(see, value, dims), tuple(order.index(x) for x in out)
 
 
 # -- scale --------------------------------------------------------------------------------------
 
 
-def take_scale(x: Operand) -> tuple[Operand, tuple[Factor, ...]]:
+def take_scale(see: See, x: Operand) -> tuple[Operand, tuple[Factor, ...]]:
     """Take numbers multiplied into Q or K out, also from under reshapes; they go into the scale."""
     factors: list[Factor] = []
     while True:
         path: list[fx.Node] = []
         node = x.node
-        while isinstance(op := read(node), voc.Reshape | voc.Permute | voc.Identity):
+        while isinstance(op := see(node), voc.Reshape | voc.Permute | voc.Identity):
             path.append(node)
             node = op.x
         if not isinstance(op, voc.Scale) or voc.is_tensor(op.factor):
             return x, tuple(factors)
-        if voc.written(node) is not None or not isinstance(op.factor, int | float | fx.Node):
-            return x, tuple(factors)  # q *= c: what stood there before is gone
-        if not _floating(op.x):
+        if not isinstance(op.factor, int | float | fx.Node) or not _floating(op.x):
             return x, tuple(factors)
         if isinstance(op.factor, int | float) and op.factor <= 0:
             return x, tuple(factors)
@@ -133,17 +151,7 @@ def take_scale(x: Operand) -> tuple[Operand, tuple[Factor, ...]]:
         elif x.replay:
             x = replace(x, node=op.x)
         else:
-            x = peel(op.x, x.dims)
-
-
-def taken_off(node: fx.Node) -> fx.Node | None:
-    """What a node reads, if it is one of those that this module looks through."""
-    op = read(node)
-    if isinstance(op, voc.Reshape | voc.Permute | voc.Identity | voc.Scale | voc.Cast):
-        return op.x
-    if target_name(node) in {"expand", "repeat_interleave"} and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return None
+            x = peel(see, op.x, x.dims)
 
 
 def _floating(node: fx.Node) -> bool:
@@ -154,7 +162,7 @@ def _floating(node: fx.Node) -> bool:
 # -- sinks --------------------------------------------------------------------------------------
 
 
-def per_head(column: fx.Node) -> fx.Node | None:
+def per_head(see: See, column: fx.Node) -> fx.Node | None:
     """The numbers, one per head, that were expanded to a column ``(..., H, N, 1)`` of scores.
 
     Returns:
@@ -164,16 +172,11 @@ def per_head(column: fx.Node) -> fx.Node | None:
     heads = shape_of(column)[-3:-2]
     node = column
     while not (heads and _thin(shape_of(node), heads[0])):
-        op = read(node)
-        if isinstance(op, voc.Cast | voc.Identity):
-            node = op.x
-        elif target_name(node) in {"expand", "expand_as", "broadcast_to", "repeat"}:
-            if not voc.is_tensor(node.args[0]):
-                return None
-            node = node.args[0]  # type: ignore[assignment]
-        else:
+        op = see(node)
+        if not isinstance(op, voc.Cast | voc.Identity | voc.Expand):
             return None
-    while isinstance(op := read(node), voc.Reshape):
+        node = op.x
+    while isinstance(op := see(node), voc.Reshape):
         node = op.x
     return node
 
@@ -187,30 +190,27 @@ def _thin(shape: tuple[Any, ...], heads: Any) -> bool:
 # -- repeated heads -----------------------------------------------------------------------------
 
 
-def unrepeated(x: Operand) -> tuple[Operand, Any] | None:
+def unrepeated(see: See, x: Operand) -> tuple[Operand, Any] | None:
     """The operand before its key heads were repeated, and how often; ``None`` if not repeated."""
     if len(x.dims) < 3 or x.dims[-3] < 0 or x.replay:
         return None
     head = x.dims[-3]
-    base = _before_interleave(x.node, head) or _before_expand(x.node, head)
+    base = _before_interleave(see, x.node, head) or _before_expand(see, x.node, head)
     if base is None:
         return None
     source, repeats = base
     shape = list(x.shape)
     shape[-3] = shape_of(source)[head]
-    return peel_same(source, x.dims, tuple(shape)), repeats
+    found = peel(see, source, x.dims)
+    same = same_shape(found.shape, tuple(shape))
+    return (found if same else Operand(source, x.dims, tuple(shape))), repeats
 
 
-def peel_same(node: fx.Node, dims: tuple[int, ...], shape: tuple[Any, ...]) -> Operand:
-    """An operand over another node with the same axis order."""
-    found = peel(node, dims)
-    return found if same_shape(found.shape, shape) else Operand(node, dims, shape)
-
-
-def _before_interleave(node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
-    if target_name(node) != "repeat_interleave":
+def _before_interleave(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
+    op = see(node)
+    if not isinstance(op, voc.Expand) or target_name(node) != "repeat_interleave":
         return None
-    x: Any = node.args[0]
+    x = op.x
     repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     rank = len(shape_of(node))
@@ -219,14 +219,15 @@ def _before_interleave(node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
     return x, repeats
 
 
-def _before_expand(node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
+def _before_expand(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
     """``reshape(expand(x[:, :, None], ...))``: heads (Hk, 1) -> (Hk, repeats) -> Hk * repeats."""
-    merged = read(node)
-    if not isinstance(merged, voc.Reshape) or target_name(merged.x) != "expand":
+    merged = see(node)
+    expanded = see(merged.x) if isinstance(merged, voc.Reshape) else None
+    if not isinstance(merged, voc.Reshape) or not isinstance(expanded, voc.Expand):
         return None
     wide: tuple[Any, ...] = shape_of(merged.x)
-    inner: Any = merged.x.args[0]
-    inserted = read(inner)
+    inner = expanded.x
+    inserted = see(inner)
     if not isinstance(inserted, voc.Reshape):
         return None
     source, thin, result = inserted.x, shape_of(inner), shape_of(node)
@@ -253,39 +254,45 @@ def dtype_of(x: Operand) -> torch.dtype:
 
 
 def common_dtype(
-    q: Operand, k: Operand, v: Operand, product: fx.Node, out: torch.Tensor
-) -> tuple[Operand, Operand]:
-    """Q and K in V's dtype: an upcast in front of the product is undone, it changed no value.
+    see: See, q: Operand, k: Operand, v: Operand, product: fx.Node, out: torch.Tensor
+) -> tuple[Operand, Operand, torch.dtype | None]:
+    """Q and K without an upcast that changed no value, and the dtype to compute the call in.
 
-    Under autocast the operands may differ: the call casts them as the product did.
+    That is None where Q, K, V and the output have one dtype already, or autocast gives them one. A
+    model that computes its scores in fp32 (rotary tables, QK norm) and has a half V gets fp32: its
+    scores are worth more than half precision to it.
     """
     product_value = voc.tensor_of(product)
-    q, k = (_without_upcast(x, dtype_of(v)) for x in (q, k))
+    q, k = (_without_upcast(see, x, dtype_of(v)) for x in (q, k))
     dtypes = {dtype_of(x) for x in (q, k, v)}
     if len(dtypes) == 1 and out.dtype in dtypes:
-        return q, k
+        return q, k, None
+    if product_value is None:
+        raise RefusedError("mixed-dtype", "the dtype of the scores is not known")
     is_autocast = (
-        product_value is not None
-        and product_value.dtype == out.dtype
+        product_value.dtype == out.dtype
         and out.dtype.itemsize < 4
         and out.dtype not in {dtype_of(q), dtype_of(k)}
     )
-    if is_autocast or (product_value is not None and _only_autocast(dtypes, out.dtype)):
-        return q, k
+    if is_autocast or _only_autocast(dtypes, out.dtype, product_value.dtype):
+        return q, k, None
+    if all(d.is_floating_point for d in dtypes) and torch.float64 not in dtypes:
+        return q, k, torch.float32
     names = ", ".join(sorted(str(d)[6:] for d in dtypes | {out.dtype}))
     raise RefusedError("mixed-dtype", f"Q, K, V and the output have different dtypes: {names}")
 
 
-def _only_autocast(dtypes: set[torch.dtype], out: torch.dtype) -> bool:
+def _only_autocast(dtypes: set[torch.dtype], out: torch.dtype, product: torch.dtype) -> bool:
     """Low precision out of full and low precision in: nothing but autocast gives that."""
-    return out.itemsize < 4 and dtypes <= {torch.float32, out} and torch.float32 in dtypes
+    is_low = out.itemsize < 4 and product == out
+    return is_low and dtypes <= {torch.float32, out} and torch.float32 in dtypes
 
 
-def _without_upcast(x: Operand, dtype: torch.dtype) -> Operand:
+def _without_upcast(see: See, x: Operand, dtype: torch.dtype) -> Operand:
     while dtype_of(x) != dtype:
-        op = read(x.node)
+        op = see(x.node)
         source = voc.tensor_of(op.x) if isinstance(op, voc.Cast) else None
         if source is None or source.dtype.itemsize > dtype_of(x).itemsize or x.replay:
             return x
-        x = peel(op.x, x.dims)  # type: ignore[union-attr]
+        x = peel(see, op.x, x.dims)  # type: ignore[union-attr]
     return x

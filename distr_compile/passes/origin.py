@@ -10,12 +10,16 @@ tokens.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.constants import Constants
+from distr_compile.passes.memory import Memory
+from distr_compile.passes.site import RefusedError
 from distr_compile.passes.vocabulary import hint, read, shape_of, target_name
 
 TABLE, INPUT, PROJECTION = "table", "input", "projection"
@@ -32,43 +36,78 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 class Flow:
     """One forward walk over a graph, answering for every node what it is made of.
 
+    What was written in place into the memory that a node reads counts as read by it.
+
     Attributes:
+        memory: which node writes what.
+        constants: the values of what hangs on constants only.
         origins: node -> subset of {table, input, projection}; empty for constants.
         chained: node -> products it is reached from through operations on scores.
         behind: node -> products of two activations it depends on, through anything but a layer.
-        writes: owner of memory -> the nodes that write it in place.
-        position: node -> its place in the graph.
         axes: what :func:`axis_origin` found out so far.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.memory = Memory(graph)
+        self.constants = Constants(self.memory)
         self.origins: dict[fx.Node, frozenset[str]] = {}
         self.chained: dict[fx.Node, frozenset[fx.Node]] = {}
         self.behind: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._weights: dict[fx.Node, bool] = {}
-        self.writes: dict[fx.Node, list[fx.Node]] = {}
-        self.position: dict[fx.Node, int] = {}
         self.axes: dict[Axis, str | None] = {}
-        for index, node in enumerate(graph.nodes):
-            self.position[node] = index
+        self._weights: dict[fx.Node, bool] = {}
+        self._ops: dict[fx.Node, voc.Op | None] = {}
+        self._stored: dict[int, set[fx.Node]] = {}
+        for node in graph.nodes:
             self._visit(node)
+
+    def read(self, node: Any) -> voc.Op | None:
+        """What a node means (:func:`.vocabulary.read`); ``linear`` may be a product here."""
+        return self._ops.get(node)
+
+    def now(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """The node that made what ``reader`` reads of ``node``.
+
+        Raises:
+            RefusedError: some of it was written in place in a way that cannot be followed.
+        """
+        found = self.memory.definition(node, reader)
+        if found is None:
+            raise RefusedError("in-place-write", f"{node} is written in place before it is read")
+        return found
+
+    def through(self, node: fx.Node, out: fx.Node) -> voc.Op | None:
+        """What a node means, if ``out`` may read its source in its stead.
+
+        That is so where neither is written in place after the node, and the node is no write.
+        """
+        op, memory = self.read(node), self.memory
+        source = getattr(op, "x", None)
+        if source is None or memory.writes(node) or memory.writers(node, node, out):
+            return None
+        return None if memory.writers(source, node, out) else op
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node's values depend on the input or passed a layer."""
         return bool(self.origins[node] & {INPUT, PROJECTION})
 
-    def is_scores(self, product: fx.Node) -> bool:
+    def is_scores(self, product: fx.Node, op: voc.Op | None = None) -> bool:
         """Whether both factors of a product are activations, as Q and K are."""
-        op = read(product)
+        op = op or self.read(product)
         return isinstance(op, voc.Product) and self.is_activation(op.a) and self.is_activation(op.b)
 
-    def is_weights(self, node: fx.Node) -> bool:
-        """Whether a node is a softmax, seen through operations on scores."""
-        return self._weights[node]
-
     def _visit(self, node: fx.Node) -> None:
-        inputs = node.all_input_nodes
-        op = read(node)
+        inputs = list(node.all_input_nodes)
+        own = set(inputs)
+        for storage in frozenset().union(*map(self.memory.storages, inputs)):
+            inputs += sorted(self._stored.get(storage, set()) - own)
+            own |= self._stored.get(storage, set())
+        for storage in self.memory.writes(node):
+            self._stored.setdefault(storage, set()).add(node)
+        op = voc.read(node)
+        if target_name(node) == "linear":
+            op = voc.linear_product(node)
+            op = op if op is not None and self.is_scores(node, op) else None
+        self._ops[node] = op
         self.origins[node] = self._origin(node, op, inputs)
         self.chained[node] = self._chain(node, op)
         self._weights[node] = isinstance(op, voc.Softmax) or (
@@ -76,9 +115,11 @@ class Flow:
             and self._weights[op.x]
         )
         self.behind[node] = self._depend(node, op, inputs)
-        target = voc.written(node)
-        if target is not None:
-            self.writes.setdefault(voc.alias_root(target), []).append(node)
+
+    def _before(self, node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
+        """The products that what ``reader`` reads of ``node`` is reached from."""
+        made = self.memory.definition(node, reader)
+        return self.chained[made] if made is not None else frozenset()
 
     def _origin(self, node: fx.Node, op: voc.Op | None, inputs: list[fx.Node]) -> frozenset[str]:
         if node.op == "placeholder":
@@ -88,7 +129,7 @@ class Flow:
             return frozenset({TABLE if is_table or "_parameters_" in name else INPUT})
         if node.op == "get_attr":
             return frozenset({TABLE})
-        if target_name(node) in _PROJECTIONS:
+        if target_name(node) in _PROJECTIONS and op is None:
             return frozenset({PROJECTION})
         union: frozenset[str] = frozenset().union(*(self.origins[n] for n in inputs))
         if isinstance(op, voc.Product) and TABLE in union:
@@ -102,9 +143,9 @@ class Flow:
             is_output = self._weights[op.a] or self._weights[op.b]  # PV, not QK^T
             return frozenset() if is_output else frozenset({node})
         if isinstance(op, voc.Scale):
-            return self._several(op.x, op.factor)
+            return self._several(node, op.x, op.factor)
         if isinstance(op, voc.Add):
-            return self._several(op.x, op.y)
+            return self._several(node, op.x, op.y)
         if isinstance(
             op,
             voc.Fill
@@ -117,12 +158,15 @@ class Flow:
             | voc.Identity
             | voc.Dropout,
         ):
-            return self.chained[op.x]
+            return self._before(op.x, node)
         return frozenset()
 
-    def _several(self, *nodes: Any) -> frozenset[fx.Node]:
-        found = frozenset().union(*(self.chained[n] for n in nodes if isinstance(n, fx.Node)))
-        return frozenset(sorted(found, key=self.position.__getitem__)[:_MAX_PRODUCTS])
+    def _several(self, reader: fx.Node, *nodes: Any) -> frozenset[fx.Node]:
+        return self._first(self._before(n, reader) for n in nodes if isinstance(n, fx.Node))
+
+    def _first(self, products: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:
+        found = frozenset().union(*products)
+        return frozenset(sorted(found, key=self.memory.position.__getitem__)[:_MAX_PRODUCTS])
 
     def _depend(
         self, node: fx.Node, op: voc.Op | None, inputs: list[fx.Node]
@@ -135,13 +179,12 @@ class Flow:
         if value is not None and not value.dtype.is_floating_point:
             return frozenset()  # an index or a mask: chosen by scores, but no scores
         if isinstance(op, voc.Product):
-            if self._weights[op.a] or self._weights[op.b] or not self.is_scores(node):
+            if self._weights[op.a] or self._weights[op.b]:
                 return frozenset()
-            return frozenset({node})
-        if not inputs:
-            return frozenset()
-        found = frozenset().union(*(self.behind[n] for n in inputs))
-        return frozenset(sorted(found, key=self.position.__getitem__)[:_MAX_PRODUCTS])
+            if self.is_scores(node):
+                return frozenset({node})
+            return self._first(self.behind[n] for n in inputs) if op.equation else frozenset()
+        return self._first(self.behind[n] for n in inputs)
 
 
 def _mixes_heads(layer: fx.Node) -> bool:

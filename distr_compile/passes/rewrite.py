@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from distr_compile.lowering.call import Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
-from distr_compile.passes.emit import Emitter, erase_idle
+from distr_compile.passes.emit import Emitter
 from distr_compile.passes.site import (
     AddStep,
     AttentionSite,
@@ -30,7 +31,7 @@ from distr_compile.passes.site import (
     RefusedError,
     ScaleStep,
 )
-from distr_compile.passes.vocabulary import same_shape, same_size, shape_of, target_name
+from distr_compile.passes.vocabulary import same_shape, same_size, shape_of
 
 
 def rewrite(
@@ -52,7 +53,6 @@ def rewrite(
     Raises:
         RefusedError: the operands cannot be laid out; the graph is as it was.
     """
-    plan = decision.plan
 
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
@@ -63,26 +63,11 @@ def rewrite(
             rest = tuple(map(emit.constant, names, bases))
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
-        options: dict[str, Any] = {"softcap": site.softcap} if site.softcap else {}
-        if decision.strict:
-            options["strict"] = True
-        return emit.function(
-            torch.ops.distr.attention.default,
-            q,
-            k,
-            v,
-            mask,
-            *rest,
-            scale=scale,
-            is_causal=is_causal,
-            rank=decision.rank,
-            estimator=plan.estimator,
-            grouping_block=0 if plan.grouping_block == "auto" else plan.grouping_block,
-            rounds=plan.rounds,
-            min_seq_len=decision.min_seq_len,
-            site=number,
-            **options,
-        )
+        offset = site.causal.offset or None if is_causal and site.causal is not None else None
+        scores = Scores(scale, is_causal, offset, site.softcap)
+        arguments = op_arguments(decision.approximation, scores, decision.min_seq_len, number)
+        op = torch.ops.distr.attention.default
+        return emit.function(op, q, k, v, mask, *rest, **arguments)
 
     if site.kind in {"mha", "encoder"}:
         scale = 1.0 / math.sqrt(site.head_dim)
@@ -100,10 +85,15 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
 
     Returns:
         Whether it did. Fused calls are left alone, and sites that SDPA cannot say: with a soft cap,
-        sinks, or a bias whose dtype is not that of Q.
+        sinks, several dtypes, or a bias whose dtype is not that of Q.
     """
     if site.kind != "softmax" or site.softcap or site.sinks is not None:
         return False
+    if site.compute_dtype is not None:
+        return False
+    if site.causal is not None and site.causal.offset:  # SDPA's is_causal knows no offset
+        assert site.causal.step is not None
+        site = replace(site, causal=None, steps=(*site.steps, site.causal.step))
     if not _sdpa_means_the_same(site):
         return False
 
@@ -126,6 +116,25 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
     except RefusedError:
         return False
     return True
+
+
+def keep_from_fusion(module: fx.GraphModule) -> None:
+    """Write each softmax over another axis than the last one as one over the last, transposed.
+
+    Inductor's ``fuse_attention`` does not look at the axis: it would make SDPA of it, which is
+    wrong (pytorch#196468). Fusions of a softmax over the last axis are right and are not touched.
+    """
+    for body in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for softmax in list(body.graph.nodes):
+            op = voc.read(softmax)
+            if not isinstance(op, voc.Softmax) or op.dim == len(shape_of(softmax)) - 1:
+                continue
+            emit = Emitter(body.graph, softmax)
+            x = emit.method("transpose", op.x, op.dim, -1)
+            x = emit.method("neg", x) if op.sign < 0 else x
+            x = emit.method("softmax", x, -1, dtype=op.dtype)
+            softmax.replace_all_uses_with(emit.method("transpose", x, op.dim, -1))
+            body.graph.erase_node(softmax)
 
 
 def _sdpa_means_the_same(site: AttentionSite) -> bool:
@@ -167,8 +176,6 @@ def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
         if node is not site.output and user not in site.interior
     ]
     for user, node in found:
-        if voc.is_idle(user):
-            continue
         is_static = all(isinstance(size, int) for size in shape_of(node))
         if not is_static and user.target != "type_as":
             raise RefusedError("layout", f"{user.target} reads a symbolic shape of the scores")
@@ -176,10 +183,7 @@ def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _read_sizes(graph: fx.Graph, reader: fx.Node, node: fx.Node) -> None:
-    """Give a shape reader the sizes, or the dtype, themselves; take out an idle one."""
-    if voc.is_idle(reader):
-        erase_idle(graph, reader)
-        return
+    """Give a shape reader the sizes, or the dtype, themselves."""
     value = voc.tensor_of(node)
     assert value is not None
     is_cast = reader.target == "type_as"
@@ -223,11 +227,13 @@ class _Layout:
         full = [self._widest([lead[i] for lead in leads]) for i in range(2)]
         kv_heads = self._widest([leads[1][1], leads[2][1]])
         q = self._expand(nodes[0], (full[0], full[1]))
-        return (
-            q,
-            self._expand(nodes[1], (leads[1][0], kv_heads)),
-            self._expand(nodes[2], (leads[2][0], kv_heads)),
-        )
+        key = self._expand(nodes[1], (leads[1][0], kv_heads))
+        value = self._expand(nodes[2], (leads[2][0], kv_heads))
+        return self._in_one_dtype(q), self._in_one_dtype(key), self._in_one_dtype(value)
+
+    def _in_one_dtype(self, x: fx.Node) -> fx.Node:
+        dtype = self.site.compute_dtype
+        return x if dtype is None else self.emit.method("to", x, dtype)
 
     def _operand(self, x: Operand, level: Level) -> tuple[fx.Node, tuple[Any, Any]]:
         """An operand as four axes, and its (batch, heads)."""
@@ -296,8 +302,9 @@ class _Layout:
             if isinstance(step, ScaleStep):
                 factor: Any = step.factor
                 if voc.is_tensor(factor):
-                    factor = self._term(factor, step.level)
+                    factor, dtype = self._term(factor, step.level), voc.tensor_of(q).dtype  # type: ignore[union-attr]
                     q = emit.method("div" if step.divide else "mul", q, factor)
+                    q = q if voc.tensor_of(q).dtype == dtype else emit.method("to", q, dtype)  # type: ignore[union-attr]
                 else:
                     scale = self._times(scale, Factor(factor, step.divide))
                 if bias is not None:
@@ -363,6 +370,8 @@ class _Layout:
         assert site.scores is not None
         target = site.canonical.lead
         shape = shape_of(term)
+        while len(shape) < 2:
+            term, shape = emit.method("unsqueeze", term, 0), (1, *shape)
         if not same_shape(level.shape[-2:], site.scores.shape[-2:]):
             # A bias over split axes (query rows and columns of an image): no broadcast survives.
             whole = emit.method("expand", term, *_sizes(level))
@@ -422,7 +431,17 @@ class _Layout:
         axes = site.output_dims
         if axes != tuple(range(len(axes))):
             out = emit.method("permute", out, *axes)
-        return emit.method("contiguous", out) if _is_viewed(site.output) else out
+        value = voc.tensor_of(site.output)
+        if value is not None and value.dtype != site.dtype:
+            out = emit.method("to", out, value.dtype)
+        return out if site.copy_order is None else self._ordered(out, site.copy_order)
+
+    def _ordered(self, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
+        """A copy, if need be, with the axes in this order in memory."""
+        if order == tuple(range(len(order))):
+            return self.emit.method("contiguous", out)
+        out = self.emit.method("contiguous", self.emit.method("permute", out, *order))
+        return self.emit.method("permute", out, *map(order.index, range(len(order))))
 
 
 # -- sizes --------------------------------------------------------------------------------------
@@ -511,16 +530,3 @@ def _tail_length(level: Level, scores: Level) -> int:
         if product == area:
             return count
     raise RefusedError("layout", "a bias is added to scores of an unknown shape")
-
-
-def _is_viewed(output: fx.Node) -> bool:
-    """Whether a reader relies on the memory order of a matmul's result."""
-    stack = list(output.users)
-    while stack:
-        user = stack.pop()
-        name = target_name(user)
-        if user.op == "output" or name in {"view", "view_as", "as_strided"}:
-            return True
-        if isinstance(voc.read(user), voc.Permute) or name in {"dropout", "getitem", "detach"}:
-            stack.extend(user.users)
-    return False

@@ -90,16 +90,20 @@ class FillStep:
     keep: bool
     level: Level
     reader: fx.Node
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the scores at that point: ``value`` fits it."""
-        scores: torch.Tensor = self.reader.meta["example_value"]
-        return scores.dtype
+    dtype: torch.dtype
+    """Of the scores at that point: ``value`` fits it."""
 
 
 Step = ScaleStep | AddStep | FillStep
 """Each knows the shape of the scores at that point and the node that does it (``reader``)."""
+
+
+@dataclass(frozen=True)
+class Causal:
+    """The graph says that query i sees the keys ``j <= i + offset``, by ``step`` if by a mask."""
+
+    offset: int
+    step: AddStep | FillStep | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,12 @@ class AttentionSite:
         output_dims: the output's axes, as a permutation of (lead..., query, width).
         mask: of an ``sdpa`` call, its mask node; ``None`` too where the mask only says "causal".
         mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
-        is_causal: the graph says that query i sees keys j <= i only.
-        interior: the nodes from the product to the output, which nothing else reads.
-        requires_grad: a gradient would be recorded for Q, K, V or a bias.
+        causal: the graph says that query i sees keys j <= i + offset only.
+        compute_dtype: the dtype that Q, K and V are brought to, where they have several.
+        copy_order: the output's axes, outermost first, if the model relies on that memory order.
+        interior: the nodes from the product to the output, which nothing else reads, and what is
+            dead around them.
+        requires_grad: a gradient is recorded for the output.
     """
 
     kind: str
@@ -161,9 +168,16 @@ class AttentionSite:
     output_dims: tuple[int, ...] = ()
     mask: fx.Node | None = None
     mask_kind: str = "none"
-    is_causal: bool = False
+    causal: Causal | None = None
+    compute_dtype: torch.dtype | None = None
+    copy_order: tuple[int, ...] | None = None
     interior: tuple[fx.Node, ...] = ()
     requires_grad: bool = False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether later keys are hidden, and nothing else by a mask of the graph's."""
+        return self.causal is not None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,11 +49,17 @@ class Product:
 
 @dataclass(frozen=True)
 class Softmax:
-    """``softmax(x, dim)``, computed in ``dtype`` if given."""
+    """``softmax(sign * x, dim)``, computed in ``dtype`` if given.
+
+    ``inner`` are the nodes between x and the result where it is spelled out: the exponentials and
+    their sum, or a ``log_softmax`` that is exponentiated.
+    """
 
     x: fx.Node
     dim: int
     dtype: torch.dtype | None = None
+    sign: int = 1
+    inner: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,10 @@ class Add:
 
 @dataclass(frozen=True)
 class Fill:
-    """``where(condition, value, x)``; with ``keep`` the condition says where ``x`` stays."""
+    """``where(condition, value, x)``; with ``keep`` the condition says where ``x`` stays.
+
+    Also ``x[condition] = value``, which returns nothing: the result is what x holds then.
+    """
 
     x: fx.Node
     condition: fx.Node
@@ -85,11 +95,11 @@ class Fill:
 
 @dataclass(frozen=True)
 class Clamp:
-    """``clamp(x, low, high)`` with bounds that are numbers, or ``None``."""
+    """``clamp(x, low, high)``; a bound is a number, a node, or ``None``."""
 
     x: fx.Node
-    low: float | None
-    high: float | None
+    low: Any
+    high: Any
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,13 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Expand:
+    """``expand``, ``repeat`` and their like: the values of ``x``, some of them several times."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
 class Dropout:
     """A dropout that drops: training, ``p > 0`` (or ``p`` not known while compiling)."""
 
@@ -172,6 +189,7 @@ Op = (
     | Reshape
     | Permute
     | Identity
+    | Expand
     | Dropout
     | Sdpa
 )
@@ -224,33 +242,23 @@ def is_tensor(arg: Any) -> bool:
     return tensor_of(arg) is not None
 
 
-def constant(arg: Any) -> float | None:
-    """The number an argument stands for: a literal, or a tensor filled with one literal."""
-    if isinstance(arg, bool):
-        return None
-    if isinstance(arg, int | float):
-        return float(arg)
+def _may_be_number(arg: Any) -> bool:
+    """Whether an argument is a number or a tensor filled with one: which, its value will tell."""
     if not isinstance(arg, fx.Node):
-        return None
-    name = target_name(arg)
-    if name in {"tensor", "scalar_tensor", "as_tensor"} and arg.args:
-        return constant(arg.args[0])
-    if name == "full" and len(arg.args) > 1:
-        return constant(arg.args[1])
-    if name == "full" and "fill_value" in arg.kwargs:
-        return constant(arg.kwargs["fill_value"])
-    if name in {"full_like", "new_full"} and len(arg.args) > 1:
-        return constant(arg.args[-1])
-    if name in {"to", "type_as", "type", "float", "half"} and arg.args:
-        return constant(arg.args[0])
-    return None
+        return isinstance(arg, int | float)
+    if target_name(arg) in {"to", "type_as", "type", "float", "half"} and arg.args:
+        return _may_be_number(arg.args[0])
+    made = {"tensor", "scalar_tensor", "as_tensor", "full", "full_like", "new_full"}
+    return target_name(arg) in made or shape_of(arg) == ()
 
 
 def target_name(node: fx.Node) -> str:
-    """The bare name of what a call node calls; ``""`` for other nodes."""
+    """The bare name of what a call node calls, without an overload; ``""`` for other nodes."""
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.name.rpartition("::")[2]
         name = getattr(node.target, "__name__", None)
         return str(name if name is not None else node.target)
     return ""
@@ -273,6 +281,50 @@ def _product(node: fx.Node) -> Op | None:
     a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
     b = _option(node, "mat2", b) if b is None else b
     return Product(a, b) if is_tensor(a) and is_tensor(b) else None
+
+
+_LETTERS = string.ascii_letters
+
+
+def linear_product(node: fx.Node) -> Op | None:
+    """``F.linear(a, b)`` without a bias, as the product of two activations that it may be."""
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "weight")
+    if _argument(node, 2, "bias") is not None or not is_tensor(a) or not is_tensor(b):
+        return None
+    return _inner(node) if len(shape_of(b)) == 2 else None
+
+
+def _inner(node: fx.Node) -> Op | None:
+    """``inner(a, b)`` sums over the last axes: ``a`` of F.linear, ``b`` as its weight."""
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other", node.kwargs.get("weight"))
+    if not is_tensor(a) or not is_tensor(b):
+        return None
+    return _contracted(a, b, [len(shape_of(a)) - 1], [len(shape_of(b)) - 1])
+
+
+def _tensordot(node: fx.Node) -> Op | None:
+    a, b = _argument(node, 0, "a"), _argument(node, 1, "b")
+    dims: Any = _argument(node, 2, "dims", 2)
+    if not is_tensor(a) or not is_tensor(b):
+        return None
+    if isinstance(dims, int):
+        rank = len(shape_of(a))
+        dims = (list(range(rank - dims, rank)), list(range(dims)))
+    if not isinstance(dims, list | tuple) or len(dims) != 2:
+        return None
+    sides = [[d] if isinstance(d, int) else list(d) for d in dims]
+    return _contracted(a, b, *sides)
+
+
+def _contracted(a: fx.Node, b: fx.Node, over_a: list[int], over_b: list[int]) -> Op:
+    """The product that sums one over the axes of the other, as an einsum."""
+    ranks = len(shape_of(a)), len(shape_of(b))
+    first = list(_LETTERS[: ranks[0]])
+    second = list(_LETTERS[ranks[0] : sum(ranks)])
+    for i, j in zip(over_a, over_b, strict=True):
+        second[j] = first[i]
+    out = [x for x in first + second if not (x in first and x in second)]
+    return Product(a, b, equation=f"{''.join(first)},{''.join(second)}->{''.join(out)}")
 
 
 def _einsum(node: fx.Node) -> Op | None:
@@ -311,6 +363,45 @@ def _softmax(node: fx.Node) -> Op | None:
     return Softmax(x, dim % max(len(shape_of(x)), 1), dtype)
 
 
+def _softmin(node: fx.Node) -> Op | None:
+    op = _softmax(node)
+    return replace(op, sign=-1) if isinstance(op, Softmax) else None
+
+
+def _exp(node: fx.Node) -> Op | None:
+    """``exp(log_softmax(x))``, ``exp(x - logsumexp(x))``: softmax."""
+    inner: Any = node.args[0] if node.args else None
+    if not isinstance(inner, fx.Node):
+        return None
+    if target_name(inner) in {"log_softmax", "_log_softmax"}:
+        op = _softmax(inner)
+        return replace(op, inner=(inner,)) if isinstance(op, Softmax) else None
+    shift = read(inner)
+    if not isinstance(shift, Add) or shift.alpha != -1 or not isinstance(shift.y, fx.Node):
+        return None
+    if target_name(shift.y) != "logsumexp" or shift.y.args[0] is not shift.x:
+        return None
+    dim = _kept_axis(shift.y)
+    return None if dim is None else Softmax(shift.x, dim, inner=(inner, shift.y))
+
+
+def _kept_axis(node: fx.Node) -> int | None:
+    """The one axis that ``sum`` or ``logsumexp`` goes over with ``keepdim=True``."""
+    dim: Any = _argument(node, 1, "dim")
+    dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    is_kept = _argument(node, 2, "keepdim", False) is True and isinstance(dim, int)
+    return dim % len(shape_of(node)) if is_kept and shape_of(node) else None
+
+
+def _normalised(a: Any, b: Any) -> Op | None:
+    """``exp(x) / exp(x).sum(dim, keepdim=True)``: softmax, spelled out."""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or target_name(a) != "exp":
+        return None
+    dim = _kept_axis(b) if target_name(b) == "sum" and b.args and b.args[0] is a else None
+    x: Any = a.args[0] if a.args else None
+    return Softmax(x, dim, inner=(a, b)) if dim is not None and is_tensor(x) else None
+
+
 def _multiply(node: fx.Node) -> Op | None:
     a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
     if is_tensor(a):
@@ -322,7 +413,7 @@ def _divide(node: fx.Node) -> Op | None:
     a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
     if not is_tensor(a) or _option(node, "rounding_mode") is not None:
         return None
-    return Scale(a, b, divide=True)
+    return _normalised(a, b) or Scale(a, b, divide=True)
 
 
 def _add(node: fx.Node) -> Op | None:
@@ -354,17 +445,22 @@ def _where(node: fx.Node) -> Op | None:
         a, condition = condition, a
     if not is_tensor(condition):
         return None
-    a_shape, b_shape = len(shape_of(a)) if is_tensor(a) else 0, 0
-    b_shape = len(shape_of(b)) if is_tensor(b) else 0
-    if a_shape >= 2 and constant(b) is not None:
+    a_rank, b_rank = (len(shape_of(x)) if is_tensor(x) else 0 for x in (a, b))
+    if a_rank >= 2 and _may_be_number(b):
         return Fill(a, condition, b, keep=True)
-    if b_shape >= 2 and constant(a) is not None:
-        return Fill(b, condition, a)
-    if a_shape >= 2 and b_shape == 0:
-        return Fill(a, condition, b, keep=True)
-    if b_shape >= 2 and a_shape == 0:
+    if b_rank >= 2 and _may_be_number(a):
         return Fill(b, condition, a)
     return None
+
+
+def _setitem(node: fx.Node) -> Op | None:
+    """``x[condition] = value``, with a boolean mask of the very shape of x."""
+    x, index, value = node.args
+    if not is_tensor(x) or not is_tensor(index) or not _may_be_number(value):
+        return None
+    mask = tensor_of(index)
+    is_mask = mask is not None and mask.dtype is torch.bool
+    return Fill(x, index, value) if is_mask and same_shape(shape_of(index), shape_of(x)) else None  # type: ignore[arg-type]
 
 
 def _clamp(node: fx.Node) -> Op | None:
@@ -390,12 +486,8 @@ def _clamp_max(node: fx.Node) -> Op | None:
 
 
 def _bounded(x: Any, low: Any, high: Any) -> Op | None:
-    bounds = [None if b is None else constant(b) for b in (low, high)]
-    if not is_tensor(x) or (low is not None and bounds[0] is None):
-        return None
-    if high is not None and bounds[1] is None:
-        return None
-    return Clamp(x, bounds[0], bounds[1])
+    is_read = all(bound is None or _may_be_number(bound) for bound in (low, high))
+    return Clamp(x, low, high) if is_tensor(x) and is_read else None
 
 
 def _tanh(node: fx.Node) -> Op | None:
@@ -438,6 +530,10 @@ def _view(node: fx.Node) -> Op | None:
 
 def _identity(node: fx.Node) -> Op | None:
     return Identity(node.args[0]) if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
+
+
+def _expand(node: fx.Node) -> Op | None:
+    return Expand(node.args[0]) if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
 
 
 def _transpose(node: fx.Node) -> Op | None:
@@ -516,9 +612,11 @@ def _sdpa(node: fx.Node) -> Op | None:
 Reader = Callable[[fx.Node], Op | None]
 
 METHODS: dict[str, Reader] = {
-    **dict.fromkeys(("matmul", "bmm", "__matmul__"), _product),
-    "baddbmm": _baddbmm,
-    **dict.fromkeys(("softmax",), _softmax),
+    **dict.fromkeys(("matmul", "bmm", "mm", "__matmul__"), _product),
+    "inner": _inner,
+    **dict.fromkeys(("baddbmm", "baddbmm_"), _baddbmm),
+    "softmax": _softmax,
+    "exp": _exp,
     **dict.fromkeys(("mul", "mul_", "multiply"), _multiply),
     **dict.fromkeys(("div", "div_", "divide", "true_divide"), _divide),
     **dict.fromkeys(("add", "add_"), _add),
@@ -536,16 +634,25 @@ METHODS: dict[str, Reader] = {
         _reshape,
     ),
     **dict.fromkeys(("contiguous", "clone", "detach"), _identity),
+    **dict.fromkeys(
+        ("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave"), _expand
+    ),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
 }
 
 FUNCTIONS: dict[Any, Reader] = {
-    **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm), _product),
+    **dict.fromkeys(
+        (torch.matmul, operator.matmul, torch.bmm, torch.mm, torch.linalg.matmul), _product
+    ),
+    torch.inner: _inner,
+    **dict.fromkeys((torch.tensordot, torch.functional.tensordot), _tensordot),
     torch.functional.einsum: _einsum,
     torch.einsum: _einsum,
     torch.baddbmm: _baddbmm,
     **dict.fromkeys((torch.softmax, F.softmax, torch.special.softmax), _softmax),
+    F.softmin: _softmin,
+    torch.exp: _exp,
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _multiply),
     **dict.fromkeys(
         (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide), _divide
@@ -561,15 +668,31 @@ FUNCTIONS: dict[Any, Reader] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _append),
     **dict.fromkeys((torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze), _reshape),
     **dict.fromkeys((torch.clone, torch.detach), _identity),
+    **dict.fromkeys((torch.broadcast_to, torch.repeat_interleave), _expand),
     **dict.fromkeys((torch.transpose, torch.swapaxes, torch.swapdims), _transpose),
     torch.permute: _permute,
     getattr: _getattr,  # x.mT and x.T, as older torch spells them
-    torch.ops.aten.mT: _matrix_transpose,
-    torch.ops.aten.numpy_T: _plain_t,
     operator.getitem: _getitem,
+    operator.setitem: _setitem,
     **dict.fromkeys((F.dropout, torch.dropout), _dropout),
     F.scaled_dot_product_attention: _sdpa,
 }
+
+ATEN: dict[str, Reader] = {
+    **METHODS,
+    **dict.fromkeys(("_softmax", "special_softmax"), _softmax),
+    **dict.fromkeys(("cat", "concat"), _append),
+    **dict.fromkeys(("alias", "lift_fresh_copy"), _identity),
+    "linalg_matmul": _product,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "_to_copy": _cast,
+    **dict.fromkeys(("t", "numpy_T"), _plain_t),
+    "mT": _matrix_transpose,
+    "dropout": _dropout,
+    "scaled_dot_product_attention": _sdpa,
+}
+"""Overloads of ATen, of an exported program, by their name without the overload's."""
 
 
 def read(node: Any) -> Op | None:
@@ -580,6 +703,8 @@ def read(node: Any) -> Op | None:
         reader = METHODS.get(str(node.target))
     elif node.op == "call_function":
         reader = FUNCTIONS.get(node.target)
+        if reader is None and str(node.target).startswith("aten."):
+            reader = ATEN.get(target_name(node))
     else:
         return None
     if reader is None or not (node.args or node.kwargs):
@@ -589,27 +714,27 @@ def read(node: Any) -> Op | None:
 
 # -- nodes that are attention, or may be, for the report ----------------------------------------
 
-SOFTMAX_METHODS = frozenset({"softmax"})
-SOFTMAX_FUNCTIONS = frozenset({torch.softmax, F.softmax, torch.special.softmax})
 ENCODER_LAYER = getattr(torch, "_transformer_encoder_layer_fwd", None)
+_SOFTMAX = frozenset({"softmax", "_softmax", "special_softmax", "softmin"})
 
 
 def anchor_kind(node: fx.Node) -> str | None:
     """``"softmax"``, ``"sdpa"``, ``"mha"``, ``"encoder"`` or ``"flex"``: what a report counts."""
-    if node.op == "call_method":
-        return "softmax" if node.target in SOFTMAX_METHODS else None
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return None
-    target = node.target
-    if target in SOFTMAX_FUNCTIONS:
+    name = target_name(node)
+    if name in _SOFTMAX or (
+        name in {"exp", "div", "truediv", "divide", "true_divide"}
+        and isinstance(read(node), Softmax)
+    ):
         return "softmax"
-    if target is F.scaled_dot_product_attention:
+    if name == "scaled_dot_product_attention":
         return "sdpa"
-    if target is F.multi_head_attention_forward:
+    if node.target is F.multi_head_attention_forward:
         return "mha"
-    if target is ENCODER_LAYER:
+    if node.target is ENCODER_LAYER:
         return "encoder"
-    return "flex" if target_name(node) in {"flex_attention", "flex_attention_hop"} else None
+    return "flex" if name in {"flex_attention", "flex_attention_hop"} else None
 
 
 _SHAPE_READERS = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
@@ -619,65 +744,3 @@ def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
     is_reader = user.op == "call_method" and user.target in _SHAPE_READERS
     return is_reader and user.args[0] is not node
-
-
-def is_idle(user: fx.Node) -> bool:
-    """Whether nothing comes of a node: it only looks, and so does whatever reads it."""
-    name = target_name(user)
-    only_looks = read(user) is not None or name in {"getitem", "expand", "broadcast_to"}
-    return only_looks and written(user) is None and all(is_idle(u) for u in user.users)
-
-
-# -- writes -------------------------------------------------------------------------------------
-
-_INPLACE_FUNCTIONS = frozenset(
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow")
-)
-_INPLACE_METHODS = frozenset({f"__{f.__name__}__" for f in _INPLACE_FUNCTIONS} | {"__setitem__"})
-VIEW_METHODS = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze transpose swapaxes swapdims permute expand "
-    "expand_as narrow select slice chunk split unbind view_as t detach contiguous unfold "
-    "as_strided diagonal movedim to type_as float mT numpy_T".split()
-)
-
-
-def written(node: fx.Node) -> fx.Node | None:
-    """The node whose tensor this node writes in place, or ``None``."""
-    if node.op == "call_method":
-        name = str(node.target)
-        if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_METHODS:
-            return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    elif node.op == "call_function":
-        if node.target is operator.setitem or node.target in _INPLACE_FUNCTIONS:
-            target = node.args[0]
-            return target if is_tensor(target) else None  # type: ignore[return-value]
-        out = node.kwargs.get("out")
-        if isinstance(out, fx.Node):
-            return out
-        if node.kwargs.get("inplace") is True or _is_inplace_function(node):
-            return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    return None
-
-
-def _is_inplace_function(node: fx.Node) -> bool:
-    """``torch.relu_``, ``torch.ops.aten.add_.Tensor``; but not ``operator.and_``."""
-    name = target_name(node).partition(".")[0]
-    is_operator = getattr(node.target, "__module__", "") == operator.add.__module__
-    return name.endswith("_") and not name.endswith("__") and bool(node.args) and not is_operator
-
-
-def alias_root(node: fx.Node) -> fx.Node:
-    """The node that may own the memory of ``node``: back through everything that may be a view."""
-    while True:
-        if node.op == "call_method":
-            may_alias = node.target in VIEW_METHODS or written(node) is not None
-        else:
-            may_alias = node.op == "call_function" and (
-                node.target in (operator.getitem, getattr)
-                or node.target in _INPLACE_FUNCTIONS
-                or target_name(node) in VIEW_METHODS
-            )
-        if not may_alias or not isinstance(node.args[0], fx.Node):
-            return node
-        node = node.args[0]

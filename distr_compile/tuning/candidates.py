@@ -7,6 +7,7 @@ from typing import Any
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.policy import LayerPlan, Policy
+from distr_compile.policy.plan import DEFAULTS
 from distr_compile.tuning.written import TUNED
 
 CANDIDATES: tuple[dict[str, Any], ...] = (
@@ -26,6 +27,15 @@ UNIFORM: tuple[dict[str, Any], ...] = (
     {"estimator": "lsh-sample", "group_size": 2},
 )
 """What the choice is compared with: every layer alike."""
+
+IN_FRONT = ("estimator", "group_size", "rank")
+"""Fields that every label begins with; the others follow where they are not the default."""
+
+ALIKE = ("min_seq_len",)
+"""Fields that are the same for all candidates, see ``spelled_out``: no label has them."""
+
+SHORT = {"grouping_block": "block"}
+"""What labels call some fields."""
 
 Candidates = Sequence[Mapping[str, Any] | LayerPlan]
 
@@ -53,9 +63,9 @@ def candidate_fields(base: Policy, candidates: Candidates | None) -> dict[str, d
 def name_of(plan: LayerPlan) -> str:
     """The label of a candidate."""
     width = f"G={plan.group_size}" if plan.rank is None else f"r={plan.rank}"
-    rounds = f" rounds={plan.rounds}" if plan.rounds != 1 else ""
-    block = f" block={plan.grouping_block}" if plan.grouping_block != "auto" else ""
-    return f"{plan.estimator} {width}{rounds}{block}"
+    others = {k: getattr(plan, k) for k in TUNED if k not in (*IN_FRONT, *ALIKE)}
+    said = [f"{SHORT.get(k, k)}={value}" for k, value in others.items() if value != DEFAULTS[k]]
+    return " ".join([plan.estimator, width, *said])
 
 
 def spelled_out(plan: LayerPlan) -> dict[str, Any]:

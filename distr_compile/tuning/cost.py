@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distr_compile.accuracy.instrument import Shape, Site
-from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, auto_grouping_block
+from distr_compile.accuracy.instrument import Site
+from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.architecture import architecture
-from distr_compile.lowering.dispatch import best_sdpa, break_even
+from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
+from distr_compile.lowering.dispatch import best_sdpa
+from distr_compile.passes.decide import decide_bare
 from distr_compile.policy import LayerPlan
 
 _OP = torch.ops.distr.attention.default
@@ -91,65 +93,39 @@ def clock(time: str, device: torch.device) -> Clock:
 
 def products(shape: Shape, plan: LayerPlan | None) -> float:
     """FLOPs of Qhat Khat^T and of the weights times V, of the scores that causality leaves."""
-    rank = _rank(shape, plan)
+    return _products(shape, _approximation(shape, plan))
+
+
+def flops(shape: Shape, plan: LayerPlan | None) -> float:
+    """``products``, and what making Qhat and Khat takes: ``Estimator.cost``."""
+    approximation = _approximation(shape, plan)
+    if approximation is None:
+        return _products(shape, None)
+    estimator = ESTIMATORS[approximation.estimator]
+    cost = (estimator.prefix_cost if approximation.strict else None) or estimator.cost
+    made = cost(
+        num_queries=shape.num_queries,
+        num_keys=shape.num_keys,
+        head_dim=shape.head_dim,
+        rank=approximation.rank,
+        block=approximation.block_of(shape.num_queries),
+        rounds=approximation.rounds,
+        rep=shape.num_heads // shape.num_key_heads,
+    )
+    return _products(shape, approximation) + shape.batch * shape.num_key_heads * made.flops
+
+
+def _approximation(shape: Shape, plan: LayerPlan | None) -> Approximation | None:
+    return None if plan is None else decide_bare(shape, plan)
+
+
+def _products(shape: Shape, approximation: Approximation | None) -> float:
+    rank = shape.head_dim if approximation is None else approximation.rank
     N, M = shape.num_queries, shape.num_keys
     # Row i sees min(i + 1, M) keys.
     seen = min(N, M)
     pairs = seen * (seen + 1) // 2 + (N - seen) * M if shape.is_causal else N * M
     return 2.0 * shape.batch * shape.num_heads * pairs * (rank + shape.value_dim)
-
-
-def flops(shape: Shape, plan: LayerPlan | None) -> float:
-    """``products``, and what making Qhat and Khat takes: ``Estimator.cost``."""
-    rank = _rank(shape, plan)
-    if plan is None or rank == shape.head_dim:
-        return products(shape, None)
-    estimator = ESTIMATORS[plan.estimator]
-    cost = (estimator.prefix_cost if _is_strict(shape, plan) else None) or estimator.cost
-    made = cost(
-        num_queries=shape.num_queries,
-        num_keys=shape.num_keys,
-        head_dim=shape.head_dim,
-        rank=rank,
-        block=_block(shape, plan),
-        rounds=plan.rounds,
-        rep=shape.num_heads // shape.num_key_heads,
-    )
-    return products(shape, plan) + shape.batch * shape.num_key_heads * made.flops
-
-
-def _rank(shape: Shape, plan: LayerPlan | None) -> int:
-    """The columns left; all of them where the op turns to exact attention."""
-    shortest = min(shape.num_queries, shape.num_keys)
-    if plan is None or shape.num_queries < MIN_QUERIES:
-        return shape.head_dim
-    rank = plan.rank or shape.head_dim // (plan.group_size or 1)
-    return shape.head_dim if shortest < _least_length(shape, plan, rank) else rank
-
-
-def _least_length(shape: Shape, plan: LayerPlan, rank: int) -> float:
-    """From which length on the plan counts; as ``passes.decide`` has it."""
-    if plan.min_seq_len != "auto":
-        return plan.min_seq_len
-    found = break_even(shape.device, shape.dtype, head_dim=shape.head_dim, rank=rank)
-    if found is None:
-        return math.inf
-    tokens = found.causal_tokens if shape.is_causal else found.tokens
-    return math.inf if tokens is None else tokens
-
-
-def _block(shape: Shape, plan: LayerPlan) -> int:
-    if plan.grouping_block == "auto":
-        strict = _is_strict(shape, plan)
-        return auto_grouping_block(shape.num_queries, plan.estimator, strict)
-    return plan.grouping_block
-
-
-def _is_strict(shape: Shape, plan: LayerPlan) -> bool:
-    """Whether the estimator takes a form that sees no later row; as ``passes.decide`` has it."""
-    has_rows = shape.mask is not None and len(shape.mask[0]) > 1 and shape.mask[0][-2] > 1
-    can = ESTIMATORS[plan.estimator].strict == "prefix"
-    return can and plan.causal == "strict" and (shape.is_causal or has_rows)
 
 
 # --- measured -----------------------------------------------------------------------------------
@@ -162,11 +138,11 @@ def seconds(shape: Shape, plan: LayerPlan | None) -> float:
     """
     from torch.utils.benchmark import Timer
 
-    rank = _rank(shape, plan)
+    approximation = _approximation(shape, plan)
     with torch.no_grad():
         q, k, v, mask = _inputs(shape)
         scale = 1 / math.sqrt(shape.head_dim)
-        if plan is None or rank == shape.head_dim:
+        if approximation is None:
             best = best_sdpa(shape.device) if shape.device.type == "cuda" else nullcontext()
 
             def run() -> Any:
@@ -181,17 +157,11 @@ def seconds(shape: Shape, plan: LayerPlan | None) -> float:
                 )
         else:
             best = nullcontext()
-            options = {
-                "rank": rank,
-                "estimator": plan.estimator,
-                "rounds": plan.rounds,
-                "grouping_block": _block(shape, plan),
-                "strict": _is_strict(shape, plan),
-            }
-            bases = _bases(shape, plan, rank)
+            arguments = op_arguments(approximation, Scores(scale, shape.is_causal))
+            bases = _bases(shape, approximation)
 
             def run() -> Any:
-                return _OP(q, k, v, mask, *bases, scale=scale, is_causal=shape.is_causal, **options)
+                return _OP(q, k, v, mask, *bases, **arguments)
 
         with best:
             run()
@@ -215,10 +185,10 @@ def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     return q, k, v, mask
 
 
-def _bases(shape: Shape, plan: LayerPlan, rank: int) -> tuple[Tensor, ...]:
-    if ESTIMATORS[plan.estimator].needs != "bases":
+def _bases(shape: Shape, approximation: Approximation) -> tuple[Tensor, ...]:
+    if ESTIMATORS[approximation.estimator].needs != "bases":
         return ()
-    sizes = (shape.num_key_heads, shape.head_dim, rank)
+    sizes = (shape.num_key_heads, shape.head_dim, approximation.rank)
     A, B = (torch.randn(sizes, device=shape.device) / math.sqrt(shape.head_dim) for _ in "AB")
     return A, B
 

@@ -13,11 +13,15 @@ import tomlkit
 import torch
 
 from distr_compile.policy import Policy
+from distr_compile.policy.plan import OPTIONS
 
 WIDTH = 110
 
-TUNED = ("group_size", "rank", "estimator", "rounds", "grouping_block", "min_seq_len")
-"""What a rule that was tuned sets, the width by one of the first two."""
+AS_GIVEN = ("causal", "exact")
+"""Fields that only the given policy sets; its [default] and rules stay in the file."""
+
+TUNED = tuple(name for name in OPTIONS if name not in AS_GIVEN)
+"""What a rule that was tuned sets, the width by group_size or by rank."""
 
 
 def versions() -> str:

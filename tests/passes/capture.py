@@ -84,9 +84,8 @@ def run(
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         result = run_pass(gm, chosen, change=True)
-        if result is not None:
-            capture.rows += result.graph.rows
-            capture.not_attention += result.graph.not_attention
+        capture.rows += result.graph.rows
+        capture.not_attention += result.graph.not_attention
         _compute_exactly(gm, capture.calls)
         capture.graphs.append(gm)
         return gm.forward
@@ -128,6 +127,7 @@ def exact_attention(
     *,
     scale: float,
     is_causal: bool = False,
+    causal_offset: int = 0,
     rank: int,
     estimator: str,
     softcap: float = 0.0,
@@ -151,7 +151,7 @@ def exact_attention(
         assert softcap > 0
         scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
-        seen = torch.ones(rows, columns, dtype=torch.bool).tril()
+        seen = torch.ones(rows, columns, dtype=torch.bool).tril(causal_offset)
         scores = scores.masked_fill(~seen, -torch.inf)
     if mask is not None:
         assert torch.broadcast_shapes(mask.shape, scores.shape) == scores.shape

@@ -12,10 +12,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from distr_compile.estimators import ESTIMATORS, possible_group_sizes
 from distr_compile.lowering import dispatch
+from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
-from distr_compile.passes.decide import DTYPES, decide, flops
-from distr_compile.passes.site import AddStep, AttentionSite, FillStep, Level
+from distr_compile.passes.decide import DTYPES, decide, decide_bare, flops
+from distr_compile.passes.site import AddStep, AttentionSite, Causal, FillStep, Level
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -148,11 +149,11 @@ def test_strict_causality_leaves_what_looks_ahead_exact(estimator: str) -> None:
     sees, how = ESTIMATORS[estimator].sees, ESTIMATORS[estimator].strict
     for anything_goes in (
         decide(site(), plan),
-        decide(site(is_causal=True), replace(plan, causal="block")),
+        decide(site(causal=Causal(0)), replace(plan, causal="block")),
     ):
         assert (anything_goes.reasons, anything_goes.strict) == ((), False)
         assert anything_goes.sees == sees
-    decision = decide(site(is_causal=True, mask_kind="causal"), plan)
+    decision = decide(site(causal=Causal(0), mask_kind="causal"), plan)
     text = f"causal is strict, and {estimator} sees {sees}"
     assert decision.reasons == ((Reason("looks-ahead", text),) if how == "never" else ())
     assert decision.strict == (how == "prefix")
@@ -176,7 +177,9 @@ def test_strict_causality_with_a_mask_of_unknown_content(
     node, level = mask(*shape), Level((2, 4, 128, 128))
     given = site(kind="sdpa", mask=node, mask_kind="float")
     added = site(steps=(AddStep(node, 1, level, node),), mask_kind="float")
-    filled = site(steps=(FillStep(node, -1e9, False, level, node),), mask_kind="bool")
+    filled = site(
+        steps=(FillStep(node, -1e9, False, level, node, torch.float32),), mask_kind="bool"
+    )
     for found in (given, added, filled):
         assert codes(found, FORCED) == []
         assert codes(found, STRICT) == (["looks-ahead"] if may_be_causal else [])
@@ -201,7 +204,7 @@ def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
         assert codes(found, strict) == expected
         assert codes(found, PROJECTION) == []
         # Where the graph itself says causal, it says with which offset.
-        causal = replace(found, mask=None, is_causal=True, mask_kind="causal")
+        causal = replace(found, mask=None, causal=Causal(0), mask_kind="causal")
         assert codes(causal, strict) == []
 
 
@@ -214,12 +217,12 @@ def test_the_strict_form_needs_a_second_block() -> None:
         (128, 127, []),
         (symbol(128), 128, []),
     ]:
-        found = site(is_causal=True, mask_kind="causal", num_queries=rows, num_keys=rows)
+        found = site(causal=Causal(0), mask_kind="causal", num_queries=rows, num_keys=rows)
         assert codes(found, replace(strict, grouping_block=block)) == expected
         assert codes(found, replace(strict, grouping_block=block, causal="block")) == []
         calibrated = replace(strict, grouping_block=block, estimator="calibrated")
         assert codes(found, calibrated) == []
-        assert codes(replace(found, is_causal=False, mask_kind="none"), strict) == []
+        assert codes(replace(found, causal=None, mask_kind="none"), strict) == []
 
 
 def test_strict_causality_with_masks_inside_a_fused_call() -> None:
@@ -265,11 +268,11 @@ def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
     assert codes(gpu, LayerPlan()) == []
     (reason,) = decide(replace(gpu, num_keys=99), LayerPlan()).reasons
     assert reason.text == "min(N_q, N_k) is 99, min_seq_len is 100 (auto, f.json)"
-    assert codes(replace(gpu, is_causal=True), LayerPlan()) == ["min-seq-len"]
+    assert codes(replace(gpu, causal=Causal(0)), LayerPlan()) == ["min-seq-len"]
     assert decide(replace(gpu, num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
     monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 32, 16), BreakEven(100, None, "f.json"))
     assert codes(replace(gpu, head_dim=32), LayerPlan()) == []
-    assert codes(replace(gpu, head_dim=32, is_causal=True), LayerPlan()) == ["not-faster"]
+    assert codes(replace(gpu, head_dim=32, causal=Causal(0)), LayerPlan()) == ["not-faster"]
     for unknown in (replace(gpu, head_dim=128), replace(gpu, dtype=torch.float32)):
         assert codes(unknown, LayerPlan()) == ["not-faster"]
     (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons
@@ -293,8 +296,8 @@ def test_a_symbolic_length_is_left_to_the_op(symbolic: str) -> None:
 
 def test_gradients_only_where_they_would_be_recorded() -> None:
     needs = site(requires_grad=True)
-    assert codes(needs, FORCED, grad_mode=True) == ["gradients"]
-    assert codes(needs, FORCED, grad_mode=False) == codes(site(), FORCED, grad_mode=True) == []
+    assert codes(needs, FORCED) == ["gradients"]
+    assert codes(site(), FORCED) == []
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.complex64])
@@ -306,8 +309,8 @@ def test_every_reason_is_collected() -> None:
     shared = Reason("shared-graph", "graph shared by layers a, b")
     hard = site(num_queries=4, num_keys=8, requires_grad=True, dtype=torch.complex64)
     plan = LayerPlan(estimator="lsh-mean", group_size=3, min_seq_len=64, causal="strict")
-    hard = replace(hard, is_causal=True)
-    decision = decide(hard, plan, (shared,), grad_mode=True)
+    hard = replace(hard, causal=Causal(0))
+    decision = decide(hard, plan, (shared,))
     assert [reason.code for reason in decision.reasons] == [
         *("rank", "looks-ahead", "shared-graph", "decode", "min-seq-len", "gradients", "dtype"),
     ]
@@ -324,3 +327,58 @@ def test_flops() -> None:
     assert flops(site()) == 2 * 2 * 4 * 128 * 128 * (64 + 64)
     one = site(num_queries=symbol(50), num_keys=70, value_dim=32)
     assert flops(one) == 2 * 2 * 4 * 50 * 70 * (64 + 32)
+
+
+# --- the value that is decided ---
+
+
+def test_the_approximation_has_what_the_plan_says() -> None:
+    plan = LayerPlan(rank=24, rounds=2, grouping_block=16, min_seq_len=0, causal="strict")
+    expected = Approximation("projection", 24, block=16, rounds=2)
+    assert decide(site(), plan).approximation == expected
+    assert decide(site(causal=Causal(0)), plan).approximation == replace(expected, strict=True)
+    assert decide(site(), FORCED).approximation == Approximation("lsh-mean", 32)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("causal", ["block", "strict"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", [None, (2, 1, 1, 600), (600, 600)])
+def test_a_bare_shape_is_decided_as_the_site_that_called(
+    name: str, causal: Any, is_causal: bool, mask: tuple[int, ...] | None
+) -> None:
+    node = None
+    if mask is not None:
+        node = fx.Graph().placeholder("mask")
+        node.meta["example_value"] = torch.empty(mask, dtype=torch.bool, device="meta")
+    sizes = {"num_queries": 600, "num_keys": 600}
+    causal_by = Causal(0) if is_causal else None
+    made = site(**sizes, causal=causal_by, mask=node, mask_kind="bool" if mask else "none")
+    shape = Shape(
+        *(2, 4, 4, 600, 600, 64, 64, is_causal),
+        None if mask is None else (mask, torch.bool),
+        *(made.dtype, made.device),
+    )
+    for fields in ({"group_size": 2}, {"rank": 16, "grouping_block": 32}, {"group_size": 1}):
+        for length in (0, 600, 601, "auto"):
+            plan = LayerPlan(estimator=name, causal=causal, min_seq_len=length, **fields)
+            decision = decide(made, plan)
+            if "looks-ahead" in [reason.code for reason in decision.reasons]:
+                continue  # of the site only: a candidate that it refuses is left out
+            bare = decide_bare(shape, plan)
+            assert bare == (decision.approximation if decision.is_distr else None)
+
+
+def test_a_bare_decode_step_is_exact() -> None:
+    shape = Shape(1, 4, 4, 15, 600, 64, 64, False, None, torch.float32, torch.device("cpu"))
+    assert decide_bare(shape, FORCED) is None
+    assert decide_bare(shape._replace(num_queries=16), FORCED) is not None
+
+
+def test_a_bare_shape_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = BreakEven(64, 128, "a test")
+    monkeypatch.setattr(decisions, "break_even", lambda *_, **__: found)
+    shape = Shape(1, 4, 4, 100, 100, 64, 64, False, None, torch.float32, torch.device("cpu"))
+    plan = replace(FORCED, min_seq_len="auto")
+    assert decide_bare(shape, plan) == Approximation("lsh-mean", 32)
+    assert decide_bare(shape._replace(causal=Causal(0)), plan) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from distr_compile.passes.origin import (
     _reshaped_axis,
     axis_origin,
 )
-from distr_compile.passes.vocabulary import alias_root, target_name, written
+from distr_compile.passes.vocabulary import target_name
 
 
 def graph_of(function: Callable[..., Any], *inputs: Tensor) -> fx.Graph:
@@ -204,7 +203,6 @@ def test_scores_are_products_of_two_activations() -> None:
     assert not flow.is_scores(projection)
     softmax = first(graph, "softmax")
     assert flow.chained[softmax.args[0]] == {qk}  # type: ignore[index]
-    assert flow.is_weights(softmax)
     assert not flow.chained[pv]  # what follows attention are no scores
     assert not flow.behind[pv]
 
@@ -218,47 +216,3 @@ def test_a_layer_ends_the_way_back_to_scores() -> None:
     qk = [n for n in graph.nodes if target_name(n) == "matmul"]
     assert flow.behind[first(graph, "sin")] == {qk[1]}
     assert not flow.chained[first(graph, "sin")]
-
-
-# -- writes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (lambda x: x.mul_(2.0), "mul_"),
-        (lambda x: x.__setitem__((0, 0), 1.0), "setitem"),
-        (lambda x: torch.add(x, 1.0, out=x), "add"),
-        (lambda x: torch.relu_(x), "relu_"),
-        (lambda x: F.relu(x, inplace=True), "relu"),
-        (lambda x: x.__iadd__(1.0), "__iadd__"),
-        (lambda x: operator.iadd(x, 1.0), "iadd"),
-    ],
-)
-def test_writes_are_seen_through_views(write: Callable[[Tensor], Any], name: str) -> None:
-    def function(x: Tensor) -> Tensor:
-        write(x.view(-1, 4)[1:])
-        return x + 1.0
-
-    graph = graph_of(function, torch.randn(3, 4))
-    writers = [n for n in graph.nodes if written(n) is not None]
-    assert [target_name(n) for n in writers] == [name]
-    target = written(writers[0])
-    assert target is not None
-    owner = alias_root(target)
-    assert owner.op == "placeholder"
-    assert Flow(graph).writes[owner] == writers
-
-
-@pytest.mark.parametrize(
-    "read_only",
-    [
-        lambda x: (x > 0) & (x < 1),
-        lambda x: torch.logical_and(x > 0, x < 1),
-        lambda x: F.relu(x, inplace=False),
-        lambda x: x.__add__(1.0),
-    ],
-)
-def test_reads_are_no_writes(read_only: Callable[[Tensor], Any]) -> None:
-    graph = graph_of(read_only, torch.randn(3, 4))
-    assert not [n for n in graph.nodes if written(n) is not None]

@@ -542,38 +542,10 @@ def _(scores, v):
 # -- writes in place ------------------------------------------------------------------------------
 
 
-@refuse("a mask written into the scores, not rebound", "in-place-write")
-def _(q, k, v, keep):
-    scores = q @ k.mT * C
-    scores.masked_fill_(~keep, -torch.inf)
-    return scores.softmax(-1) @ v
-
-
-@refuse("a bias added in place, not rebound", "in-place-write")
-def _(q, k, v, bias):
-    scores = q @ k.mT * C
-    scores.add_(bias)
-    return scores.softmax(-1) @ v
-
-
-@refuse("a bias added by torch.add(out=)", "in-place-write")
-def _(q, k, v, bias):
-    scores = q @ k.mT * C
-    torch.add(scores, bias, out=scores)
-    return scores.softmax(-1) @ v
-
-
 @refuse("scores set by an index", "in-place-write")
 def _(q, k, v):
     scores = q @ k.mT * C
     scores[..., -1] = -torch.inf
-    return scores.softmax(-1) @ v
-
-
-@refuse("scores written through a view", "weights-reused")
-def _(q, k, v, keep):
-    scores = q @ k.mT * C
-    scores.view(B, H, ROWS, KEYS).masked_fill_(~keep, -torch.inf)
     return scores.softmax(-1) @ v
 
 
@@ -605,34 +577,6 @@ def _(q, k, v):
     return scores.softmax(-1) @ v
 
 
-@refuse("Q written after it was scaled, not rebound", "in-place-write")
-def _(q, k, v, bias):
-    scaled = q * C
-    scaled.add_(1.0)
-    return (scaled @ k.mT).softmax(-1) @ v
-
-
-@refuse("a copy of K written before the product", "in-place-write")
-def _(q, k, v):
-    key = k.mT.contiguous()
-    key.mul_(2.0)
-    return (q @ key * C).softmax(-1) @ v
-
-
-@refuse("repeated keys written before the product", "in-place-write", q=(B, 6, 17, 40))
-def _(q, k, v):
-    key, value = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    key[:, 1].mul_(2.0)
-    return (q @ key.mT * C).softmax(-1) @ value
-
-
-@refuse("a copy of K written before SDPA", "in-place-write")
-def _(q, k, v):
-    key = k.transpose(1, 2).contiguous()
-    key.mul_(2.0)
-    return F.scaled_dot_product_attention(q, key.transpose(1, 2), v)
-
-
 @refuse("Q written by an activation in place", "in-place-write")
 def _(q, k, v):
     scores = q @ k.mT * C
@@ -640,33 +584,11 @@ def _(q, k, v):
     return scores.softmax(-1) @ v
 
 
-@refuse("scores written by an activation in place", "in-place-write")
+@refuse("scores written by an activation in place", "scores-edited")
 def _(q, k, v):
     scores = q @ k.mT * C
     torch.relu_(scores)
     return scores.softmax(-1) @ v
-
-
-@refuse("Q written between its scale and the product", "in-place-write")
-def _(q, k, v):
-    scaled = q * C
-    q.zero_()
-    return (scaled @ k.mT).softmax(-1) @ v
-
-
-@refuse("K written after it was repeated", "in-place-write", q=(B, 6, 17, 40), k=(B, 3, 33, 40))
-def _(q, k, v):
-    key, value = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    k.zero_()
-    v.zero_()
-    return (q @ key.mT * C).softmax(-1) @ value
-
-
-@refuse("K written after it was copied by contiguous", "in-place-write")
-def _(q, k, v):
-    key = k.mT.contiguous()
-    k.zero_()
-    return (q @ key * C).softmax(-1) @ v
 
 
 @refuse("the mask written after it was added", "in-place-write")
@@ -688,22 +610,6 @@ def _(q, k, v, heads):
     scores = q @ k.mT * heads
     heads.zero_()
     return scores.softmax(-1) @ v
-
-
-@refuse("K put together by slice writes (deepseek_v3)", "in-place-write")
-def _(q, k, v):
-    key = k.new_empty(B, H, KEYS, WIDTH)
-    key[..., :20] = k[..., 20:]
-    key[..., 20:] = k[..., :20]
-    return (q @ key.mT * C).softmax(-1) @ v
-
-
-@refuse("K put together by copies into slices (deepseek_v3)", "in-place-write")
-def _(q, k, v):
-    key = k.new_empty(B, H, KEYS, WIDTH)
-    key[..., :20].copy_(k[..., 20:])
-    key[..., 20:].copy_(k[..., :20])
-    return (q @ key.mT * C).softmax(-1) @ v
 
 
 @refuse("the output written to chosen rows (informer)", "in-place-write")

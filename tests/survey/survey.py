@@ -76,6 +76,10 @@ SLICE = (
     "hf:mixtral:sdpa",
     "hf:t5:sdpa",
     "hf:xlnet:eager",
+    "diffusers:AutoencoderKL:eager",
+    "diffusers:CogVideoXTransformer3DModel:sdpa",
+    "diffusers:FluxTransformer2DModel:sdpa",
+    "diffusers:PriorTransformer:eager",
 )
 
 
@@ -338,7 +342,8 @@ def summary(results: Iterable[Result]) -> str:
         (
             f"cases            {len(lines)} ({len(lines) - len(clean)} failed), "
             f"{len({line.name for line in clean if line.source == 'timm'})} timm models, "
-            f"{len({line.name for line in clean if line.source == 'hf'})} transformers types",
+            f"{len({line.name for line in clean if line.source == 'hf'})} transformers types, "
+            f"{len({line.name for line in clean if line.source == 'diffusers'})} diffusers classes",
             f"counts equal     {sum(line.count_equal for line in clean)} of {len(clean)} cases "
             f"({total} attention-like operations ran)",
             f"labels agree     {right} of {labelled} sites"

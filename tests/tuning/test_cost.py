@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from distr_compile.accuracy.instrument import Shape, Site
+from distr_compile.accuracy.instrument import Site
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.lowering.call import Shape
 from distr_compile.policy import LayerPlan
 from distr_compile.tuning.cost import clock, flops, products, seconds
 

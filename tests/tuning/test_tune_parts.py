@@ -12,11 +12,13 @@ import torch
 from distr_compile.accuracy import sameness
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.metrics import METRICS, Metric, as_metric
-from distr_compile.policy import Policy
+from distr_compile.policy import LayerPlan, Policy
+from distr_compile.policy.plan import DEFAULTS, OPTIONS, Option
 from distr_compile.tuning import halves as halves_module
 from distr_compile.tuning.bounds import loss_with_bound
+from distr_compile.tuning.candidates import name_of, spelled_out
 from distr_compile.tuning.halves import Halves
-from distr_compile.tuning.written import pattern, policy_text
+from distr_compile.tuning.written import AS_GIVEN, pattern, policy_text
 
 MEAN = as_metric(lambda output, batch: output)
 
@@ -187,6 +189,30 @@ def test_models_of_equal_weights_differ_in_what_else_they_have() -> None:
     model[0].weight.data.mul_(2)  # type: ignore[operator,union-attr]
     seen.append(sameness.of_model(model))
     assert len(set(seen)) == 5
+
+
+def _another(option: Option, default: object) -> object:
+    """A value that a field accepts besides its default."""
+    least = () if option.at_least is None else (option.at_least, option.at_least + 1)
+    return next(value for value in (*least, *option.choices) if value != default)
+
+
+def test_every_field_that_is_tuned_is_in_the_label_and_in_the_rule() -> None:
+    assert name_of(LayerPlan()) == "projection G=2"
+    assert (
+        name_of(LayerPlan(rank=24, rounds=2, grouping_block=8))
+        == "projection r=24 rounds=2 block=8"
+    )
+    others = {
+        name: _another(option, DEFAULTS[name])
+        for name, option in OPTIONS.items()
+        if name not in (*AS_GIVEN, "min_seq_len")
+    }
+    plans = [LayerPlan(**{name: value}) for name, value in others.items()]  # type: ignore[arg-type]
+    assert len({name_of(plan) for plan in (*plans, LayerPlan())}) == len(plans) + 1
+    for (name, value), plan in zip(others.items(), plans, strict=True):
+        assert spelled_out(plan)[name] == value
+        assert spelled_out(plan)["min_seq_len"] == 0
 
 
 @pytest.mark.parametrize(

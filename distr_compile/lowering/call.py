@@ -1,0 +1,171 @@
+"""One call of ``torch.ops.distr.attention`` as values: its sizes, its scores, its approximation.
+
+Who plans a call makes these values; only this module knows by which keywords the op takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import DEFAULT_ESTIMATOR, auto_grouping_block
+
+
+class Shape(NamedTuple):
+    """The sizes of a call, and whatever else its time depends on besides the approximation.
+
+    Attributes:
+        batch: B.
+        num_heads, num_key_heads: H, and H_k, which divides H.
+        num_queries, num_keys: N and M.
+        head_dim, value_dim: d, the width of Q and K, and d_v.
+        is_causal: row i sees keys ``j <= i`` only.
+        mask: its sizes and dtype; None without one.
+        dtype, device: of Q, K and V.
+    """
+
+    batch: int
+    num_heads: int
+    num_key_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    value_dim: int
+    is_causal: bool
+    mask: tuple[tuple[int, ...], torch.dtype] | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Shape:
+        """The shape of a call with these tensors, laid out as the op takes them."""
+        batch, heads, queries, width = q.shape
+        return cls(
+            batch=batch,
+            num_heads=heads,
+            num_key_heads=k.shape[1],
+            num_queries=queries,
+            num_keys=k.shape[2],
+            head_dim=width,
+            value_dim=v.shape[3],
+            is_causal=is_causal,
+            mask=None if mask is None else (tuple(mask.shape), mask.dtype),
+            dtype=q.dtype,
+            device=q.device,
+        )
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How Q and K become narrow in a call: what a policy's plan comes to at its shape.
+
+    Attributes:
+        estimator: name in :data:`distr_compile.estimators.ESTIMATORS`.
+        rank: r, the columns left of the d of Q and K; d itself is exact attention.
+        block: query rows that share one grouping; 0 leaves it to ``auto_grouping_block``.
+        rounds: how often the estimator refines its basis.
+        seed: names the random numbers of the estimator.
+        strict: no row of the result depends on later rows; see the op.
+    """
+
+    estimator: str
+    rank: int
+    block: int = 0
+    rounds: int = 1
+    seed: int = 0
+    strict: bool = False
+
+    @classmethod
+    def none(cls, head_dim: int) -> Approximation:
+        """Exact attention at width ``head_dim``."""
+        return cls(DEFAULT_ESTIMATOR, head_dim)
+
+    def block_of(self, num_queries: int) -> int:
+        """The query rows that share one grouping where there are ``num_queries`` of them."""
+        return self.block or auto_grouping_block(num_queries, self.estimator, self.strict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the scores are made of besides Q, K, mask and sinks.
+
+    Attributes:
+        scale: multiplies Q K^T: a number, or the graph node of one.
+        is_causal: row i sees keys ``j <= i + offset`` only.
+        offset: 0 where None.
+        softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``.
+    """
+
+    scale: Any
+    is_causal: bool = False
+    offset: int | None = None
+    softcap: float = 0.0
+
+
+class Arguments(NamedTuple):
+    """What the op's keywords say; see :func:`op_arguments`."""
+
+    approximation: Approximation
+    scores: Scores
+    min_seq_len: int
+    site: int
+
+
+def op_arguments(
+    approximation: Approximation, scores: Scores, min_seq_len: int = 0, site: int = -1
+) -> dict[str, Any]:
+    """The keyword arguments of ``torch.ops.distr.attention`` for a call.
+
+    Args:
+        approximation: how Q and K become narrow.
+        scores: the rest of the softmax's input.
+        min_seq_len: the op turns to exact attention where ``min(N, M)`` is below it.
+        site: number of the call's site within its graph; -1 outside of graphs.
+
+    Returns:
+        A new dict. Offset, soft cap, seed and strictness are in it only where they are not the
+        defaults of the schema.
+    """
+    always = {
+        "scale": scores.scale,
+        "is_causal": scores.is_causal,
+        "rank": approximation.rank,
+        "estimator": approximation.estimator,
+        "grouping_block": approximation.block,
+        "rounds": approximation.rounds,
+        "min_seq_len": min_seq_len,
+        "site": site,
+    }
+    sometimes = {
+        "causal_offset": scores.offset,
+        "softcap": scores.softcap or None,
+        "seed": approximation.seed or None,
+        "strict": approximation.strict or None,
+    }
+    return always | {name: value for name, value in sometimes.items() if value is not None}
+
+
+def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
+    """The values that keyword arguments made by :func:`op_arguments` came from."""
+    return Arguments(
+        Approximation(
+            estimator=arguments["estimator"],
+            rank=arguments["rank"],
+            block=arguments["grouping_block"],
+            rounds=arguments["rounds"],
+            seed=arguments.get("seed", 0),
+            strict=arguments.get("strict", False),
+        ),
+        Scores(
+            scale=arguments["scale"],
+            is_causal=arguments["is_causal"],
+            offset=arguments.get("causal_offset"),
+            softcap=arguments.get("softcap", 0.0),
+        ),
+        arguments["min_seq_len"],
+        arguments["site"],
+    )

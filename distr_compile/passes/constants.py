@@ -1,0 +1,354 @@
+"""Masks, fill values and scales that hang on constants only are computed, not recognised.
+
+A constant is made of literals, sizes and factory calls (``ones``, ``arange``, ...) by operations
+without chance; never of an input, a parameter or a buffer. The nodes that make it, those that write
+to it in place included, run in program order on the CPU. With symbolic sizes they run on both sides
+of every number in them, since a window of 4096 tokens is causal at 64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from distr_compile.passes.memory import Memory
+from distr_compile.passes.vocabulary import HIDING, target_name, value_of
+
+SECONDS = 0.5
+"""Time for the constants of one graph; what is not computed by then stays a tensor."""
+
+BYTES = 64 * 2**20
+"""Memory for one constant; larger masks are computed in chunks of rows where they can be."""
+
+LARGEST_SIZE = 2**24
+"""No sequence is longer: a larger number in a program is no position."""
+
+_SHAPE_ONLY = {
+    **dict.fromkeys("ones_like zeros_like full_like empty_like new_ones new_zeros".split(), 0),
+    **dict.fromkeys("new_full new_empty new_tensor".split(), 0),
+    **dict.fromkeys("type_as expand_as view_as reshape_as to".split(), 1),
+}
+"""Operations that read of this argument only shape, dtype or device."""
+
+_FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
+_POINTWISE = frozenset(
+    "le lt ge gt eq ne less_equal greater_equal less greater logical_not bitwise_not invert inv "
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior "
+    "__and__ __or__ add sub neg masked_fill where to bool float half bfloat16 double int long type "
+    "type_as clone contiguous detach full arange tensor scalar_tensor full_like new_full tril triu "
+    "zeros zeros_like new_zeros ones ones_like new_ones unsqueeze expand getitem".split()
+)
+"""What a mask of symbolic sizes, or one computed by rows, may be made with: each acts on elements,
+or by positions that it compares with a number in the program."""
+
+
+class _NotConstantError(Exception):
+    """The value hangs on more than constants, or costs too much to compute."""
+
+
+@dataclass
+class _Rows:
+    """The chunk of rows that is computed, of all rows that there are."""
+
+    start: int
+    stop: int
+    total: int
+
+    def cuts(self, shape: tuple[int, ...]) -> bool:
+        """Whether of a tensor of this shape only a chunk is computed."""
+        is_part = self.stop - self.start < self.total
+        return is_part and len(shape) >= 2 and shape[-2] == self.total
+
+
+class Constants:
+    """Computes the constants of one graph."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._seconds = SECONDS
+        self._offsets: dict[Any, int | None] = {}
+
+    def number(self, arg: Any, reader: fx.Node) -> float | None:
+        """The number an argument stands for when ``reader`` reads it, if it is always the same."""
+        if isinstance(arg, bool) or not isinstance(arg, int | float | fx.Node):
+            return None
+        if not isinstance(arg, fx.Node):
+            return float(arg)
+        values: set[Any] = set()
+        try:
+            for program in self._programs(arg, reader, ()):
+                x = self._timed(program, _Rows(0, 0, 0))
+                values |= {x.min().item(), x.max().item()} if x.numel() else {None, False}
+        except _NotConstantError:
+            return None
+        return float(values.pop()) if len(values) == 1 else None
+
+    def causal_offset(
+        self, node: fx.Node, reader: fx.Node, rows: Any, columns: Any, hidden: bool = False
+    ) -> int | None:
+        """The offset o >= 0 of a mask that shows row i the keys ``j <= i + o`` and no others.
+
+        Args:
+            node: bool, or floating: 0 shows and -1e4 or less hides. Broadcastable to (..., rows,
+                columns).
+            reader: the node that reads it.
+            rows, columns: N_q and N_k, ints or SymInts.
+            hidden: True where a boolean mask marks what is hidden.
+
+        Returns:
+            None for every other mask, and for one that shows everything.
+        """
+        key = (node, reader, str(rows), str(columns), hidden)
+        if key not in self._offsets:
+            self._offsets[key] = self._causal_offset(node, reader, rows, columns, hidden)
+        return self._offsets[key]
+
+    def _causal_offset(
+        self, node: fx.Node, reader: fx.Node, rows: Any, columns: Any, hidden: bool
+    ) -> int | None:
+        found: set[int] = set()
+        try:
+            for program in self._programs(node, reader, (rows, columns)):
+                shape = (program.size(rows), program.size(columns))
+                found.add(self._offset_at(program, shape, hidden))
+        except _NotConstantError:
+            return None
+        return found.pop() if len(found) == 1 else None
+
+    def _offset_at(self, program: _Program, shape: tuple[int, int], hidden: bool) -> int:
+        """The offset at one choice of sizes."""
+        rows, columns = shape
+        offset: int | None = None
+        keys = torch.arange(columns)
+        for chunk in program.chunks(rows):
+            visible = _visible(self._timed(program, chunk), hidden)
+            visible = visible.expand(*visible.shape[:-2], chunk.stop - chunk.start, columns)
+            first = visible.reshape(-1, *visible.shape[-2:])[0]
+            if offset is None:
+                offset = int(first[0].sum()) - 1
+            queries = torch.arange(chunk.start, chunk.stop)[:, None]
+            if offset < 0 or not (visible == (keys <= queries + offset)).all():
+                raise _NotConstantError
+        if offset is None or offset >= columns - 1 > 0:
+            raise _NotConstantError
+        return offset
+
+    def _timed(self, program: _Program, rows: _Rows) -> Tensor:
+        """Compute a program (or a chunk of its rows) on this graph's account."""
+        start = time.perf_counter()
+        try:
+            return program.run(rows, lambda: time.perf_counter() - start > self._seconds)
+        except Exception as error:
+            raise _NotConstantError from error
+        finally:
+            self._seconds -= time.perf_counter() - start
+
+    def _programs(self, node: fx.Node, reader: fx.Node, sizes: tuple[Any, ...]) -> list[_Program]:
+        """The program of a node at every choice of sizes, and of what fresh memory holds."""
+        nodes = self._nodes(node, reader)
+        symbols: set[Any] = set()
+        for value in [*map(value_of, nodes), *sizes]:
+            for size in tree_leaves(value):
+                shape = size.shape if isinstance(size, Tensor) else (size,)
+                for s in shape:
+                    if isinstance(s, torch.SymInt | torch.SymFloat | torch.SymBool):
+                        symbols |= _plain_symbols(s)
+        fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
+        choices = list(_choices(symbols, nodes))
+        if symbols and any(target_name(n) not in _POINTWISE and _has_tensor(n) for n in nodes):
+            raise _NotConstantError
+        return [_Program(nodes, node, sizes, filling) for sizes in choices for filling in fillings]
+
+    def _nodes(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        """All nodes that what ``reader`` reads of ``node`` hangs on, in program order.
+
+        Raises:
+            _NotConstantError: inputs, parameters or buffers are among them, or chance.
+        """
+        memory = self.memory
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in found:
+                continue
+            found.add(current)
+            if not _has_tensor(current) and not memory.writes(current):
+                continue  # a size: its value is known by its expression
+            writers = memory.writers(current, current, reader)
+            if current.op not in ("call_function", "call_method") or len(found) > 256:
+                raise _NotConstantError
+            if current not in memory.known:
+                raise _NotConstantError
+            skipped = _SHAPE_ONLY.get(target_name(current))
+            for place, given in enumerate((*current.args, *current.kwargs.values())):
+                if place != skipped:
+                    stack += [n for n in tree_leaves(given) if isinstance(n, fx.Node)]
+            stack += writers
+        return sorted(found, key=memory.position.__getitem__)
+
+
+_EMPTY = ("empty", "new_empty")
+
+
+@dataclass
+class _Program:
+    """Nodes to run, the one whose value is wanted, the value of every symbol."""
+
+    nodes: list[fx.Node]
+    wanted: fx.Node
+    symbols: dict[Any, int]
+    filling: int
+    """What memory holds that nobody wrote."""
+
+    def size(self, size: Any) -> Any:
+        """A size, or a number or flag that hangs on sizes, as it is under this choice."""
+        if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return type_of(size)(size.node.expr.xreplace(self.symbols))
+        return size
+
+    def chunks(self, rows: int) -> Iterator[_Rows]:
+        """All rows at once if they fit into the memory allowed, else chunks of them."""
+        bytes_ = sum(self._bytes(n) for n in self.nodes)
+        count = max(1, math.ceil(bytes_ / BYTES))
+        step = max(1, rows // count)
+        if count > 1 and any(
+            target_name(n) not in _POINTWISE and _has_tensor(n) for n in self.nodes
+        ):
+            raise _NotConstantError
+        for start in range(0, rows, step):
+            yield _Rows(start, min(start + step, rows), rows)
+
+    def _bytes(self, node: fx.Node) -> int:
+        value = value_of(node)
+        if not isinstance(value, Tensor):
+            return 0
+        size: int = math.prod(self._shape(value)) * value.itemsize
+        return size
+
+    def run(self, rows: _Rows, is_late: Callable[[], bool]) -> Tensor:
+        """The wanted value; of a chunk that is not all rows, these rows of it."""
+        values: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            if is_late():
+                raise TimeoutError
+            values[node] = self._value(node, values, rows)
+        result = values[self.wanted]
+        assert isinstance(result, Tensor)
+        return result
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], rows: _Rows) -> Any:
+        example, name = value_of(node), target_name(node)
+        if example is not None and not any(isinstance(x, Tensor) for x in tree_leaves(example)):
+            return tree_map(self.size, example)
+        shape = self._shape(example)
+        is_wide = rows.cuts(shape)
+        if is_wide and (name in _FILLED or name in {"full", "full_like", "new_full"}):
+            fill: Any = _FILLED.get(name)
+            if fill is None:
+                fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
+            chunk = (*shape[:-2], rows.stop - rows.start, shape[-1])
+            return torch.full((), fill, dtype=example.dtype).expand(chunk)  # type: ignore[arg-type]
+
+        def argument(x: Any) -> Any:
+            if isinstance(x, fx.Node):
+                return values[x] if x in values else self._shell(x)
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        args: list[Any] = [fx.node.map_aggregate(a, argument) for a in node.args]
+        kwargs = {key: fx.node.map_aggregate(a, argument) for key, a in node.kwargs.items()}
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        if is_wide and name in {"tril", "triu"}:
+            diagonal: Any = args[1] if len(args) > 1 else kwargs.get("diagonal", 0)
+            args, kwargs = [args[0]], {"diagonal": diagonal + rows.start}
+        if is_wide and name == "expand":
+            is_cut = rows.cuts(self._shape(value_of(node.args[0])))
+            args = [args[0], *shape[:-2], -1 if is_cut else shape[-2], shape[-1]]
+        if callable(node.target):
+            result = node.target(*args, **kwargs)
+        else:
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if name.startswith(_EMPTY):
+            result.fill_(self.filling)
+        if any(rows.cuts(self._shape(value_of(n))) for n in node.all_input_nodes):
+            # Made of chunks: the chunk of what was made, or the rows are no longer the rows.
+            if not is_wide or result.shape != (*shape[:-2], rows.stop - rows.start, shape[-1]):
+                raise _NotConstantError
+        elif is_wide:
+            result = result[..., rows.start : rows.stop, :]
+        return result
+
+    def _shape(self, example: Any) -> tuple[int, ...]:
+        return tuple(map(self.size, example.shape)) if isinstance(example, Tensor) else ()
+
+    def _shell(self, node: fx.Node) -> Tensor:
+        """Something of a tensor's shape and dtype, for those who look at nothing else."""
+        example = value_of(node)
+        return torch.empty((), dtype=example.dtype).expand(self._shape(example))
+
+
+def type_of(size: Any) -> Callable[[Any], Any]:
+    """The Python type that a symbolic number stands for."""
+    return {torch.SymInt: int, torch.SymFloat: float}.get(type(size), bool)
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(value_of(node)))
+
+
+def _visible(mask: Tensor, hidden: bool) -> Tensor:
+    """Where a mask lets a row see a key."""
+    mask = mask.reshape(*(1,) * (2 - mask.dim()), *mask.shape)
+    if mask.dtype is torch.bool:
+        return ~mask if hidden else mask
+    visible = mask == 0
+    if not mask.is_floating_point() or not (visible | (mask <= HIDING)).all():
+        raise _NotConstantError
+    return visible
+
+
+def _plain_symbols(size: Any) -> set[Any]:
+    """The symbols of a size; a size that is divided or branched upon is none to compute with."""
+    expression = size.node.expr
+    symbols = set(expression.free_symbols)
+    if isinstance(size, torch.SymBool) or not expression.is_polynomial(*symbols):
+        raise _NotConstantError
+    return symbols
+
+
+def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]]:
+    """Values for the symbols: on both sides of every number of the program, equal and unequal."""
+    if not symbols:
+        yield {}
+        return
+    literals = {abs(x) for n in nodes for x in _literals(n) if abs(x) <= LARGEST_SIZE}
+    literals |= {1, 3, sum(literals)}
+    ordered = sorted(symbols, key=str)
+    sizes = {s for c in literals for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
+    for size in sorted(sizes):
+        yield dict.fromkeys(ordered, size)
+        if len(ordered) > 1:
+            yield {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
+            yield {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
+
+
+def _literals(node: fx.Node) -> Iterator[int]:
+    """The numbers in a node's arguments that a position may be compared with."""
+    stack: list[Any] = [*node.args, *node.kwargs.values()]
+    fills = target_name(node) in {"masked_fill", "masked_fill_", "where", "full", "fill_"}
+    while stack:
+        x = stack.pop()
+        if isinstance(x, list | tuple):
+            stack += x
+        elif isinstance(x, slice):
+            stack += [x.start, x.stop, x.step]
+        elif isinstance(x, int | float) and math.isfinite(x) and not (fills and x <= HIDING):
+            yield math.ceil(abs(x))

@@ -1,0 +1,376 @@
+"""What the nodes of a graph write, and which of them share memory: learnt by running it.
+
+No list says which operation writes in place or returns a view. The graph is run once on fake
+tensors (no data, no arithmetic) under a dispatch mode that sees every ATen call: its schema says
+what it writes, its results say whose storage they share. Nodes that cannot be run so (of functorch,
+of higher-order operators, over tensor subclasses, or with an error) *may* write all that they are
+given, and what they return may be a view of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+
+from distr_compile.passes.vocabulary import same_shape, same_size, target_name, value_of
+
+_LEVELS = {"increment_nesting": 1, "enter_dual": 1, "decrement_nesting": -1, "exit_dual": -1}
+"""Parts of the names of functorch's nodes that open and close a transform's level."""
+
+
+class Geometry(NamedTuple):
+    """Which elements of its storage a tensor is, and in which order; sizes may be symbolic."""
+
+    dtype: torch.dtype
+    offset: Any
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+
+    def same(self, other: Geometry | None) -> bool:
+        """Whether both are the same elements in the same order, asked without a guard."""
+        return (
+            other is not None
+            and self.dtype == other.dtype
+            and same_size(self.offset, other.offset)
+            and same_shape(self.shape, other.shape)
+            and same_shape(self.stride, other.stride)
+        )
+
+
+@dataclass
+class _Trace:
+    """What the dispatch mode saw while one node ran."""
+
+    written: dict[int, list[Geometry]] = field(default_factory=dict)
+    is_known: bool = True
+    """It called operations of ATen only, and none that draws random numbers."""
+
+
+class Memory:
+    """Writes and aliases of one graph.
+
+    Attributes:
+        position: node -> its place in the graph.
+        known: nodes that were run and call nothing but ATen operations without chance.
+        pure: those of them that do nothing but compute a value: they write nothing.
+        dead: pure nodes whose value nobody reads, directly or through others.
+        transformed: nodes inside a ``torch.func`` transform or a level of forward-mode AD.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.known: set[fx.Node] = set()
+        self.pure: set[fx.Node] = set()
+        self.dead: set[fx.Node] = set()
+        self.transformed: set[fx.Node] = set()
+        self._storages: dict[fx.Node, frozenset[int]] = {}
+        self._geometry: dict[fx.Node, Geometry] = {}
+        self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
+        self._writers: dict[int, list[tuple[int, fx.Node]]] = {}
+        _Run(self, graph).run()
+        for node in reversed(graph.nodes):
+            if node in self.pure and all(user in self.dead for user in node.users):
+                self.dead.add(node)
+
+    def storages(self, node: fx.Node) -> frozenset[int]:
+        """Names of the storages that a node's tensors may lie in."""
+        return self._storages.get(node, frozenset())
+
+    def writes(self, node: fx.Node) -> frozenset[int]:
+        """Names of the storages that a node writes, or may write."""
+        return frozenset(self._written.get(node, ()))
+
+    def writes_into(self, node: fx.Node, target: fx.Node) -> bool:
+        """Whether ``node`` may change what ``target`` holds."""
+        return bool(self.writes(node) & self.storages(target))
+
+    def writers(self, node: fx.Node, after: fx.Node, before: fx.Node) -> list[fx.Node]:
+        """The nodes between two others that write the memory of ``node``, in order."""
+        low, high = self.position[after] + 1, self.position[before]
+        found = set()
+        for storage in self.storages(node):
+            places = self._writers.get(storage, [])
+            first = bisect_left(places, low, key=lambda place: place[0])
+            found.update(places[first : bisect_right(places, high - 1, key=lambda p: p[0])])
+        return [writer for _, writer in sorted(found, key=lambda place: place[0])]
+
+    def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """The node that made what ``node`` holds when ``reader`` reads it.
+
+        That is the node itself, or the last one that wrote exactly its elements in place; None
+        where something else may have written to some of them.
+        """
+        writers = self.writers(node, node, reader)
+        if not writers:
+            return node
+        written = self._written[writers[-1]]
+        own = self._geometry.get(node)
+        hits = [g for storage in self.storages(node) for g in written.get(storage, [])]
+        is_whole = own is not None and bool(hits) and all(own.same(g) for g in hits)
+        return writers[-1] if is_whole else None
+
+    # -- filled in by the run ---------------------------------------------------------------------
+
+    def note(self, node: fx.Node, storages: frozenset[int], geometry: Geometry | None) -> None:
+        """Record where a node's result lies."""
+        self._storages[node] = storages
+        if geometry is not None:
+            self._geometry[node] = geometry
+
+    def note_writes(self, node: fx.Node, written: dict[int, list[Geometry]]) -> None:
+        """Record what a node wrote: storage -> the elements of each write; none are known: []."""
+        self._written[node] = written
+        for storage in written:
+            self._writers.setdefault(storage, []).append((self.position[node], node))
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what each ATen call writes, whatever the Python code that made it is called."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = _Trace()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        is_ours = func.namespace in ("aten", "prims", "prim")
+        if not is_ours or torch.Tag.nondeterministic_seeded in func.tags:
+            self.trace.is_known = False
+        if schema.is_mutable:
+            for place, argument in enumerate(schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                by_place = not argument.kwarg_only and place < len(args)
+                value = args[place] if by_place else kwargs.get(argument.name)
+                for x in tree_leaves(value):
+                    storage = _storage(x) if isinstance(x, Tensor) else None
+                    geometry = _geometry(x) if isinstance(x, Tensor) else None
+                    if storage is not None and geometry is not None:
+                        self.trace.written.setdefault(storage, []).append(geometry)
+        return func(*args, **kwargs)
+
+
+class _Run:
+    """The run of one graph on fake tensors; fills in a :class:`Memory`."""
+
+    def __init__(self, memory: Memory, graph: fx.Graph) -> None:
+        self.memory, self.graph = memory, graph
+        self.values: dict[fx.Node, Any] = {}
+        # Results of nodes that were not run: a storage of their own -> those it may share.
+        self.may_alias: dict[int, frozenset[int]] = {}
+        # Kept alive to the end: a freed storage's address would come back as another's name.
+        self.alive: list[Any] = []
+        self.mode = next((m for n in graph.nodes if (m := _fake_mode(value_of(n)))), None)
+        self.watch = _Watch()
+        self.autocast: list[Any] = []
+
+    def run(self) -> None:
+        with _as_it_was(self.mode), contextlib.ExitStack() as stack:
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+                if self.mode.shape_env is not None:
+                    stack.enter_context(self.mode.shape_env.suppress_guards())
+                    stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
+            # The Python dispatcher: else composite operations make symbolic sizes constants.
+            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(torch.no_grad())
+            level = 0
+            for node in self.graph.nodes:
+                change = _level_change(node)
+                level += max(change, 0)
+                if level or _is_wrapped(value_of(node)):
+                    self.memory.transformed.add(node)
+                level += min(change, 0)
+                self._visit(node)
+            for context in reversed(self.autocast):
+                context.__exit__(None, None, None)
+
+    def _visit(self, node: fx.Node) -> None:
+        memory = self.memory
+        trace = self._execute(node)
+        value = self.values[node]
+        tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+        found = [s for x in tensors if (s := _storage(x)) is not None]
+        storages = frozenset().union(*map(self._closure, found)) if found else frozenset()
+        memory.note(node, storages, _geometry(value) if isinstance(value, Tensor) else None)
+        if trace is not None and trace.is_known and node.op != "output":
+            memory.known.add(node)
+            if value is not None and not trace.written:
+                memory.pure.add(node)
+        if trace is None:
+            written = self._given(node)
+            if written:
+                memory.note_writes(node, {storage: [] for storage in written})
+        elif trace.written:
+            spread: dict[int, list[Geometry]] = {}
+            for storage, geometries in trace.written.items():
+                for name in self._closure(storage):
+                    spread.setdefault(name, []).extend(geometries)
+            memory.note_writes(node, spread)
+
+    def _execute(self, node: fx.Node) -> _Trace | None:
+        """Run one node; None if it could not be run and may have done anything to its inputs."""
+        example = value_of(node)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            self.autocast.append(node.target(*node.args))
+        elif node.target is torch.amp.autocast_mode._exit_autocast and self.autocast:
+            self.autocast.pop().__exit__(None, None, None)
+        has_tensors = _has_tensor([value_of(n) for n in node.all_input_nodes] + [example])
+        if node.op in ("placeholder", "get_attr", "output") or not has_tensors:
+            self.values[node] = self._shell(example, frozenset(), over_example=True)
+            return _Trace()
+        if not self._can_run(node, example):
+            self.values[node] = self._shell(example, self._given(node))
+            return None
+        self.watch.trace = trace = _Trace()
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        try:
+            with _as_it_was(self.mode), self.watch:
+                if callable(node.target):
+                    result = node.target(*args, **kwargs)
+                else:
+                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        except Exception:
+            self.values[node] = self._shell(example, self._given(node))
+            return None
+        self.alive.append(result)
+        if not _is_like(result, example):
+            self.values[node] = self._shell(example, self._given(node))
+            return None
+        if not _has_tensor(result) or _is_unbacked(result):
+            # Numbers, and sizes that depend on data, keep the names that the graph knows them by.
+            result = self._shell(example, frozenset())
+        self.values[node] = result
+        return trace
+
+    def _can_run(self, node: fx.Node, example: Any) -> bool:
+        if node in self.memory.transformed or node.op == "call_module":
+            return False
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return False
+        given = [self.values[n] for n in node.all_input_nodes]
+        leaves = [x for x in tree_leaves([given, example]) if isinstance(x, Tensor)]
+        return all(is_plain_fake(x) for x in leaves)
+
+    def _given(self, node: fx.Node) -> frozenset[int]:
+        """The storages of all that a node reads."""
+        return frozenset().union(*(self.memory.storages(n) for n in node.all_input_nodes))
+
+    def _closure(self, storage: int) -> frozenset[int]:
+        return self.may_alias.get(storage, frozenset()) | {storage}
+
+    def _shell(self, example: Any, aliases: frozenset[int], *, over_example: bool = False) -> Any:
+        """A stand-in for a recorded value: fresh, or over the memory of the value itself.
+
+        Tensors that the mode cannot make (sparse ones, subclasses) stand for themselves.
+        """
+
+        def stand_in(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not is_plain_fake(x):
+                made = x
+            elif over_example:
+                made = x.detach()
+            else:
+                made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            storage = _storage(made) if isinstance(made, Tensor) else None
+            if storage is not None and aliases:
+                self.may_alias[storage] = aliases
+            self.alive.append(made)
+            return made
+
+        return tree_map(stand_in, example)
+
+
+@contextlib.contextmanager
+def _as_it_was(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Leave functorch, grad mode, autocast and unbacked symbols as they were, whatever happens."""
+    functorch = torch._C._functorch
+    depth = functorch.get_dynamic_layer_stack_depth()
+    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    autocast = torch.is_autocast_cache_enabled()
+    shapes = mode.shape_env if mode is not None else None
+    pending = list(shapes.pending_fresh_unbacked_symbols) if shapes is not None else []
+    try:
+        yield
+    finally:
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        torch._C._set_grad_enabled(grad)
+        torch._C._set_fwd_grad_enabled(forward_grad)
+        torch.set_autocast_cache_enabled(autocast)
+        if shapes is not None:
+            shapes.pending_fresh_unbacked_symbols[:] = pending
+
+
+def _storage(x: Tensor) -> int | None:
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors, functorch's wrappers
+        return None
+
+
+def _geometry(x: Tensor) -> Geometry | None:
+    try:
+        return Geometry(x.dtype, x.storage_offset(), tuple(x.shape), tuple(x.stride()))
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(value))
+
+
+def _is_like(result: Any, example: Any) -> bool:
+    """Whether a run gave what the graph says: dtypes and ranks, tensor by tensor."""
+
+    def kinds(value: Any) -> list[tuple[torch.dtype, int]]:
+        return [(x.dtype, x.dim()) for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+    return kinds(result) == kinds(example)
+
+
+def _is_special(x: Tensor) -> bool:
+    return _is_wrapped(x) or is_traceable_wrapper_subclass(x) or x.layout != torch.strided
+
+
+def is_plain_fake(x: Tensor) -> bool:
+    """Whether a value is an ordinary tensor, of no subclass and no transform."""
+    return isinstance(x, FakeTensor) and not _is_special(x)
+
+
+def _is_wrapped(value: Any) -> bool:
+    """Whether a value belongs to a ``torch.func`` transform."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(isinstance(x, Tensor) and wrapped(x) for x in tree_leaves(value))
+
+
+def _is_unbacked(value: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return any(isinstance(x, Tensor) and free_unbacked_symbols(x) for x in tree_leaves(value))
+
+
+def _fake_mode(value: Any) -> FakeTensorMode | None:
+    fakes = (x for x in tree_leaves(value) if isinstance(x, FakeTensor))
+    return next((x.fake_mode for x in fakes), None)
+
+
+def _level_change(node: fx.Node) -> int:
+    """Whether a node of functorch or forward-mode AD opens (1) or closes (-1) a level."""
+    name = target_name(node)
+    return next((step for part, step in _LEVELS.items() if part in name), 0)

@@ -1,0 +1,53 @@
+"""What a model does with an attention's output, as far as its memory order matters to it.
+
+The op lays its output out as (B, N, H, d_v); a matmul as (B, H, N, d_v). A view of merged axes
+works on one of them only, and a write through a view reaches what shares the memory. Readers that
+take any order are known by name; for all others the rewrite adds a copy in the original order.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.memory import Memory
+from distr_compile.passes.vocabulary import hint, read, target_name, tensor_of
+
+_TAKES_ANY_ORDER = frozenset(
+    "reshape flatten contiguous linear layer_norm rms_norm sum mean".split()
+)
+"""What these return does not depend on the order of what they are given."""
+
+_PASSES_IT_ON = frozenset(
+    "getitem unsqueeze squeeze chunk split unbind select narrow dropout detach clone to type_as "
+    "float half bfloat16 neg sigmoid tanh relu gelu silu masked_fill where movedim".split()
+)
+_POINTWISE = voc.Scale | voc.Add | voc.Cast | voc.Permute
+
+
+def order_to_copy(memory: Memory, out: fx.Node) -> tuple[int, ...] | None:
+    """The axes of the output, outermost in memory first, if the model may rely on that order."""
+    if not _order_matters(memory, out):
+        return None
+    value = tensor_of(out)
+    assert value is not None
+    strides = [hint(stride) for stride in value.stride()]
+    sizes = [hint(size) for size in value.shape]
+    # Axes of size 1 have any stride; they stay where they are.
+    return tuple(sorted(range(len(sizes)), key=lambda i: (-strides[i], i)))
+
+
+def _order_matters(memory: Memory, out: fx.Node) -> bool:
+    last = next(reversed(memory.position))
+    if memory.writers(out, out, last):
+        return True
+    stack = [out]
+    while stack:
+        for user in stack.pop().users:
+            name, op = target_name(user), read(user)
+            if name in _TAKES_ANY_ORDER or isinstance(op, voc.Product) or user in memory.dead:
+                continue
+            if name not in _PASSES_IT_ON and not isinstance(op, _POINTWISE):
+                return True
+            stack.append(user)
+    return False

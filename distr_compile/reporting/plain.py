@@ -1,0 +1,73 @@
+"""Rows as plain data, for JSON, and back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from distr_compile.reporting.rows import GraphReport, NotAttention, Reason, SiteRow
+
+_LIVE = ("calls", "failures")
+
+
+def to_plain(item: Any) -> Any:
+    """Our dataclasses as plain data; a row's live counter becomes its number."""
+    if isinstance(item, (SiteRow, GraphReport, NotAttention, Reason)):
+        data = {
+            f.name: to_plain(getattr(item, f.name)) for f in fields(item) if f.name not in _LIVE
+        }
+        if isinstance(item, SiteRow):
+            data["runtime_exact_calls"] = item.runtime_exact_calls
+            data["runtime_reason"] = to_plain(item.runtime_reason)
+        return data
+    if isinstance(item, (tuple, list)):
+        return [to_plain(part) for part in item]
+    if isinstance(item, Mapping):
+        return {key: to_plain(part) for key, part in item.items()}
+    return item
+
+
+def read_graph(data: Mapping[str, Any]) -> GraphReport:
+    """A graph from what ``to_plain`` wrote; a wrong field is a Key-, Type- or AttributeError."""
+    rows = [_read_row(row) for row in data["rows"]]
+    return GraphReport(
+        **{
+            **data,
+            "rows": tuple(rows),
+            "not_attention": tuple(
+                NotAttention(
+                    **{**entry, "shape": tuple(entry["shape"]), "reason": Reason(**entry["reason"])}
+                )
+                for entry in data["not_attention"]
+            ),
+            **{name: tuple(data[name]) for name in ("matched", "unmatched", "notes")},
+            "calls": {row.site: row.runtime_exact_calls for row in rows},
+            "failures": {row.site: row.runtime_reason for row in rows if row.runtime_reason},
+        }
+    )
+
+
+def _read_row(data: Mapping[str, Any]) -> SiteRow:
+    rest = dict(data)
+    calls = {rest["site"]: rest.pop("runtime_exact_calls")}
+    failure = rest.pop("runtime_reason")
+    failures = {} if failure is None else {rest["site"]: Reason(**failure)}
+    rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
+    rest["reasons"] = tuple(Reason(**reason) for reason in rest["reasons"])
+    return SiteRow(**rest, calls=calls, failures=failures)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"report: cannot write {path}: there is no folder {path.parent}")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""What was found in one compiled graph, what was decided there, and why.
+
+One compiled graph makes one ``GraphReport`` of ``SiteRow`` (an attention, rewritten or left exact)
+and ``NotAttention`` (a softmax that is none).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Shape = tuple["int | str", ...]
+"""Sizes of a tensor; a symbolic size is its name, such as "s77"."""
+
+LOCK = threading.Lock()
+"""Held while a counter or the registry changes."""
+
+
+class DistrWarning(UserWarning):
+    """Something in a policy or a compile that is probably not what the user meant."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a site stayed exact, or why a softmax is no attention.
+
+    Attributes:
+        code: short kebab-case name to count and filter by, such as "min-seq-len".
+        text: one sentence for the user, with the numbers that decided.
+    """
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One attention of a compiled graph and what became of it.
+
+    Attributes:
+        layer: name of the layer as in ``named_modules()`` of the compiled module.
+        form: how the graph spelled the attention, such as "softmax" or "sdpa".
+        shapes: sizes of "q" (B, H, Nq, d), "k" (B, Hk, Nk, d) and "v" (B, Hk, Nk, dv).
+        dtype: dtype of q, such as "float16".
+        mask: "none", "causal", "bool", "float", ...
+        decision: "distr" (approximated) or "exact".
+        group_size: columns of Q and K merged into one (the paper's G*), d / rank; None where
+            that is no whole number, 1 when exact.
+        rank: columns left of Q and K, None when exact.
+        estimator: name from the table of estimators, None when exact.
+        rounds: how often the estimator refines its basis, None when exact.
+        sees: which tokens the approximation of one row depends on, None when exact.
+        grouping_block: query rows that share one grouping, "auto", or None when exact.
+        reasons: every reason that kept the site exact; never empty for an exact site.
+        flops: of the exact attention, 2 * B * H * Nq * Nk * (d + dv); symbolic sizes count by their
+            hints, 0 when unknown.
+        graph: index of the compiled graph.
+        mode: in what state that graph was compiled, see ``GraphReport``.
+        site: number of the site within its graph.
+        sdpa: the exact site was rewritten to ``F.scaled_dot_product_attention``.
+        calls: the live counter of the graph, filled in by ``GraphReport``.
+        failures: the live record of kernels that failed, likewise.
+
+    Raises:
+        ValueError: unknown decision, or an exact site without a reason.
+    """
+
+    layer: str
+    form: str
+    shapes: Mapping[str, Shape] = field(hash=False)
+    dtype: str
+    mask: str
+    decision: Literal["distr", "exact"]
+    group_size: int | None = 1
+    rank: int | None = None
+    estimator: str | None = None
+    rounds: int | None = None
+    sees: str | None = None
+    grouping_block: int | Literal["auto"] | None = None
+    reasons: tuple[Reason, ...] = ()
+    flops: int = 0
+    graph: int = 0
+    mode: str = ""
+    site: int = 0
+    sdpa: bool = False
+    calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
+    failures: Mapping[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.decision not in ("distr", "exact"):
+            raise ValueError(f"decision: got {self.decision!r}; accepted: 'distr', 'exact'")
+        if self.decision == "exact" and not self.reasons:
+            raise ValueError(f"{self.layer}: an exact site needs at least one reason, got none")
+
+    @property
+    def runtime_exact_calls(self) -> int:
+        """Calls, up to now, in which this approximated site ran exactly.
+
+        Because the input was short or the kernel failed. Replays of a CUDA graph are not seen.
+        """
+        return self.calls.get(self.site, 0)
+
+    @property
+    def runtime_reason(self) -> Reason | None:
+        """Why the kernel of this approximated site failed in the latest call in which it did."""
+        return self.failures.get(self.site)
+
+
+@dataclass(frozen=True)
+class NotAttention:
+    """A softmax, SDPA or flex node that is no attention we could rewrite.
+
+    Attributes:
+        layer: name of the layer as in ``named_modules()``.
+        op: what the graph calls, such as "softmax".
+        shape: sizes of its output.
+        reason: why it is none.
+    """
+
+    layer: str
+    op: str
+    shape: Shape
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """Everything found in one compiled graph.
+
+    Attributes:
+        index: number of the graph, in the order of compilation; given to every row.
+        root: class name of the compiled module, or name of the compiled function.
+        rows: one per attention.
+        not_attention: one per softmax that is none.
+        matched: policy patterns that matched an attention of this graph.
+        unmatched: policy patterns that name modules of the model but no attention of this graph.
+        notes: what else the user should know, such as "graph shared by layers 0, 1".
+        mode: in what state the graph was compiled: "eval" or "train", after the training flag of
+            the module; "eval, grad" and "train, no grad" where grad mode is the other one; of code
+            without a module "grad" or "no grad". Given to every row.
+        calls: live counter, site -> calls that ran exactly; shared with the rows.
+        failures: live record, site -> why its kernel failed; shared with the rows.
+
+    Raises:
+        ValueError: two rows with the same site number.
+    """
+
+    index: int
+    root: str
+    rows: tuple[SiteRow, ...] = ()
+    not_attention: tuple[NotAttention, ...] = ()
+    matched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    mode: str = ""
+    calls: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    failures: dict[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sites = [row.site for row in self.rows]
+        if len(set(sites)) != len(sites):
+            raise ValueError(f"graph {self.index}: site numbers must be unique, got {sites}")
+        for site in sites:
+            self.calls.setdefault(site, 0)
+        bound = tuple(
+            replace(row, graph=self.index, mode=self.mode, calls=self.calls, failures=self.failures)
+            for row in self.rows
+        )
+        object.__setattr__(self, "rows", bound)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be said of the graph: it has no attention and nothing like it."""
+        return not (self.rows or self.not_attention or self.notes)
+
+    def count_exact(self, site: int, failure: str | None = None) -> None:
+        """Count one call in which ``site`` ran exactly; seen by every row of the site at once.
+
+        Args:
+            site: number of the site.
+            failure: what failed, where a kernel did; None for a short input.
+
+        Raises:
+            ValueError: no such site in this graph.
+        """
+        with LOCK:
+            if site not in self.calls:
+                raise ValueError(f"site: got {site}; graph {self.index} has {sorted(self.calls)}")
+            self.calls[site] += 1
+            if failure is not None:
+                self.failures[site] = Reason("kernel-failed", failure)
+
+    def placed(self, index: int, prefix: str) -> GraphReport:
+        """The same graph as number ``index`` of a parent that calls its root ``prefix``."""
+
+        def named(layer: str) -> str:
+            return ".".join(part for part in (prefix, layer) if part)
+
+        return replace(
+            self,
+            index=index,
+            rows=tuple(replace(row, layer=named(row.layer)) for row in self.rows),
+            not_attention=tuple(replace(n, layer=named(n.layer)) for n in self.not_attention),
+        )

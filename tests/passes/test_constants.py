@@ -1,0 +1,183 @@
+"""Masks, fills and scales that hang on constants only: what they are is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distr_compile.passes import constants
+from distr_compile.passes.constants import Constants
+from distr_compile.passes.memory import Memory
+from distr_compile.passes.vocabulary import shape_of
+
+from .capture import error, run, run_exact
+from .test_memory import graph_of
+
+ROWS, KEYS = 24, 48
+
+MASKS: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
+    "tril": (lambda x: torch.ones(ROWS, KEYS, dtype=torch.bool).tril(), 0),
+    "tril with a diagonal": (lambda x: torch.ones(ROWS, KEYS).tril(5) == 1, 5),
+    "arange by keyword": (
+        lambda x: torch.arange(KEYS) <= torch.arange(24, end=48)[:, None],
+        24,
+    ),
+    "arange from one": (lambda x: torch.arange(1, KEYS + 1) <= torch.arange(ROWS)[:, None], None),
+    "prefix": (lambda x: _written(lambda m: m[:, :8].fill_(True)), None),
+    "prefix by setitem": (lambda x: _written(lambda m: m.__setitem__((slice(0, 3), 5), 1)), None),
+    "written to what it was": (lambda x: _written(lambda m: m[:, 0].fill_(True)), 0),
+    "window": (lambda x: _positions(lambda i, j: (j <= i) & (j > i - 7)), None),
+    "window wider than all": (lambda x: _positions(lambda i, j: (j <= i) & (j > i - 64)), 0),
+    "chunks": (lambda x: _positions(lambda i, j: (j <= i) & (i // 5 == j // 5)), None),
+    "strict": (lambda x: _positions(lambda i, j: j < i), None),
+    "reversed": (lambda x: _positions(lambda i, j: j >= i), None),
+    "by cumsum": (
+        lambda x: torch.ones(KEYS).cumsum(0) <= torch.ones(ROWS).cumsum(0)[:, None],
+        0,
+    ),
+    "additive": (lambda x: torch.full((ROWS, KEYS), -torch.inf).triu(1), 0),
+    "additive, finite": (lambda x: torch.full((ROWS, KEYS), -1e9).triu(3), 2),
+    "additive, too weak": (lambda x: torch.full((ROWS, KEYS), -50.0).triu(1), None),
+    "empty, then filled": (lambda x: torch.empty(ROWS, KEYS).fill_(-torch.inf).triu_(1), 0),
+    "empty": (lambda x: torch.empty(ROWS, KEYS, dtype=torch.bool).tril(), None),
+    "ones like an input": (lambda x: torch.ones_like(x, dtype=torch.bool).tril(), 0),
+    "of an input": (lambda x: (x > -torch.inf).tril(), None),
+    "of chance": (lambda x: (torch.rand(ROWS, KEYS) < 2).tril(), None),
+    "everything": (lambda x: torch.ones(ROWS, KEYS, dtype=torch.bool), None),
+    "one row differs": (lambda x: _written(lambda m: m[17, 30].fill_(True)), None),
+    "one head differs": (
+        lambda x: torch.stack([torch.ones(ROWS, KEYS).tril(k) == 1 for k in (0, 0, 1)])[None],
+        None,
+    ),
+    "expanded": (lambda x: torch.ones(ROWS, KEYS).tril().bool().expand(2, 3, ROWS, KEYS), 0),
+}
+
+
+def _written(write: Callable[[Tensor], Any]) -> Tensor:
+    mask = torch.ones(ROWS, KEYS, dtype=torch.bool).tril()
+    write(mask)
+    return mask
+
+
+def _positions(rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return rule(torch.arange(ROWS)[:, None], torch.arange(KEYS)[None, :])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_offset_of_a_mask_of_constants(name: str) -> None:
+    function, expected = MASKS[name]
+    graph = graph_of(lambda x: (function(x), x + 1), _example())
+    assert _offset(graph) == expected
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_computed_by_rows_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "BYTES", 4000)
+    function, expected = MASKS[name]
+    graph = graph_of(lambda x: (function(x), x + 1), _example())
+    assert _offset(graph) in (expected, None)
+    if name in {"tril", "arange by keyword", "additive", "expanded", "ones like an input"}:
+        assert _offset(graph) == expected
+
+
+def _example() -> Tensor:
+    return torch.randn(ROWS, KEYS)
+
+
+def _offset(graph: Any) -> int | None:
+    output = next(n for n in graph.nodes if n.op == "output")
+    mask = output.args[0][0]
+    return Constants(Memory(graph)).causal_offset(mask, output, ROWS, KEYS)
+
+
+def test_a_large_mask_stays_within_time_and_memory() -> None:
+    """At 8,192 rows in chunks; what takes too long stays a mask."""
+
+    def positions(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(8192)[:, None] >= torch.arange(8192), x + 1
+
+    graph = graph_of(positions, torch.randn(3))
+    output = next(n for n in graph.nodes if n.op == "output")
+    mask = output.args[0][0]
+    found = Constants(Memory(graph))
+    found._seconds = 60.0  # a busy machine
+    assert found.causal_offset(mask, output, *shape_of(mask)) == 0
+    late = Constants(Memory(graph))
+    late._seconds = 0.0
+    start = time.perf_counter()
+    assert late.causal_offset(mask, output, *shape_of(mask)) is None
+    assert time.perf_counter() - start < 1.0
+
+
+# -- symbolic sizes -------------------------------------------------------------------------------
+
+
+def spelled(rule: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+        return (q @ k.mT * 0.2).masked_fill(~rule(i, j), -torch.inf).softmax(-1) @ v
+
+    return attend
+
+
+@pytest.mark.parametrize("size", [4096, 8192])
+@pytest.mark.parametrize("kind", ["window", "chunk", "prefix", "sum of two numbers"])
+def test_what_is_causal_at_64_and_not_at_9000(size: int, kind: str) -> None:
+    """Compiled with symbolic sizes at 64 tokens and run at 9,000."""
+    rules = {
+        "window": lambda i, j: (j <= i) & (j > i - size),
+        "chunk": lambda i, j: (j <= i) & (i // size == j // size),
+        "prefix": lambda i, j: (j <= i) | (i > size),
+        "sum of two numbers": lambda i, j: (j <= i) & (j > i - 1000 - (size - 1000)),
+    }
+    inputs = [[torch.randn(1, 1, n, 32) for _ in range(3)] for n in (64, 9000)]
+    attend = spelled(rules[kind])
+    capture = run(attend, inputs[0], dynamic=True, again=[inputs[1]])
+    assert capture.rows[0].mask == "bool"
+    assert len(capture.graphs) == 1
+    rows = slice(None, None, 500)
+    assert error(capture.outputs[1][:, :, rows], attend(*inputs[1])[:, :, rows]) < 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_causal_with_symbolic_sizes(dynamic: bool) -> None:
+    inputs = [[torch.randn(1, 2, n, 32) for _ in range(3)] for n in (64, 100)]
+    attend = spelled(lambda i, j: j <= i)
+    capture = run(attend, inputs[0], dynamic=dynamic, again=[inputs[1]])
+    assert {row.mask for row in capture.rows} == {"causal"}
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-5
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def test_a_fill_value_that_was_written_is_read_as_it_is() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        low = torch.full((), -1e9)
+        low.fill_(0.0)
+        return torch.where(keep, q @ k.mT * 0.2, low).softmax(-1) @ v
+
+    q, k, v = (torch.randn(1, 2, 24, 32) for _ in range(3))
+    keep = torch.rand(24, 24) > 0.3
+    capture = run(attend, [q, k, v, keep])
+    assert capture.codes == {"scores-edited"}
+    assert error(capture.output, attend(q, k, v, keep)) < 1e-6
+
+
+def test_a_fill_value_made_in_place_hides() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        low = torch.zeros(())
+        low.sub_(1e9)
+        return torch.where(keep, q @ k.mT * 0.2, low).softmax(-1) @ v
+
+    q, k, v = (torch.randn(1, 2, 24, 32) for _ in range(3))
+    keep = torch.rand(24, 24) > 0.3
+    for capture in (run(attend, [q, k, v, keep]), run_exact(attend, [q, k, v, keep])):
+        assert error(capture.output, attend(q, k, v, keep)) < 1e-5
+    assert run(attend, [q, k, v, keep]).row.decision == "distr"
