@@ -157,16 +157,16 @@ class Result:
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
         decides_at_run_time: some op of the graph may still choose exact when it is called.
-        backend: tells two compiled objects of one owner apart.
         outputs: as in ``Outcome``.
+        backend: tells two compiled objects of one owner apart.
     """
 
     graph: GraphReport
     owner: Any
     key: tuple[Any, ...]
     decides_at_run_time: bool
-    backend: object = None
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
+    backend: object = None
 
 
 def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
@@ -199,7 +199,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
         )
         graph = _with_break(graph, gm, frame)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    return Result(graph, owner, key, decides_at_run_time, backend, outputs)
+    return Result(graph, owner, key, decides_at_run_time, outputs, backend)
 
 
 def _mode(frame: identity.FrameModule) -> str:

@@ -239,11 +239,12 @@ def axis_origin(node: fx.Node, axis: int, known: dict[Axis, str | None]) -> str 
         if following is None or not voc.is_tensor(following[0]):
             break
         node, axis = following  # type: ignore[assignment]
-    size = hint(shape_of(node)[axis]) if rank else -1
+    size, place = hint(shape_of(node)[axis]) if rank else -1, axis
     for node, axis in reversed(way):
         before, size = size, hint(shape_of(node)[axis])
-        if answer == BATCH and before != size:
-            answer = None  # tokens folded into the batch, or taken out of it
+        moved, place = axis > place and not isinstance(read(node), voc.Permute), axis
+        if answer == BATCH and (before != size or moved):
+            answer = None  # tokens folded into the batch, or taken out of it: a new axis is in front
         if answer is None and target_name(node) == "linear" and axis > 0:
             answer = TOKEN
         known[node, axis] = answer
