@@ -244,7 +244,9 @@ def axis_origin(node: fx.Node, axis: int, known: dict[Axis, str | None]) -> str 
         before, size = size, hint(shape_of(node)[axis])
         moved, place = axis > place and not isinstance(read(node), voc.Permute), axis
         if answer == BATCH and (before != size or moved):
-            answer = None  # tokens folded into the batch, or taken out of it: a new axis is in front
+            answer = (
+                None  # tokens folded into the batch, or taken out of it: a new axis is in front
+            )
         if answer is None and target_name(node) == "linear" and axis > 0:
             answer = TOKEN
         known[node, axis] = answer
