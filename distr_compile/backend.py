@@ -296,7 +296,8 @@ def _use_of_rules(
         name
         for node in gm.graph.nodes
         for key in node.meta.get("nn_module_stack") or ()
-        for name in root.names.get(int(str(key).partition("@")[0]), ())
+        if (module := str(key).partition("@")[0]).isdecimal()  # an exported program has names here
+        for name in root.names.get(int(module), ())
     }
     unmatched = tuple(
         rule.layers

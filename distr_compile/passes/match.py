@@ -52,9 +52,12 @@ from distr_compile.passes.vocabulary import (
     target_name,
 )
 
+_TRANSFORM = "vmap, another transform of torch.func or forward-mode AD is around it"
+
 NO_CLAMP = 1.0e4
 """Bounds at least this far out guard against overflow; they do not change ordinary scores."""
 
+_EXPONENTIALS = frozenset({"exp", "exp_", "exp2"})
 _UNARY = voc.Fill | voc.Clamp | voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout
 _ON_SCORES = _UNARY | voc.Tanh | voc.Append
 
@@ -62,7 +65,7 @@ _ON_SCORES = _UNARY | voc.Tanh | voc.Append
 def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
     """All attention of one graph, in graph order: one entry per softmax or fused call."""
     anchors = [(node, kind) for node in graph.nodes if (kind := voc.anchor_kind(node))]
-    if not anchors:
+    if not anchors and not any(target_name(node) in _EXPONENTIALS for node in graph.nodes):
         return []
     try:
         flow = Flow(graph)
@@ -77,7 +80,7 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
 
 def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
     """Whether scores are exponentiated, and it is not read as a softmax."""
-    if target_name(node) not in {"exp", "exp_", "exp2"} or isinstance(read(node), voc.Softmax):
+    if target_name(node) not in _EXPONENTIALS or isinstance(read(node), voc.Softmax):
         return False
     scores = [n for n in node.all_input_nodes if voc.is_tensor(n)]
     return any(flow.is_scores(p) for n in scores for p in flow.chained[n])
@@ -103,6 +106,8 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
             raise RefusedError("flex", "flex_attention: its score function is left as it is")
         return _left_alone(site, flow)
     except RefusedError as refused:
+        if refused.attention and node in flow.memory.transformed:
+            refused = RefusedError("transform", _TRANSFORM)
         form = walk.form() if kind == "softmax" else target_name(node).strip("_")
         flops = _flops(node, kind, flow) if refused.attention else 0
         return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
@@ -118,7 +123,7 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     memory, nodes = flow.memory, set(site.interior)
     read_too = {n for node in nodes for n in node.all_input_nodes}
     if nodes & memory.transformed:
-        raise RefusedError("transform", "vmap, a torch.func transform or forward-mode AD is around")
+        raise RefusedError("transform", _TRANSFORM)
     values = (voc.tensor_of(n) for n in nodes | read_too)
     others = {type(x).__name__ for x in values if x is not None and not is_plain_fake(x)}
     if others:
@@ -204,7 +209,8 @@ class _Walk:
             raise _no_product("the softmax's arguments are not known")
         flow = self.flow
         self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else target_name(node))
-        candidates = flow.chained[op.x] | flow.behind[op.x]
+        made = flow.memory.definition(op.x, min(op.inner, default=node)) or op.x
+        candidates = flow.chained[made] | flow.behind[made]
         if not candidates and _is_cut_off(op.x) and _weighs_values(node, flow):
             raise RefusedError("graph-break", "QK^T and the softmax are in different graphs")
         if not candidates:
@@ -218,21 +224,13 @@ class _Walk:
             out, out_level, v, output_dims = self._forward(node, axes)
         except RefusedError as refused:
             if not any(flow.is_scores(p) for p in candidates):
-                raise self._no_scores(candidates) from refused
+                raise _no_product() from refused
             raise
         scores = Level((*scores_lead, q.shape[-2], k.shape[-2]))
         replayed = _replay(flow, scores, events, product_op, product, is_plain)
         return self._assemble(
             node, product, product_op, (q, k, v), scores, replayed, out, out_level, output_dims
         )
-
-    def _no_scores(self, candidates: frozenset[fx.Node]) -> RefusedError:
-        """Why there is no QK^T: an einsum of real scores with a table mixes their heads."""
-        for product in candidates:
-            behind = self.flow.behind[product] - {product}
-            if any(map(self.flow.is_scores, behind)):
-                return RefusedError("cross-head-mix", "an einsum mixes the scores across heads")
-        return _no_product()
 
     # -- back to QK^T ----------------------------------------------------------------------------
 
@@ -299,11 +297,11 @@ class _Walk:
                 self._take_sink(op, events)
                 events.append((op, node))
             elif isinstance(op, voc.Fill | voc.Reshape):
-                if isinstance(op, voc.Reshape):
-                    places, dim = _reshaped(places, dim, shape_of(op.x))
                 events.append((op, node))
             elif not isinstance(op, voc.Cast | voc.Identity):
                 raise RefusedError("scores-edited", f"{target_name(node)} before the softmax")
+            if isinstance(op, voc.Reshape) or len(shape_of(source)) != len(places):
+                places, dim = _reshaped(places, dim, shape_of(source))
             node = flow.now(source, node)
         self._read_by_us_only(node)
         self.backward.append(target_name(node))
@@ -416,6 +414,8 @@ class _Walk:
         """
         op = self.flow.read(node)
         assert isinstance(op, voc.Product)
+        if not self.flow.is_scores(node) and any(map(self.flow.is_scores, self.flow.behind[node])):
+            raise RefusedError("cross-head-mix", f"{target_name(node)} mixes the scores' heads")
         rank, see = len(places), self._see(node)
         is_einsum = op.equation is not None
         if is_einsum:
@@ -561,7 +561,10 @@ class _Walk:
         if not same_size(v.shape[-2], scores.shape[-1]):
             raise RefusedError("layout", "V is not as long as the keys")
         plain = [lv for lv in levels if same_shape(lv.shape[-2:], scores.shape[-2:])]
-        canonical = min([*plain, out_level], key=_preference)
+        # Of the levels the one that all others broadcast to.
+        widest = max(_count(level.lead) for level in [*plain, out_level])
+        full = [level for level in [*plain, out_level] if _count(level.lead) == widest]
+        canonical = min(full, key=_preference)
         out_value = voc.tensor_of(out)
         assert out_value is not None
         q, k, _ = common_dtype(see, q, k, v, product, out_value)

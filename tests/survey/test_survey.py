@@ -53,8 +53,10 @@ def test_every_case_is_labelled() -> None:
 def test_the_zoo_is_large_enough() -> None:
     timm = {case.name for case in CASES.values() if case.source == "timm"}
     types = {case.name for case in CASES.values() if case.source == "hf"}
+    classes = {case.name for case in CASES.values() if case.source == "diffusers"}
     assert len(timm) >= 60
     assert len(types) >= 120
+    assert len(classes) >= 70
 
 
 def test_committed_results_hold() -> None:
