@@ -133,36 +133,52 @@ def apply(
     # Choices first: a rewrite takes out the nodes that tell the layer.
     choices = [choose(place) for place in placed]
     site_names = _site_names(placed, choices)
+    numbers = _numbers(placed, choices)
+    decided: dict[int, tuple[Decision, bool]] = {}
+    # From last to first: an operand may be the output of an earlier site, which a rewrite replaces.
+    for i in reversed(range(len(placed))):
+        found, plan = placed[i].found, choices[i].plan
+        if isinstance(found, Unmatched):
+            continue
+        decision, is_sdpa, pair = decide(found, plan, choices[i].extra), False, None
+        if decision.is_distr and ESTIMATORS[plan.estimator].needs == "bases":
+            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
+            pair = bases(site_names[i], rank=decision.rank, **sizes)
+        if change:
+            decision, is_sdpa = _rewrite(placed[i].graph, found, decision, numbers[i], pair)
+        decided[i] = decision, is_sdpa
     named: dict[int, str] = {}
     outputs: dict[int, tuple[fx.Graph, str]] = {}
-    for place, choice, in_file in zip(placed, choices, site_names, strict=True):
-        found = place.found
-        names = (choice.name, *choice.repeats)
+    for i, (place, choice) in enumerate(zip(placed, choices, strict=True)):
+        found, names = place.found, (choice.name, *choice.repeats)
+        if isinstance(found, Unmatched) and not found.attention:
+            others += [_not_attention(found, name) for name in names]
+            continue
         output = found.anchor if isinstance(found, Unmatched) else found.output
-        stands = (place.graph, output.name)
+        outputs |= dict.fromkeys(
+            range(len(rows), len(rows) + len(names)), (place.graph, output.name)
+        )
         if isinstance(found, Unmatched):
             for name in names:
-                if found.attention:
-                    outputs[len(rows)] = stands
-                    rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
-                else:
-                    others.append(_not_attention(found, name))
+                rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
             continue
-        decision = decide(found, choice.plan, choice.extra)
-        is_sdpa = False
-        pair = None
-        if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
-            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
-            pair = bases(in_file, rank=decision.rank, **sizes)
-        named[len(rows)] = in_file
-        if change:
-            decision, is_sdpa = _rewrite(place.graph, found, decision, len(rows), pair)
+        named[len(rows)] = site_names[i]
+        decision, is_sdpa = decided[i]
         decides_at_run_time |= decision.is_distr and decision.min_seq_len > 0
         decides_at_run_time |= decision.is_distr and not isinstance(found.num_queries, int)
         for name in names:
-            outputs[len(rows)] = stands
             rows.append(_row(found, name, decision, is_sdpa, len(rows)))
     return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
+
+
+def _numbers(placed: list[Placed], choices: list[LayerChoice]) -> list[int]:
+    """The number of each find's first row; a find has a row for each layer it is called for."""
+    numbers, count = [], 0
+    for place, choice in zip(placed, choices, strict=True):
+        numbers.append(count)
+        if isinstance(place.found, AttentionSite) or place.found.attention:
+            count += 1 + len(choice.repeats)
+    return numbers
 
 
 def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:
