@@ -40,6 +40,11 @@ class Placed:
     calls: tuple[fx.Node, ...] = ()
 
     @property
+    def output(self) -> fx.Node:
+        """The node that holds its result, or stands for it."""
+        return self.found.anchor if isinstance(self.found, Unmatched) else self.found.output
+
+    @property
     def nodes(self) -> list[fx.Node]:
         """Nodes that tell which layer it belongs to."""
         if isinstance(self.found, AttentionSite):
@@ -127,58 +132,53 @@ def apply(
         bases: gives A and B to the estimators that need them.
         change: False leaves the graphs as they are and reports what would be done.
     """
-    rows: list[SiteRow] = []
-    others: list[NotAttention] = []
-    decides_at_run_time = False
     # Choices first: a rewrite takes out the nodes that tell the layer.
     choices = [choose(place) for place in placed]
     site_names = _site_names(placed, choices)
-    numbers = _numbers(placed, choices)
-    decided: dict[int, tuple[Decision, bool]] = {}
-    # From last to first: an operand may be the output of an earlier site, which a rewrite replaces.
-    for i in reversed(range(len(placed))):
-        found, plan = placed[i].found, choices[i].plan
-        if isinstance(found, Unmatched):
-            continue
-        decision, is_sdpa, pair = decide(found, plan, choices[i].extra), False, None
-        if decision.is_distr and ESTIMATORS[plan.estimator].needs == "bases":
-            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
-            pair = bases(site_names[i], rank=decision.rank, **sizes)
-        if change:
-            decision, is_sdpa = _rewrite(placed[i].graph, found, decision, numbers[i], pair)
-        decided[i] = decision, is_sdpa
-    named: dict[int, str] = {}
-    outputs: dict[int, tuple[fx.Graph, str]] = {}
-    for i, (place, choice) in enumerate(zip(placed, choices, strict=True)):
-        found, names = place.found, (choice.name, *choice.repeats)
-        if isinstance(found, Unmatched) and not found.attention:
-            others += [_not_attention(found, name) for name in names]
-            continue
-        output = found.anchor if isinstance(found, Unmatched) else found.output
-        outputs |= dict.fromkeys(
-            range(len(rows), len(rows) + len(names)), (place.graph, output.name)
-        )
-        if isinstance(found, Unmatched):
-            for name in names:
-                rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
-            continue
-        named[len(rows)] = site_names[i]
-        decision, is_sdpa = decided[i]
-        decides_at_run_time |= decision.is_distr and decision.min_seq_len > 0
-        decides_at_run_time |= decision.is_distr and not isinstance(found.num_queries, int)
-        for name in names:
-            rows.append(_row(found, name, decision, is_sdpa, len(rows)))
-    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
-
-
-def _numbers(placed: list[Placed], choices: list[LayerChoice]) -> list[int]:
-    """The number of each find's first row; a find has a row for each layer it is called for."""
     numbers, count = [], 0
     for place, choice in zip(placed, choices, strict=True):
         numbers.append(count)
-        if isinstance(place.found, AttentionSite) or place.found.attention:
-            count += 1 + len(choice.repeats)
-    return numbers
+        is_row = isinstance(place.found, AttentionSite) or place.found.attention
+        count += (1 + len(choice.repeats)) * is_row
+    named = {
+        number: name
+        for number, place, name in zip(numbers, placed, site_names, strict=True)
+        if isinstance(place.found, AttentionSite)
+    }
+    stands = [(place.graph, place.output.name) for place in placed]
+    decided: dict[int, tuple[Decision, bool]] = {}
+    # Backwards: the operands of an attention may be the output of one before it.
+    for index in reversed(range(len(placed))):
+        place, choice, found = placed[index], choices[index], placed[index].found
+        if isinstance(found, Unmatched):
+            continue
+        decision, is_sdpa, pair = decide(found, choice.plan, choice.extra), False, None
+        if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
+            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
+            pair = bases(site_names[index], rank=decision.rank, **sizes)
+        if change:
+            decision, is_sdpa = _rewrite(place.graph, found, decision, numbers[index], pair)
+        decided[index] = decision, is_sdpa
+    rows: list[SiteRow] = []
+    others: list[NotAttention] = []
+    outputs: dict[int, tuple[fx.Graph, str]] = {}
+    for index, (place, choice) in enumerate(zip(placed, choices, strict=True)):
+        found = place.found
+        for name in (choice.name, *choice.repeats):
+            if isinstance(found, Unmatched) and not found.attention:
+                others.append(_not_attention(found, name))
+                continue
+            outputs[len(rows)] = stands[index]
+            if isinstance(found, Unmatched):
+                rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
+            else:
+                rows.append(_row(found, name, *decided[index], len(rows)))
+    decides_at_run_time = any(
+        decision.is_distr
+        and (decision.min_seq_len > 0 or not isinstance(placed[index].found.num_queries, int))  # type: ignore[union-attr]
+        for index, (decision, _) in decided.items()
+    )
+    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
 
 
 def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:

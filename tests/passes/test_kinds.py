@@ -558,3 +558,24 @@ def test_an_exported_program_is_seen() -> None:
         got, found = run(module, inputs, 2, compiler="eager")
         assert found == ["distr", "distr"]
         assert worst(tuple(got), Model()(*inputs)) < 2e-5
+
+
+@pytest.mark.parametrize("sdpa", [False, True])
+@pytest.mark.parametrize("which", ["q", "k", "v", "scaled q", "copied q"])
+def test_attention_of_attention(which: str, sdpa: bool) -> None:
+    """The output of one attention is an operand of the next, which is rewritten before it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v) if sdpa else plain(q, k, v)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v)
+        given = {"q": (out, k, v), "k": (q, out, v), "v": (q, k, out)}
+        given |= {"scaled q": (out * 0.5, k, v), "copied q": (out.contiguous(), k, v)}
+        return attend(*given[which])
+
+    inputs = [normal(B, H, N, D) for _ in range(3)]
+    with torch.no_grad():
+        got, found = run(function, inputs, 2, compiler="eager")
+        assert set(found) == {"distr"}
+        assert worst(got, function(*inputs)) < 2e-5
