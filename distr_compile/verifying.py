@@ -313,7 +313,7 @@ class _Watch:
         original = copy.deepcopy(gm)
         paths = {id(part.graph): path for path, part in _graph_modules(gm)}
         result = run_pass(gm, self.policy, change=True)
-        if result is None or not result.graph.rows:
+        if not result.graph.rows:
             return gm.forward
         graph = _Graph(result, original, gm, paths)
         self.graphs.append(graph)

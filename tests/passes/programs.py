@@ -109,7 +109,9 @@ START = (
     "q, k, v = x.unflatten(-1, (3, H, d)).permute(2, 0, 3, 1, 4)",
     "q, k, v = x.view(B, -1, 3, H, d).transpose(1, 3).unbind(2)",
     "q, k, v = (t.unflatten(-1, (H, d)).transpose(1, 2) for t in x.chunk(3, -1))",
+    "q, k, v = (t.unflatten(-1, (H, d)).transpose(1, 2).contiguous() for t in x.chunk(3, -1))",
     "q, k, v = q.clone(), k.clone(), v.clone()",
+    "q, k = q.contiguous(), k * d**-0.5",
     "k = v = k.clone()",
     "k, v = torch.stack([k, v])",
     "q, k = q * cos, k * cos",
@@ -138,48 +140,62 @@ VIEWS = (
     "{t} = ({t}.double() * 0.5).to({t}.dtype)",
     "{t} = F.layer_norm({t}.float(), (d,))",
 )
-WRITES = (
-    "{t}.mul_(0.7)",
-    "{t}.neg_()",
-    "{t} *= 0.7",
-    "{t} += 0.3",
-    "{t}[:, 1:].mul_(0.5)",
-    "{t}[..., ::2] = {t}[..., 1::2]",
-    "{t}[:, :, :4] = 0.5",
-    "{t}.transpose(1, 2).mul_(0.9)",
-    "{t}.copy_({t} * cos)",
-    "{t}.detach().mul_(0.6)",
-    "{t}.unbind(1)[0].mul_(0.3)",
-    "{t}.chunk(2, -1)[0].neg_()",
-    "{t}.mT[..., 3].fill_(0.2)",
-    "{t}.index_fill_(2, torch.tensor([1, 3]), 0.1)",
-    "{t}.clamp_(-1.0, 1.0)",
-    "{t}.diagonal(dim1=-2, dim2=-1).add_(1.0)",
-    "torch.mul({t}, 0.8, out={t})",
-    "torch.add({t}, {t}, alpha=0.5, out={t})",
-    "torch.neg({t}, out={t})",
-    "torch.relu_({t})",
-    "F.leaky_relu({t}, 0.1, inplace=True)",
-    "torch.Tensor.mul_({t}, 0.5)",
-    "torch.ops.aten.mul_.Scalar({t}, 0.5)",
-    "torch.ops.aten.copy_.default({t}, {t} * 0.5)",
-    "torch._foreach_mul_([q, k], 0.7)",
-    "torch._foreach_mul_([{t}], [0.6])",
-    "torch._foreach_copy_([{t}], [{t}.flip(1)])",
-    "torch._foreach_neg_([{t}[:, 1:]])",
-    "ops.rotate({t}, cos, sin)",
-    "ops.rotate({t}[:, 1:], cos, sin)",
-    "torch.view_as_complex({t}.unflatten(-1, (-1, 2))).mul_(turn)",
-    "torch.view_as_real(torch.view_as_complex({t}.unflatten(-1, (-1, 2)))).mul_(0.5)",
-    "{t}.view(torch.int32).bitwise_and_(-1024)",
-    "x.mul_(0.8)",
-    "{t}.transpose_(1, 2).transpose_(1, 2)",
-    "alias = {t}.view(B, H, -1)",
-    "alias = {t}[:, :2]",
-    "alias = {t}.transpose(1, 2)",
-    "alias.mul_(0.5)",
-    "alias[:, 0] = 0.1",
-)
+WRITES = {
+    "in place": (
+        "{t}.mul_(0.7)",
+        "{t}.neg_()",
+        "{t} *= 0.7",
+        "{t} += 0.3",
+        "{t}.copy_({t} * cos)",
+        "{t}.clamp_(-1.0, 1.0)",
+        "x.mul_(0.8)",
+    ),
+    "through a view": (
+        "{t}[:, 1:].mul_(0.5)",
+        "{t}[..., ::2] = {t}[..., 1::2]",
+        "{t}[:, :, :4] = 0.5",
+        "{t}.transpose(1, 2).mul_(0.9)",
+        "{t}.detach().mul_(0.6)",
+        "{t}.unbind(1)[0].mul_(0.3)",
+        "{t}.chunk(2, -1)[0].neg_()",
+        "{t}.mT[..., 3].fill_(0.2)",
+        "{t}.index_fill_(2, torch.tensor([1, 3]), 0.1)",
+        "{t}.diagonal(dim1=-2, dim2=-1).add_(1.0)",
+        "{t}.transpose_(1, 2).transpose_(1, 2)",
+    ),
+    "by a function": (
+        "torch.mul({t}, 0.8, out={t})",
+        "torch.add({t}, {t}, alpha=0.5, out={t})",
+        "torch.neg({t}, out={t})",
+        "torch.relu_({t})",
+        "F.leaky_relu({t}, 0.1, inplace=True)",
+        "torch.Tensor.mul_({t}, 0.5)",
+        "torch.ops.aten.mul_.Scalar({t}, 0.5)",
+        "torch.ops.aten.copy_.default({t}, {t} * 0.5)",
+    ),
+    "foreach": (
+        "torch._foreach_mul_([q, k], 0.7)",
+        "torch._foreach_mul_([{t}], [0.6])",
+        "torch._foreach_copy_([{t}], [{t}.flip(1)])",
+        "torch._foreach_neg_([{t}[:, 1:]])",
+    ),
+    "by a custom op": (
+        "ops.rotate({t}, cos, sin)",
+        "ops.rotate({t}[:, 1:], cos, sin)",
+    ),
+    "through another dtype": (
+        "torch.view_as_complex({t}.unflatten(-1, (-1, 2))).mul_(turn)",
+        "torch.view_as_real(torch.view_as_complex({t}.unflatten(-1, (-1, 2)))).mul_(0.5)",
+        "{t}.view(torch.int32).bitwise_and_(-1024)",
+    ),
+    "through an alias": (
+        "alias = {t}.view(B, H, -1)",
+        "alias = {t}[:, :2]",
+        "alias = {t}.transpose(1, 2)",
+        "alias.mul_(0.5)",
+        "alias[:, 0] = 0.1",
+    ),
+}
 MASKS = (
     "mask = torch.ones(n, m, dtype=torch.bool).tril()",
     "mask = torch.tril(torch.ones(n, m)).bool()",
@@ -311,6 +327,7 @@ WEIGHTS = (
 FUSED = (
     "out = F.scaled_dot_product_attention(q, k, v)",
     "out = F.scaled_dot_product_attention(q, k, v, mask)",
+    "out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])",
     "out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)",
     "out = F.scaled_dot_product_attention(q, k, v, attn_mask=add)",
     "out = F.scaled_dot_product_attention(q, k, v, is_causal=True)",
@@ -410,7 +427,7 @@ def written(choose: Choose) -> Program:
         return [choose(lines) for _ in range(choose(counts))]
 
     def operands(*counts: int) -> list[str]:
-        kinds = [choose((VIEWS, WRITES, WRITES)) for _ in range(choose(counts))]
+        kinds = [choose((VIEWS, *WRITES.values())) for _ in range(choose(counts))]
         return [choose(kind).format(t=choose(("q", "q", "k", "k", "v"))) for kind in kinds]
 
     def attention() -> list[str]:
@@ -418,17 +435,18 @@ def written(choose: Choose) -> Program:
             return [choose(FUSED)]
         return [
             choose(PRODUCTS),
-            *some(SCORES, 0, 1, 1, 2, 3),
+            *some([line for line in SCORES if "(~mask" in line or "(mask" in line], 0, 1),
+            *some(SCORES, 0, 0, 1, 2),
             choose(SOFTMAX),
             *some(WEIGHTS, 0, 0, 0, 1, 2),
             "out = weights @ v",
         ]
 
-    lines = [choose(START), "n, m = q.shape[-2], k.shape[-2]", *operands(0, 1, 2, 3)]
-    lines += [choose(MASKS), *some(MASK_WRITES, 0, 0, 1, 2)]
+    lines = [choose(START), "n, m = q.shape[-2], k.shape[-2]", *operands(0, 0, 1, 2)]
+    lines += [choose(MASKS), *some(MASK_WRITES, 0, 1, 1, 2)]
     lines += [choose(BIASES), *some(BIAS_WRITES, 0, 0, 1)] if choose((True, False)) else []
-    lines += [choose(("", "", "", "", "q = q[:, :, :1]"))]
-    lines += [*operands(0, 0, 1), *attention(), *some(OUTPUTS, 0, 1, 2)]
+    lines += [choose((*("",) * 9, "q = q[:, :, :1]"))]
+    lines += [*operands(0, 0, 1), *attention(), *some(OUTPUTS, 0, 0, 1, 2)]
     if choose((True, False, False)):
         lines += [choose(SECOND), *operands(0, 1), *attention(), *some(OUTPUTS, 0, 1)]
     rows = choose((20, 20, 17, 24))
