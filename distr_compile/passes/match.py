@@ -105,7 +105,10 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
         else:
             raise RefusedError("flex", "flex_attention: its score function is left as it is")
         return _left_alone(site, flow)
-    except RefusedError as refused:
+    except Exception as error:
+        # Anything but a refusal: a graph that the walk was not made for. It stays as it is, too.
+        text = f"the walk failed: {type(error).__name__}: {error}"[:300]
+        refused = error if isinstance(error, RefusedError) else RefusedError("not-run", text)
         value = voc.tensor_of(node)
         if refused.attention and node in flow.memory.transformed:
             refused = RefusedError("transform", _TRANSFORM)
@@ -223,7 +226,10 @@ class _Walk:
             q, k, product_op, axes = self._product(product, places, dim)
             is_plain = axes == tuple(range(len(axes)))
             scores_lead = tuple(shape_of(product)[places[axis]] for axis in axes[:-2])
-            axes = tuple(range(rank)) if is_plain else axes  # reshaped on the way, if at all
+            if is_plain:
+                axes = tuple(range(rank))  # reshaped on the way, if at all
+            elif len(axes) != rank or any(isinstance(e, voc.Reshape) for e, _ in events):
+                raise RefusedError("layout", "the scores are reshaped and their axes permuted")
             out, out_level, v, output_dims = self._forward(node, axes)
         except RefusedError as refused:
             if not any(flow.is_scores(p) for p in candidates):
@@ -378,8 +384,8 @@ class _Walk:
         flow = self.flow
         while True:
             op = flow.read(node)
-            if isinstance(op, _ON_SCORES) and flow.memory.definition(op.x, node) is op.x:
-                node = op.x
+            if isinstance(op, _ON_SCORES) and (made := flow.memory.definition(op.x, node)):
+                node = made
             elif isinstance(op, voc.Scale | voc.Add):
                 other = op.factor if isinstance(op, voc.Scale) else op.y
                 fed = [x for x in (op.x, other) if isinstance(x, fx.Node) and flow.behind[x]]
@@ -418,7 +424,10 @@ class _Walk:
         """
         op = self.flow.read(node)
         assert isinstance(op, voc.Product)
-        if not self.flow.is_scores(node) and any(map(self.flow.is_scores, self.flow.behind[node])):
+        flow = self.flow
+        before = flow.behind[op.a] | flow.behind[op.b]
+        is_mixed = not flow.is_scores(node) or target_name(node) == "linear"
+        if is_mixed and any(map(flow.is_scores, before)):
             raise RefusedError("cross-head-mix", f"{target_name(node)} mixes the scores' heads")
         rank, see = len(places), self._see(node)
         is_einsum = op.equation is not None
@@ -759,7 +768,9 @@ def _reshaped(
     places: tuple[int, ...], dim: int, before: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], int]:
     """The axes before a reshape, which only scores whose last axis is the keys' may have."""
-    if places != tuple(range(len(places))) or dim != len(places) - 1:
+    if dim != len(places) - 1:
+        raise RefusedError("softmax-axis", f"the softmax runs over axis {dim} of reshaped scores")
+    if places != tuple(range(len(places))):
         raise RefusedError("layout", "the scores are reshaped and their axes permuted")
     return tuple(range(len(before))), len(before) - 1
 
