@@ -234,6 +234,9 @@ class _Walk:
         except RefusedError as refused:
             if not any(flow.is_scores(p) for p in candidates):
                 raise _no_product() from refused
+            if op.dim != rank - 1 and refused.code.startswith("weights-"):
+                text = f"the softmax runs over axis {op.dim} of {rank}, and {refused}"
+                raise RefusedError("softmax-axis", text) from refused
             raise
         scores = Level((*scores_lead, q.shape[-2], k.shape[-2]))
         replayed = _replay(flow, scores, events, product_op, product, is_plain)
