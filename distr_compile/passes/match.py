@@ -88,7 +88,8 @@ def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
 
 def _by_hand(node: fx.Node) -> Unmatched:
     text = "exp of the scores, normalised in a way that is not read as a softmax"
-    return Unmatched(node, "softmax", "softmax-form", text, True, target_name(node).strip("_"))
+    why = RefusedError("softmax-form", text)
+    return Unmatched(node, "softmax", why.code, text, why.attention, target_name(node).strip("_"))
 
 
 def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
