@@ -1,0 +1,131 @@
+"""Calls of the fused CPU kernel: exact attention, and one of factors that come block by block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distr_compile.kernels.attention import cpu as kernel
+
+BASES = 1 << 20
+"""Elements of A and B together that are alive at a time; more blocks take several calls."""
+
+
+def takes(q: Tensor) -> bool:
+    """Whether the fused kernel runs on these inputs, here; ``kernel.unavailable_reason`` says why
+    not."""
+    return q.device.type == "cpu" and kernel.available(q.dtype)
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    """Exact attention by the fused kernel: rank = d, nothing is approximated.
+
+    Args:
+        q: ``(B, H, N, d)`` fp32, fp16 or bf16 on the CPU, any strides.
+        k: ``(B or 1, H_k, M, d)``; H_k divides H.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``; 0 does not.
+        sinks: ``(H,)`` floating, in the softmax's denominator only.
+        out: ``(B, H, N, d_v)``, any strides, is filled and returned; rows that see no key are 0.
+
+    Raises:
+        RuntimeError: the kernel is not available; ``takes`` tells.
+    """
+    return kernel.attention(
+        q,
+        k[:, :, None],
+        v,
+        mask,
+        sinks,
+        scale=scale,
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        softcap=softcap,
+        out=out,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    bases: Iterator[tuple[Tensor, Tensor]],
+    *,
+    block: int,
+    scale: float,
+    is_causal: bool,
+    causal_offset: int,
+    softcap: float,
+    strict: bool,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` with the approximation whose A and B come from ``bases``, block after block.
+
+    Args:
+        q: ``(b, h rep, N, d)``, the query heads of h key heads.
+        k: ``(b or 1, h, M, d)``; v ``(b or 1, h, M, d_v)``.
+        v: see ``k``.
+        mask: broadcastable to ``(b, h rep, N, M)``.
+        sinks: ``(h rep,)``.
+        bases: A and B ``(b h, d, r)`` of each block in turn.
+        block: query rows per grouping block.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        softcap: see ``exact_attention``.
+        strict: the strict form: a block's own keys and later ones are scored exactly.
+        out: ``(b, h rep, N, d_v)``.
+    """
+    num_queries, key_heads = q.shape[2], k.shape[1]
+    start = 0
+    while start < num_queries:
+        first = next(bases)
+        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
+        some = [first, *itertools.islice(bases, at_once - 1)]
+        A, B = (
+            torch.stack(matrices, 1).unflatten(0, (-1, key_heads))
+            for matrices in zip(*some, strict=True)
+        )
+        rows = slice(start, min(start + len(some) * block, num_queries))
+        cut = mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            cut = mask[..., rows, :]
+        Q = q[:, :, rows]
+        kernel.attention(
+            Q,
+            k[:, :, None],
+            v,
+            cut,
+            sinks,
+            scale=scale,
+            is_causal=is_causal,
+            causal_offset=causal_offset + start,
+            grouping_block=block,
+            softcap=softcap,
+            bases=(A, B),
+            exact=(Q, k) if strict else None,
+            follows=start > 0,
+            out=out[:, :, rows],
+        )
+        start = rows.stop
