@@ -30,7 +30,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp",)
+SOURCES = ("cpu.cpp", "engine.h", "vectors.h")
 """What the library is built from, beside this file; the first is compiled, the others included."""
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden")
