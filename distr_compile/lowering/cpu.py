@@ -20,8 +20,9 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,9 @@ def attention(
     # The bases of ``projection`` take half a dozen matrices of d x d at a time, LSH's two of d x r.
     matrices = 4 * head_dim**2 if estimator == "projection" else 2 * head_dim * rank
     sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
+    if fused:  # of what is cut only LSH's panels of Q are PyTorch's
+        panel = 0 if fixed or estimator == "projection" else sizes.panel * rep * head_dim
+        sizes = replace(sizes, heads=max(1, CHUNK // max(panel, matrices)))
     per_batch = min(key_heads, sizes.heads)
     batches = max(1, sizes.heads // key_heads)
     limit = causal_offset if is_causal else None
@@ -150,22 +154,25 @@ def attention(
                 softcap=softcap,
                 out=out5[some],
             )
+            counted: tuple[Any, ...] = (
+                part.Q,
+                part.K,
+                None if queries is None else _cut(queries, *some),
+                None if keys is None else _cut(keys, *some),
+            )
+            projected: dict[str, Any] = {
+                "block": block,
+                "rank": rank,
+                "rounds": rounds,
+                "seed": seed,
+                "causal_offset": causal_offset if strict else limit,
+                "strict": strict,
+            }
             if fixed is not None:
                 bases = iter([_fixed_bases(part.Q, *(t[some[1]] for t in fixed))])
             elif estimator == "projection":
                 bases = cpu_projection.bases(
-                    part.Q,
-                    part.K,
-                    None if queries is None else _cut(queries, *some),
-                    None if keys is None else _cut(keys, *some),
-                    block=block,
-                    rank=rank,
-                    rounds=rounds,
-                    seed=seed,
-                    causal_offset=causal_offset if strict else limit,
-                    panel=sizes.panel,
-                    key_rows=sizes.keys,
-                    strict=strict,
+                    *counted, **projected, panel=sizes.panel, key_rows=sizes.keys
                 )
             else:
                 bases = (
@@ -180,7 +187,9 @@ def attention(
                     part.V,
                     None if mask is None else _cut(_four_dimensions(mask), *wide),
                     None if sinks is None else sinks[wide[1]],
-                    bases,
+                    cpu_fused.projection(*counted, **projected)
+                    if estimator == "projection"
+                    else cpu_fused.stacked(bases),
                     block=block,
                     scale=scale,
                     is_causal=is_causal,

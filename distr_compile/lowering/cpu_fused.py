@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as kernel
+from distr_compile.kernels.attention import cpu_bases
+from distr_compile.lowering.cpu_projection import start_from
+
+SUMS = 2 << 20
+"""Elements of the Gram matrices that are alive at a time, unless those of one block are more."""
 
 BASES = 1 << 20
 """Elements of A and B together that are alive at a time; more blocks take several calls."""
@@ -64,13 +69,55 @@ def exact_attention(
     )
 
 
+Group = tuple[Tensor, Tensor]
+"""A^T ``(b h, blocks, r, d)`` and B ``(b h, blocks, d, padded r)`` of successive blocks."""
+
+
+def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
+    """Groups from A and B ``(b h, d, r)`` of each block in turn."""
+    for first in bases:
+        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
+        some = [first, *itertools.islice(bases, at_once - 1)]
+        A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
+        yield kernel.laid_out(A, B)
+
+
+def projection(
+    Q: Tensor,
+    K: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    *,
+    block: int,
+    rank: int,
+    rounds: int,
+    seed: int,
+    causal_offset: int | None,
+    strict: bool,
+) -> Iterator[Group]:
+    """Groups of the estimator ``projection``; arguments as ``cpu_projection.bases`` has them."""
+    num_queries, head_dim = Q.shape[3:]
+    start, carry = start_from(head_dim, rank, seed), None
+    units = Q.shape[0] * Q.shape[1]
+    at_once = max(1, SUMS // (units * cpu_bases.SUMS * cpu_bases.matrix_size(head_dim)))
+    at_once = min(at_once, max(1, BASES // (2 * units * head_dim * rank)))
+    blocks = -(-num_queries // block)
+    for first in range(0, blocks, at_once):
+        AT, B, carry = cpu_bases.projection_bases(
+            Q, K, queries, keys, start, carry,
+            block=block, first_block=first, blocks=min(at_once, blocks - first), rounds=rounds,
+            causal_offset=causal_offset, strict=strict,
+        )  # fmt: skip
+        yield AT, B
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    bases: Iterator[tuple[Tensor, Tensor]],
+    groups: Iterator[Group],
     *,
     block: int,
     scale: float,
@@ -80,7 +127,7 @@ def attend(
     strict: bool,
     out: Tensor,
 ) -> None:
-    """Fill ``out`` with the approximation whose A and B come from ``bases``, block after block.
+    """Fill ``out`` with the approximation whose A and B come in ``groups``.
 
     Args:
         q: ``(b, h rep, N, d)``, the query heads of h key heads.
@@ -88,7 +135,7 @@ def attend(
         v: see ``k``.
         mask: broadcastable to ``(b, h rep, N, M)``.
         sinks: ``(h rep,)``.
-        bases: A and B ``(b h, d, r)`` of each block in turn.
+        groups: A and B of all blocks, in turn.
         block: query rows per grouping block.
         scale: multiplies the scores.
         is_causal: row i sees keys ``j <= i + causal_offset``.
@@ -97,17 +144,10 @@ def attend(
         strict: the strict form: a block's own keys and later ones are scored exactly.
         out: ``(b, h rep, N, d_v)``.
     """
-    num_queries, key_heads = q.shape[2], k.shape[1]
-    start = 0
-    while start < num_queries:
-        first = next(bases)
-        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
-        some = [first, *itertools.islice(bases, at_once - 1)]
-        A, B = (
-            torch.stack(matrices, 1).unflatten(0, (-1, key_heads))
-            for matrices in zip(*some, strict=True)
-        )
-        rows = slice(start, min(start + len(some) * block, num_queries))
+    num_queries, key_heads, start = q.shape[2], k.shape[1], 0
+    for group in groups:
+        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)
+        rows = slice(start, min(start + AT.shape[2] * block, num_queries))
         cut = mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             cut = mask[..., rows, :]
@@ -123,7 +163,7 @@ def attend(
             causal_offset=causal_offset + start,
             grouping_block=block,
             softcap=softcap,
-            bases=(A, B),
+            bases=(AT, B),
             exact=(Q, k) if strict else None,
             follows=start > 0,
             out=out[:, :, rows],

@@ -295,7 +295,7 @@ def test_factors_made_in_the_kernel(d: int, r: int, dtype: torch.dtype) -> None:
     exact = formula(Qhat.double(), Khat.double(), v.double(), **options)[0]
     same = formula(Qhat.to(dtype), Khat.to(dtype), v, **options)[0]
     out = torch.full_like(same, math.nan)
-    agree(cpu.attention(q, k, v, bases=(A, B), out=out, **options), same, exact)
+    agree(cpu.attention(q, k, v, bases=cpu.laid_out(A, B), out=out, **options), same, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

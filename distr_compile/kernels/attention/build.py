@@ -30,8 +30,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "engine.h", "vectors.h")
+SOURCES = ("cpu.cpp", "engine.h", "projection.h", "vectors.h")
 """What the library is built from, beside this file; the first is compiled, the others included."""
+
+FUNCTIONS = tuple("distr_workspace distr_attention distr_bases_workspace distr_bases".split())
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden")
 """No ``-ffast-math``: the kernel counts on infinities, on NaN, and on the order of its sums."""
@@ -125,7 +127,8 @@ def close(handle: Any) -> None:
 
 
 def _declared(handle: Any) -> Any:
-    for function in (handle.distr_workspace, handle.distr_attention):
+    for name in FUNCTIONS:
+        function = getattr(handle, name)
         function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
     return handle
 

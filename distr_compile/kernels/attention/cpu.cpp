@@ -14,6 +14,7 @@
 // threads but the order in which tasks run: results have equal bits.
 
 #include "engine.h"
+#include "projection.h"
 
 extern "C" {
 
@@ -30,6 +31,14 @@ __attribute__((visibility("default"))) int64_t distr_attention(const Call* call)
   return 0;
 }
 
-__attribute__((visibility("default"))) int64_t distr_lanes() { return HAS_BF16_DOT ? -LANES : LANES; }
+__attribute__((visibility("default"))) int64_t distr_bases_workspace(const Bases* call) {
+  return call->size == int64_t(sizeof(Bases)) ? Projection(*call).workspace() : -1;
+}
+
+__attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
+  if (call->size != int64_t(sizeof(Bases))) return -1;
+  Projection(*call).run();
+  return 0;
+}
 
 }  // extern "C"

@@ -100,6 +100,18 @@ def unavailable_reason() -> str | None:
     return _library().reason
 
 
+def library() -> build.Library:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: the kernel is not available.
+    """
+    loaded = _library()
+    if loaded.handle is None:
+        raise RuntimeError(f"the CPU kernel is not available: {loaded.reason}")
+    return loaded
+
+
 def available(dtype: torch.dtype) -> bool:
     """Whether the kernel runs here on inputs of ``dtype``."""
     return dtype in DTYPES and unavailable_reason() is None
@@ -165,7 +177,8 @@ def attention(
         causal_offset: see ``is_causal`` and ``exact``.
         grouping_block: query rows that share a Khat; 0 for all.
         softcap: c > 0 makes scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
-        bases: A ``(B or 1, H_k, blocks, d, r)`` and B likewise, fp32.
+        bases: A^T ``(B or 1, H_k, blocks, r, d)`` and B ``(B or 1, H_k, blocks, d, padded r)``,
+            as ``laid_out`` makes them.
         exact: Q ``(B, H, N, d)`` and K ``(B or 1, H_k, M, d)`` of the strict form: a block that
             starts at row s > 0 uses Qhat and Khat for keys before ``s + causal_offset`` only, and
             Q and K for the others; the first block uses Q and K for all.
@@ -177,11 +190,8 @@ def attention(
     Raises:
         RuntimeError: the kernel is not available.
     """
-    lib = _library()
-    if lib.handle is None:
-        raise RuntimeError(f"the CPU kernel is not available: {lib.reason}")
     return _attention(
-        lib, q, k, v, mask, sinks,
+        library(), q, k, v, mask, sinks,
         scale=scale, is_causal=is_causal, causal_offset=causal_offset,
         grouping_block=grouping_block, softcap=softcap, bases=bases, exact=exact, follows=follows,
         out=out, lse=lse,
@@ -218,46 +228,60 @@ def _attention(
     call.block = min(grouping_block or queries, queries)
     call.is_causal, call.causal_offset = is_causal, causal_offset
     call.dtype, call.mask_kind = DTYPES[q.dtype], NO_MASK
-    keep = [_set(call, "q", q), _set(call, "v", v), _set(call, "out", out)]
-    keep.append(_set(call, "k", k))
+    keep = [point(call, "q", q), point(call, "v", v), point(call, "out", out)]
+    keep.append(point(call, "k", k))
     call.head_dim = call.rank = q.shape[3]
     if bases is not None:
-        A, B = bases
-        call.rank = rank = A.shape[4]
-        keep.append(_set_basis(call, "a", A.mT.contiguous()))
-        keep.append(
-            _set_basis(call, "b", torch.nn.functional.pad(B, (0, -rank % RANK_UNIT)).contiguous())
-        )
+        call.rank = bases[0].shape[3]
+        keep += [_set_basis(call, "a", bases[0]), _set_basis(call, "b", bases[1])]
     if exact is not None:
         call.strict, call.head_dim = (2 if follows else 1), exact[0].shape[3]
-        keep += [_set(call, "q_exact", exact[0]), _set(call, "k_exact", exact[1])]
+        keep += [point(call, "q_exact", exact[0]), point(call, "k_exact", exact[1])]
     if mask is not None:
         call.mask_kind = MASK_DTYPES[mask.dtype]
-        keep.append(_set(call, "mask", mask.reshape((1,) * (4 - mask.dim()) + mask.shape)))
+        keep.append(point(call, "mask", mask.reshape((1,) * (4 - mask.dim()) + mask.shape)))
     if sinks is not None:
         keep.append(sinks := sinks.float().contiguous())
         call.sinks = sinks.data_ptr()
     if lse is not None:
-        keep.append(_set(call, "lse", lse))
+        keep.append(point(call, "lse", lse))
     _run(lib, call)
     return out
+
+
+def padded(rank: int) -> int:
+    """The width that B has in memory."""
+    return -(-rank // RANK_UNIT) * RANK_UNIT
+
+
+def laid_out(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B ``(..., d, r)`` as the kernel reads them: A^T, and B padded by zeros, in fp32."""
+    return (
+        A.mT.float().contiguous(),
+        torch.nn.functional.pad(B.float(), (0, padded(B.shape[-1]) - B.shape[-1])).contiguous(),
+    )
+
+
+def workspace(size: int) -> Tensor:
+    """``size`` bytes on the CPU that start at a multiple of 64."""
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
+    return memory[-memory.data_ptr() % 64 :]
 
 
 def _run(lib: build.Library, call: Any) -> None:
     call.threads = torch.get_num_threads()
     call.parallel_for = lib.parallel_for
-    size = lib.handle.distr_workspace(ctypes.byref(call))
-    workspace = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
-    call.workspace = (workspace.data_ptr() + 63) // 64 * 64
+    memory = workspace(lib.handle.distr_workspace(ctypes.byref(call)))
+    call.workspace = memory.data_ptr()
     lib.handle.distr_attention(ctypes.byref(call))
 
 
-def _set(call: Any, name: str, t: Tensor) -> Tensor:
+def point(call: Any, name: str, t: Tensor) -> Tensor:
     """Point the call at ``t``; a dimension of size 1 is broadcast."""
     t = t.resolve_neg()
     setattr(call, name, t.data_ptr())
     strides = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
-    if name not in ("mask", "lse"):
+    if name in ("q", "k", "v", "out", "q_exact", "k_exact"):
         strides[-1] = t.stride(-1) if t.shape[-1] > 1 else 1
     getattr(call, f"{name}_strides")[:] = strides
     return t
