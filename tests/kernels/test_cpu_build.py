@@ -262,7 +262,7 @@ def test_library_of_another_cpu_is_left_alone(cache: Path, monkeypatch: pytest.M
 
 def test_capability_of_pytorch_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "-mno-avx512f" in build._flags()
+    assert "-mno-avx512f" in build.compiler_flags()
 
 
 def test_fork_keeps_the_library(cache: Path) -> None:

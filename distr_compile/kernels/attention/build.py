@@ -34,6 +34,7 @@ SOURCES = ("cpu.cpp", "engine.h", "projection.h", "vectors.h")
 """What the library is built from, beside this file; the first is compiled, the others included."""
 
 FUNCTIONS = tuple("distr_workspace distr_attention distr_bases_workspace distr_bases".split())
+"""Each takes a pointer to its arguments and returns an integer."""
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden")
 """No ``-ffast-math``: the kernel counts on infinities, on NaN, and on the order of its sums."""
@@ -95,13 +96,13 @@ def _load(check: Callable[[Library], str | None]) -> Library:
     if sys.platform == "win32":
         raise UnavailableError("it needs GCC or Clang; MSVC has no vector types")
     parallel_for = _parallel_for()
-    compiler, version = _compiler()
-    flags = _flags()
+    program, version = compiler()
+    flags = compiler_flags()
     path = cache_folder() / f"{_key(flags, version)}.so"
     with _locked(path.parent):
         for fresh in (False, True):
             if fresh or not _intact(path):
-                _build(compiler, flags, path)
+                _build(program, flags, path)
             handle = None
             try:
                 handle = ctypes.CDLL(str(path))
@@ -130,6 +131,8 @@ def _declared(handle: Any) -> Any:
     for name in FUNCTIONS:
         function = getattr(handle, name)
         function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
+    handle.distr_peak.restype = ctypes.c_int64
+    handle.distr_peak.argtypes = (ctypes.c_int64, ctypes.c_int64)
     return handle
 
 
@@ -144,24 +147,25 @@ def _parallel_for() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _compiler() -> tuple[str, str]:
+def compiler() -> tuple[str, str]:
     """The C++ compiler that Inductor takes, and all it says of its version."""
     from torch._inductor import cpp_builder, exc
 
     try:
-        compiler = cpp_builder.get_cpp_compiler()
+        program = cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as failure:
         raise UnavailableError("there is no C++ compiler; set CXX to GCC or Clang") from failure
     try:
         said = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=LIMIT_S, check=True
+            [program, "--version"], capture_output=True, text=True, timeout=LIMIT_S, check=True
         )
     except (OSError, subprocess.SubprocessError) as failure:
-        raise UnavailableError(f"the compiler {compiler} does not run: {failure}") from failure
-    return compiler, said.stdout
+        raise UnavailableError(f"the compiler {program} does not run: {failure}") from failure
+    return program, said.stdout
 
 
-def _flags() -> tuple[str, ...]:
+def compiler_flags() -> tuple[str, ...]:
+    """The flags for this CPU, as far as PyTorch itself may use it."""
     native = NATIVE.get(platform.machine(), "-march=native")
     return (*FLAGS, native, *CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
 

@@ -16,6 +16,24 @@
 #include "engine.h"
 #include "projection.h"
 
+namespace {
+
+// Twelve chains of multiplications and additions in registers, and nothing else.
+template <bool PAIRS> __attribute__((noinline)) float chains(int64_t rounds, float start) {
+  const vf x = splat(start), y = splat(1 - start);
+  const int32_t pair = bits<int32_t>(start);
+  vf a = x, b = a + x, c = b + x, d = c + x, e = d + x, f = e + x;  // no two alike
+  vf g = f + x, h = g + x, i = h + x, j = i + x, k = j + x, l = k + x;
+  auto next = [&](vf& sum) { sum = PAIRS ? multiply_add<PAIRS>(sum, pair, y) : sum * x + y; };
+  for (int64_t round = 0; round < rounds; round++) {
+    next(a), next(b), next(c), next(d), next(e), next(f);
+    next(g), next(h), next(i), next(j), next(k), next(l);
+  }
+  return ((a + b) + (c + d) + (e + f) + (g + h) + (i + j) + (k + l))[0];
+}
+
+}  // namespace
+
 extern "C" {
 
 __attribute__((visibility("default"))) int64_t distr_workspace(const Call* call) {
@@ -39,6 +57,14 @@ __attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
   if (call->size != int64_t(sizeof(Bases))) return -1;
   Projection(*call).run();
   return 0;
+}
+
+// What the machine's peak is measured with: returns the floating point operations that were done.
+__attribute__((visibility("default"))) int64_t distr_peak(int64_t bf16, int64_t rounds) {
+  const bool pairs = HAS_BF16_DOT && bf16;
+  const volatile float kept = pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);
+  (void)kept;
+  return rounds * 12 * LANES * (pairs ? 4 : 2);
 }
 
 }  // extern "C"
