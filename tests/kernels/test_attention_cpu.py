@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -368,6 +369,34 @@ def test_any_call_is_that_of_the_definition(data: st.DataObject) -> None:
 
     exact = defined(torch.float64)
     agree(got, defined(dtype), exact)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-DDISTR_PACK_BYTES=65536", "-DDISTR_STATE_BYTES=65536"),  # keys in several waves
+        ("-mno-avx512f",),
+        ("-mno-avx",),
+    ],
+    ids=["small workspace", "AVX2", "SSE"],
+)
+def test_other_builds(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if flags[0].startswith("-m") and platform.machine() != "x86_64":
+        pytest.skip("these are flags of x86")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1", *flags))
+    monkeypatch.setattr(cpu, "_loaded", None)
+    try:
+        for dtype in DTYPES:
+            q, k, v = inputs(B=2, H=4, N=130, M=500, r=33, blocks=3, dtype=dtype)
+            mask = random(2, 1, 130, 500, seed=3)
+            exact = random(2, 4, 130, 40, dtype=dtype), random(2, 2, 500, 40, dtype=dtype, seed=7)
+            options: dict[str, Any] = {"grouping_block": 45, "causal_offset": 300}
+            check(q, k, v, **options, is_causal=True)
+            check(q, k, v, mask, torch.ones(4), softcap=2.0, **options)
+            check(q, k, v, mask > 0, exact=exact, **options)
+        assert cpu.unavailable_reason() is None
+    finally:
+        cpu.forget()
 
 
 def test_it_tells_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,8 @@ def compiler() -> tuple[str, str]:
 def compiler_flags() -> tuple[str, ...]:
     """The flags for this CPU, as far as PyTorch itself may use it."""
     native = NATIVE.get(platform.machine(), "-march=native")
-    return (*FLAGS, native, *CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    held = CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return (native, *held, *FLAGS)
 
 
 def cpu_features() -> str:
