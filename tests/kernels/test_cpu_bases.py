@@ -82,6 +82,21 @@ def test_same_product_of_bases(name: str, counted: bool, dtype: torch.dtype) -> 
         assert 0.8 < B2.norm() / B.norm() < 1.25
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(1, 1e6), (1e6, 1), (1e-6, 1), (1e-30, 1e25), (1e15, 1e-10)])
+def test_rows_of_very_different_size(sizes: tuple[float, float], dtype: torch.dtype) -> None:
+    """The first 150 keys of one size, the others of another; in units that change on the way."""
+    size = torch.where(torch.arange(400) < 150, *sizes)[:, None]
+    Q, K = draw(1, 1, 1, 100, 32).to(dtype), (draw(1, 1, 400, 32, seed=1) * size).to(dtype)
+    options: dict[str, Any] = {"rank": 16, "rounds": 1, "seed": 0, "block": 100, "strict": False}
+    wide = Q.double(), K.double(), None, None
+    rows = {"panel": 100, "key_rows": 400}
+    ((A, B),) = cpu_projection.bases(*wide, causal_offset=None, **options, **rows)
+    ((A1, B1),) = in_groups(Q, K, (None, None), 1, causal_offset=None, **options)
+    product = A @ B.mT
+    assert ((A1.double() @ B1.double().mT) - product).norm() <= 1e-5 * product.norm()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_bits_do_not_depend_on_threads_nor_groups(strict: bool) -> None:
     Q, K = draw(1, 2, 2, 300, 40), draw(1, 2, 300, 40, seed=1)

@@ -162,7 +162,7 @@ def attention(
     fp32, then rounded to the dtype of Q where that is bf16 and the CPU multiplies it.
 
     Beside inputs and output the call allocates at most 16 MiB, and per thread
-    ``4 (128 d + 96 (d + r) + 64 d_v) + 2^17`` bytes at most. Bits do not depend on the number of
+    ``4 (320 (d + r) + 64 d_v)`` bytes and 140 KiB at most. Bits do not depend on the number of
     threads, which is that of ``torch.set_num_threads``.
 
     Args:

@@ -118,44 +118,89 @@ struct Projection {
     return bits<float>(largest);
   }
 
-  static float power_of_two(float x) {
-    int e;
-    std::frexp(x, &e);
-    return x == 0 ? 1.f : std::ldexp(1.f, std::max(e - 1, -126));  // its inverse is finite
+  // Two bf16 rows side by side as words, what is not finite as 0; returns the largest.
+  float join_rows(const uint16_t* low, const uint16_t* high, uint32_t* words) const {
+    uint32_t largest = 0;
+    for (int64_t j = 0; j < d; j++) {
+      const uint32_t x = low[j], y = high[j], a = x & 0x7fffu, b = y & 0x7fffu;
+      words[j] = (a < 0x7f80u ? x : 0u) | (b < 0x7f80u ? y : 0u) << 16;
+      largest = std::max(largest, std::max(a < 0x7f80u ? a : 0u, b < 0x7f80u ? b : 0u));
+    }
+    return bits<float>(largest << 16);
+  }
+  // Up to KEY_TILE rows, joined two by two. `zeros`: a row of 0, for rows that do not count.
+  float read_pairs(int64_t unit, bool keys, int64_t head, int64_t first, int64_t n,
+                   const uint16_t* zeros, float* rows) const {
+    float largest = 0;
+    auto row = [&](int64_t i) {
+      const bool is_zero = i >= n || !counts(unit, keys, head, first + i);
+      const char* at = row_at(unit, keys, head, is_zero ? first : first + i);
+      return is_zero ? zeros : reinterpret_cast<const uint16_t*>(at);
+    };
+    for (int64_t i = 0; i < n; i += 2) {
+      float* words = rows + i / 2 * dp;
+      std::memset(words + d, 0, 4 * (dp - d));
+      const float size = join_rows(row(i), row(i + 1), reinterpret_cast<uint32_t*>(words));
+      largest = std::max(largest, size);
+    }
+    return largest;
   }
 
-  // C += X^T X for rows X, in units of the square of a power of two that C[d dp] holds.
+  // What rows are divided by before they are squared: 1, or a power of two for extreme numbers.
+  static float unit_for(float largest) {
+    if (largest == 0 || (largest > 0x1p-15f && largest < 0x1p15f)) return 1;
+    int e;
+    std::frexp(largest, &e);
+    return std::ldexp(1.f, std::max(e - 1, -126));  // its inverse is finite
+  }
+
+  // C = X^T X for rows X, in units of the square of C[d dp]; C[d dp + 1] is 0 if there are none.
   void gram(int64_t unit, bool keys, Range range, float* C, float* scratch) const {
     float *rows = scratch, *panels = rows + KEY_TILE * dp, *ones = panels + KEY_TILE * dp;
+    float* zeros = ones + dp;
     std::fill(ones, ones + dp, 1.f);
+    std::memset(zeros, 0, 4 * dp);
     std::memset(C, 0, 4 * matrix);
-    float& unit_of = C[d * dp];
-    float known = 0;  // the largest number so far
+    float largest = 0, now = 1;  // so far: the largest number, what rows are divided by
+    const bool in_pairs = HAS_BF16_DOT && c.dtype == BF16 && (keys ? c.k_strides[3] : c.q_strides[4]) == 1;
     for (int64_t head = 0; head < (keys ? 1 : c.rep); head++)
       for (int64_t row = range.first; row < range.stop; row += KEY_TILE) {
         const int64_t n = std::min<int64_t>(KEY_TILE, range.stop - row);
-        const float largest = read_rows(unit, keys, head, row, n, rows);
-        if (largest == 0) continue;
-        if (largest > known) {
-          const float before = power_of_two(known), now = power_of_two(largest);
-          if (known > 0 && now != before) scale(C, d * dp, before / now * (before / now));
-          known = largest;
+        if (in_pairs && now == 1) {  // bf16 products are exact
+          const float here = read_pairs(unit, keys, head, row, n,
+                                        reinterpret_cast<uint16_t*>(zeros), rows);
+          if (unit_for(here) == 1 && here > 0) {
+            largest = std::max(largest, here);
+            add_product<true>(rows, (n + 1) / 2, panels, ones, C);
+            continue;
+          }
         }
-        const float inverse = 1.f / power_of_two(known);
-        if (inverse != 1.f) scale(rows, n * dp, inverse);
-        pack(rows, n, panels);
-        for (int64_t column = 0; column < dp; column += 64) {  // C is symmetric: up to the diagonal
-          const int64_t wide = std::min<int64_t>(64, dp - column);
-          const int64_t high = std::min(d, round_up(column + wide, ROWS));  // whole panels
-          product<false, true>(reinterpret_cast<char*>(panels), 4 * KEY_TILE, rows + column, dp,
-                               high, n, int(wide / LANES),
-                               {C + column, dp, 1.f, ones});
+        const float here = read_rows(unit, keys, head, row, n, rows);
+        if (here == 0) continue;
+        if (here > largest) {
+          const float before = largest > 0 ? now : unit_for(here);
+          largest = here;
+          now = unit_for(largest);
+          if (now != before) scale(C, d * dp, before / now * (before / now));
         }
+        if (now != 1) scale(rows, n * dp, 1 / now);
+        add_product<false>(rows, n, panels, ones, C);
       }
     for (int64_t i = 0; i < d; i++)
       for (int64_t j = 0; j < i / 64 * 64; j++) C[i * dp + j] = C[j * dp + i];
-    unit_of = power_of_two(known);
-    C[d * dp + 1] = known > 0;
+    C[d * dp] = now;
+    C[d * dp + 1] = largest > 0;
+  }
+  // C += X^T X for n rows of words; C is symmetric: up to the diagonal of blocks.
+  template <bool PAIRS>
+  void add_product(const float* rows, int64_t n, float* panels, const float* ones, float* C) const {
+    pack(rows, n, panels);
+    for (int64_t column = 0; column < dp; column += 64) {
+      const int64_t wide = std::min<int64_t>(64, dp - column);
+      const int64_t high = std::min(d, round_up(column + wide, ROWS));  // whole panels
+      product<PAIRS, true>(reinterpret_cast<char*>(panels), 4 * KEY_TILE, rows + column, dp, high, n,
+                           int(wide / LANES), {C + column, dp, 1.f, ones});
+    }
   }
   void pack(const float* rows, int64_t n, float* panels) const {
     for (int64_t column = 0; column < d;) {
@@ -237,28 +282,32 @@ struct Projection {
       for (int64_t j = 0; j < columns; j++) y[j * ld2 + i] = x[i * ld + j];
   }
 
-  // Rows of x (r, dp) become an orthonormal basis of their span. A row that adds nothing to it but
-  // rounding becomes any direction that is left: the rounding, or what is left of a unit vector.
-  void orthonormalise(float* x, float* factors) const {
+  // Rows of XT (r, dp) become an orthonormal basis of their span, X (d, rp) its transpose. A row
+  // that adds nothing to it but rounding becomes any direction that is left: the rounding, or what
+  // is left of a unit vector.
+  void orthonormalise(float* XT, float* X, float* factors) const {
+    std::memset(X, 0, 4 * d * rp);
     for (int64_t j = 0; j < r; j++) {
-      float* row = x + j * dp;
+      float* row = XT + j * dp;
       for (int64_t attempt = 0; attempt <= d; attempt++) {
         if (attempt) {
           std::memset(row, 0, 4 * dp);
           row[(j + attempt) % d] = 1;
         }
-        if (orthogonal(row, x, j, factors)) break;
+        if (orthogonal(row, XT, X, j, factors)) break;
       }
+      for (int64_t i = 0; i < d; i++) X[i * rp + j] = row[i];
     }
   }
-  // Row of length 1, orthogonal to the j rows of x; false where it has lost its direction.
-  bool orthogonal(float* row, const float* x, int64_t j, float* factors) const {
-    float size = std::sqrt(dot(row, row, dp));
+  // Row of length 1, orthogonal to the j rows of XT; false where it has lost its direction.
+  bool orthogonal(float* row, const float* XT, const float* X, int64_t j, float* factors) const {
+    float size = std::sqrt(dot(row, row, dp)), *change = factors + rp;
     for (int turn = 0; turn < 4; turn++) {
       if (!(size > 1e-18f && size < INFINITY)) return false;
       scale(row, dp, 1 / size);
-      for (int64_t i = 0; i < j; i++) factors[i] = dot(x + i * dp, row, dp);
-      for (int64_t i = 0; i < j; i++) subtract(row, factors[i], x + i * dp, dp);
+      multiply(row, dp, X, 1, d, rp, factors);
+      multiply(factors, rp, XT, 1, j, dp, change);
+      subtract(row, 1, change, dp);
       size = std::sqrt(dot(row, row, dp));
       if (turn && size > 0.5f) {
         scale(row, dp, 1 / size);
@@ -302,8 +351,7 @@ struct Projection {
       multiply(Cq, dp, X, d, d, rp, Y);
       multiply(Ck, dp, Y, d, d, rp, Z);
       transposed(Z, d, r, rp, XT, dp);
-      orthonormalise(XT, factors);
-      transposed(XT, r, d, dp, X, rp);
+      orthonormalise(XT, X, factors);
     }
     multiply(Cq, dp, X, d, d, rp, Y);
     multiply(XT, dp, Y, r, d, rp, G);

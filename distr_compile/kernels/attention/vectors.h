@@ -28,7 +28,7 @@ constexpr int LANES = 4, COLUMNS = 2;
 #endif
 constexpr int ROWS = 6;         // rows of a product at a time; what is left goes by 4, 2 and 1
 constexpr int QUERY_TILE = 64;  // query rows of a task
-constexpr int KEY_TILE = 96;    // keys of a softmax step: even, a multiple of ROWS and LANES
+constexpr int KEY_TILE = 192;   // keys of a softmax step: even, a multiple of ROWS and LANES
 constexpr int WIDTH_UNIT = 16;  // Khat and B are padded to a multiple of it, whatever the lanes
 
 #ifndef DISTR_PACK_BYTES
