@@ -62,7 +62,8 @@ __attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
 // What the machine's peak is measured with: returns the floating point operations that were done.
 __attribute__((visibility("default"))) int64_t distr_peak(int64_t bf16, int64_t rounds) {
   const bool pairs = HAS_BF16_DOT && bf16;
-  const volatile float kept = pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);
+  const volatile float kept =
+      pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);
   (void)kept;
   return rounds * 12 * LANES * (pairs ? 4 : 2);
 }

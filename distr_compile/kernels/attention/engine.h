@@ -51,8 +51,8 @@ struct Arena {
 };
 
 struct Scratch {  // of one worker
-  float *rows, *q_rows, *q_wide, *q, *q_exact, *scores, *weights, *bias, *out, *top, *total, *rescale;
-  float *k_rows, *k_wide;
+  float *rows, *q_rows, *q_wide, *q, *q_exact, *k_rows, *k_wide;
+  float *scores, *weights, *bias, *out, *top, *total, *rescale;
 };
 
 // A part of the work whose packed keys and values fit in PACK_BYTES. A unit is a key head of a
@@ -107,7 +107,7 @@ template <bool PAIRS> struct Engine {
 
   Scratch scratch(Arena& arena) const {
     Scratch s{};
-    const int64_t widest = std::max(std::max(c.head_dim, c.rank), std::max<int64_t>(c.value_dim, KEY_TILE));
+    const int64_t widest = std::max({c.head_dim, c.rank, c.value_dim, int64_t(KEY_TILE)});
     s.rows = arena.take(LANES * round_up(widest, LANES));
     if (bases) {
       s.q_rows = arena.take(c.head_dim * QUERY_TILE);
@@ -164,7 +164,8 @@ template <bool PAIRS> struct Engine {
   }
   int64_t edge_of(int64_t block) const {  // keys before it are scored by Qhat and Khat
     if (!c.strict) return c.keys;
-    return block || c.strict == 2 ? std::max<int64_t>(0, std::min(c.keys, block * c.block + c.causal_offset)) : 0;
+    if (!block && c.strict != 2) return 0;
+    return std::max<int64_t>(0, std::min(c.keys, block * c.block + c.causal_offset));
   }
   int64_t keys_seen(int64_t last_row) const {  // by rows before last_row
     if (!c.is_causal) return c.keys;
@@ -223,7 +224,8 @@ template <bool PAIRS> struct Engine {
     float* to = packed_k(pair, tile);
     if (!bases) {
       for (int64_t j = 0; j < n; j++)
-        read_words(PAIRS, k_at(pair, first + j), c.dtype, c.k_strides[4], c.rank, to + j * hat_words);
+        read_words(PAIRS, k_at(pair, first + j), c.dtype, c.k_strides[4], c.rank,
+                   to + j * hat_words);
       return;
     }
     const char* rows = k_at(pair, first);
@@ -330,16 +332,20 @@ template <bool PAIRS> struct Engine {
     const int64_t known = std::max<int64_t>(0, std::min(n, edge_of(t.block) - key));
     if (known) {
       const bool direct = k_direct;
-      const char* rows = direct ? k_at(t.pair, key) : reinterpret_cast<char*>(packed_k(t.pair, tile));
-      product<PAIRS, false>(rows, direct ? c.k_strides[3] * element_bytes(c.dtype) : 4 * hat_words, s.q,
-                            QUERY_TILE, known, words_of(PAIRS, c.rank), t.vectors,
+      const char* rows =
+          direct ? k_at(t.pair, key) : reinterpret_cast<char*>(packed_k(t.pair, tile));
+      const int64_t bytes = direct ? c.k_strides[3] * element_bytes(c.dtype) : 4 * hat_words;
+      product<PAIRS, false>(rows, bytes, s.q, QUERY_TILE, known,
+                            words_of(PAIRS, c.rank), t.vectors,
                             {s.scores, QUERY_TILE, factor, nullptr});
     }
     if (known < n) {
-      const char* rows = exact_direct
-                             ? exact_at(t.unit, key + known)
-                             : reinterpret_cast<char*>(packed_exact(t.unit, tile) + known * exact_words);
-      const int64_t bytes = exact_direct ? c.k_exact_strides[2] * element_bytes(c.dtype) : 4 * exact_words;
+      const char* rows = exact_at(t.unit, key + known);
+      int64_t bytes = c.k_exact_strides[2] * element_bytes(c.dtype);
+      if (!exact_direct) {
+        rows = reinterpret_cast<char*>(packed_exact(t.unit, tile) + known * exact_words);
+        bytes = 4 * exact_words;
+      }
       product<PAIRS, false>(rows, bytes, s.q_exact, QUERY_TILE, n - known, exact_words, t.vectors,
                             {s.scores + known * QUERY_TILE, QUERY_TILE, factor, nullptr});
     }
@@ -355,12 +361,15 @@ template <bool PAIRS> struct Engine {
       const float* bias = s.bias;
       auto add = [](vf x, vf y) { return y == -INFINITY ? y : x + y; };  // hides NaN as well
       if (c.mask_strides[2])
-        each([&](vf x, int64_t j, int u) { return add(x, load<vf>(bias + j * QUERY_TILE + u * LANES)); });
+        each([&](vf x, int64_t j, int u) {
+          return add(x, load<vf>(bias + j * QUERY_TILE + u * LANES));
+        });
       else each([&](vf x, int64_t j, int) { return add(x, splat(bias[j])); });
     }
     if (c.is_causal && key + n - 1 > t.row + c.causal_offset)
       each([&](vf x, int64_t j, int u) {
-        const int32_t from = int32_t(std::min<int64_t>(key + j - c.causal_offset - t.row, QUERY_TILE));
+        const int64_t first = key + j - c.causal_offset - t.row;  // row that sees the key
+        const int32_t from = int32_t(std::min<int64_t>(first, QUERY_TILE));
         return iota() + u * LANES >= from ? x : splat(-INFINITY);
       });
   }
@@ -393,7 +402,8 @@ template <bool PAIRS> struct Engine {
       const vf rescale = exp_negative(before - top);
       store(s.rescale + at, rescale);
       store(s.top + at, top);
-      store(s.total + at, load<vf>(s.total + at) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      const vf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      store(s.total + at, load<vf>(s.total + at) * rescale + all);
     }
     const char* v = reinterpret_cast<const char*>(packed_v(t.unit, key / KEY_TILE));
     product<PAIRS, true>(v, 4 * tile_words, s.weights, QUERY_TILE, c.value_dim, words_of(PAIRS, n),
@@ -414,7 +424,8 @@ template <bool PAIRS> struct Engine {
 
   void finish(const Item& t, Scratch& s) const {
     const int64_t *st = c.out_strides, bytes = element_bytes(c.dtype);
-    char* to = static_cast<char*>(c.out) + (t.batch * st[0] + t.head * st[1] + t.row * st[2]) * bytes;
+    char* to = static_cast<char*>(c.out);
+    to += (t.batch * st[0] + t.head * st[1] + t.row * st[2]) * bytes;
     for (int u = 0; u < t.vectors; u++) {
       vf total = load<vf>(s.total + u * LANES);
       total = total == 0.f ? splat(1.f) : total;
@@ -440,7 +451,8 @@ template <bool PAIRS> struct Engine {
 
   void attend(int64_t index, Scratch& s) const {
     if (c.is_causal) index = wave.items - 1 - index;  // long rows first
-    const int64_t item = wave.item + index, tile = item % query_tiles, block = item / items_in_pair();
+    const int64_t item = wave.item + index;
+    const int64_t tile = item % query_tiles, block = item / items_in_pair();
     Item t{};
     t.pair = wave.pair + block;
     t.unit = t.pair / blocks;
@@ -513,8 +525,8 @@ template <bool PAIRS> struct Engine {
         for (int64_t item = 0; item < items_in_pair(); item += items_with_state())
           for (int64_t tile = 0; tile < key_tiles; tile += pack_tiles()) {
             const int64_t tiles = std::min(pack_tiles(), key_tiles - tile);
-            wave = {pair, 1, tile, tiles, item, std::min(items_with_state(), items_in_pair() - item),
-                    tile == 0, tile + tiles == key_tiles};
+            const int64_t items = std::min(items_with_state(), items_in_pair() - item);
+            wave = {pair, 1, tile, tiles, item, items, tile == 0, tile + tiles == key_tiles};
             run_wave();
           }
         pair++;

@@ -79,7 +79,9 @@ struct Projection {
     return c.workspace +
            (((unit * c.blocks + block) * 2 + keys) * MOST_PIECES + piece) * matrix;
   }
-  const float* carried(int64_t unit, bool keys) const { return c.carry + (unit * 2 + keys) * matrix; }
+  const float* carried(int64_t unit, bool keys) const {
+    return c.carry + (unit * 2 + keys) * matrix;
+  }
 
   // ---- Gram matrices ----------------------------------------------------------------------------
 
@@ -162,7 +164,8 @@ struct Projection {
     std::memset(zeros, 0, 4 * dp);
     std::memset(C, 0, 4 * matrix);
     float largest = 0, now = 1;  // so far: the largest number, what rows are divided by
-    const bool in_pairs = HAS_BF16_DOT && c.dtype == BF16 && (keys ? c.k_strides[3] : c.q_strides[4]) == 1;
+    const int64_t stride = keys ? c.k_strides[3] : c.q_strides[4];
+    const bool in_pairs = HAS_BF16_DOT && c.dtype == BF16 && stride == 1;
     for (int64_t head = 0; head < (keys ? 1 : c.rep); head++)
       for (int64_t row = range.first; row < range.stop; row += KEY_TILE) {
         const int64_t n = std::min<int64_t>(KEY_TILE, range.stop - row);
@@ -198,8 +201,8 @@ struct Projection {
     for (int64_t column = 0; column < dp; column += 64) {
       const int64_t wide = std::min<int64_t>(64, dp - column);
       const int64_t high = std::min(d, round_up(column + wide, ROWS));  // whole panels
-      product<PAIRS, true>(reinterpret_cast<char*>(panels), 4 * KEY_TILE, rows + column, dp, high, n,
-                           int(wide / LANES), {C + column, dp, 1.f, ones});
+      product<PAIRS, true>(reinterpret_cast<char*>(panels), 4 * KEY_TILE, rows + column, dp, high,
+                           n, int(wide / LANES), {C + column, dp, 1.f, ones});
     }
   }
   void pack(const float* rows, int64_t n, float* panels) const {
@@ -207,9 +210,11 @@ struct Projection {
       const int64_t step = next_rows(d - column);
       float* to = panels + column * KEY_TILE;
       if (step == ROWS)
-        for (int64_t j = 0; j < n; j++) std::memcpy(to + j * ROWS, rows + j * dp + column, 4 * ROWS);
+        for (int64_t j = 0; j < n; j++)
+          std::memcpy(to + j * ROWS, rows + j * dp + column, 4 * ROWS);
       else
-        for (int64_t j = 0; j < n; j++) std::memcpy(to + j * step, rows + j * dp + column, 4 * step);
+        for (int64_t j = 0; j < n; j++)
+          std::memcpy(to + j * step, rows + j * dp + column, 4 * step);
       column += step;
     }
   }
@@ -225,7 +230,8 @@ struct Projection {
     for (int64_t i = 0; i < d * dp; i++) C[i] = C[i] * (f * f) + more[i] * (g * g);
     C[d * dp] = now;
   }
-  // To a Frobenius norm in [1, 4), plus a ridge; returns e with X^T X = 4^e C. 0 gives the identity.
+  // To a Frobenius norm in [1, 4), plus a ridge; returns e with X^T X = 4^e C. A C of 0 becomes
+  // the identity.
   int normalise(float* C, float ridge) const {
     double squares = 0;
     for (int64_t i = 0; i < d; i++) {

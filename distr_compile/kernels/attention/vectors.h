@@ -90,7 +90,8 @@ inline vf exp2_polynomial(vf f) {
 inline vf exp_negative(vf x) {
 #if defined(__AVX512F__)
   x = (vf)_mm512_max_ps((__m512)splat(-140.f), (__m512)x);  // NaN stays NaN
-  vf n = (vf)_mm512_roundscale_ps((__m512)(x * LOG2E), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  vf n = (vf)_mm512_roundscale_ps((__m512)(x * LOG2E), NEAREST);
   vf p = exp2_polynomial((x * LOG2E - n) + x * LOG2E_REST);
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -182,7 +183,9 @@ inline void transpose(vf* x) { transpose_from<1>(x); }
 
 // ---- the product --------------------------------------------------------------------------------
 
-inline int next_rows(int64_t left) { return left >= ROWS ? ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+inline int next_rows(int64_t left) {
+  return left >= ROWS ? ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
 
 template <bool PAIRS> inline vf multiply_add(vf sum, int32_t x, vf y) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -278,7 +281,8 @@ void read_floats(const void* from, int64_t kind, int64_t stride, int64_t n, floa
   else if (kind == F64) convert<double>(from, stride, n, to, [](double x) { return float(x); });
   else if (kind == F16) convert<uint16_t>(from, stride, n, to, half_to_float);
   else if (kind == BF16)
-    convert<uint16_t>(from, stride, n, to, [](uint16_t x) { return bits<float>(uint32_t(x) << 16); });
+    convert<uint16_t>(from, stride, n, to,
+                      [](uint16_t x) { return bits<float>(uint32_t(x) << 16); });
   else convert<uint8_t>(from, stride, n, to, [](uint8_t x) { return x ? 0.f : -INFINITY; });
 }
 
