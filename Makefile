@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types survey regress baseline bench bench-error bench-tune gpu plots clean
+.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-error bench-tune gpu plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,14 @@ test: lint types ## lint, types and all tests
 
 test-oldest: $(OLDEST)/stamp ## all tests with the oldest supported torch
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The walk over keys in several parts takes much data otherwise, so the workspace is made small.
+SANITIZED := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+	-DDISTR_PACK_BYTES=65536 -DDISTR_STATE_BYTES=65536
+sanitize: $(VENV)/stamp ## tests of the CPU kernel under AddressSanitizer and UndefinedBehaviorSanitizer
+	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 DISTR_TEST_CPU_FLAGS="$(SANITIZED)" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/kernels/test_attention_cpu.py tests/kernels/test_cpu_bases.py
 
 lint: $(VENV)/stamp ## ruff (lint, format) and the import contracts
 	$(BIN)/ruff check .
@@ -46,6 +54,7 @@ baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds
 
 bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
 	$(BIN)/python benchmarks/cpu_attention.py
+	$(BIN)/python -m benchmarks.cpu_kernel
 	$(BIN)/python benchmarks/pass_time.py
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json

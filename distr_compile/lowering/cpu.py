@@ -1,4 +1,8 @@
-"""DistrAttention in plain PyTorch calls, in bounded memory; written for CPUs, right on any device.
+"""DistrAttention in bounded memory: on CPUs by the fused kernel, else in plain PyTorch calls.
+
+The bases A and B of each estimator are made here. Qhat = Q A, Khat = K B and attention on them are
+the fused kernel's where it runs (``cpu_fused.py``), and otherwise PyTorch's, on any device: the
+rest of this text.
 
 The same function as ``kernels/reference.py`` in the order of FlashAttention: heads in chunks, query
 rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M scores exists.
@@ -16,8 +20,9 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +34,7 @@ from distr_compile.kernels.reference_projection import (
     counted_rows,
     prefix_edge,
 )
-from distr_compile.lowering import cpu_projection
+from distr_compile.lowering import cpu_fused, cpu_projection
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -81,6 +86,7 @@ def attention(
     sinks: Tensor | None = None,
     fixed: tuple[Tensor, Tensor] | None = None,
     strict: bool = False,
+    fused: bool | None = None,
     out: Tensor,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.reference.attention``.
@@ -105,8 +111,10 @@ def attention(
         sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
         fixed: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
         strict: of ``projection``, the form in which no row depends on later ones.
+        fused: whether the fused kernel makes the result; None where it can.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
     """
+    fused = cpu_fused.takes(q) if fused is None else fused
     batch, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]
     rep = heads // key_heads
@@ -117,6 +125,9 @@ def attention(
     # The bases of ``projection`` take half a dozen matrices of d x d at a time, LSH's two of d x r.
     matrices = 4 * head_dim**2 if estimator == "projection" else 2 * head_dim * rank
     sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
+    if fused:  # of what is cut only LSH's panels of Q are PyTorch's
+        panel = 0 if fixed or estimator == "projection" else sizes.panel * rep * head_dim
+        sizes = replace(sizes, heads=max(1, CHUNK // max(panel, matrices)))
     per_batch = min(key_heads, sizes.heads)
     batches = max(1, sizes.heads // key_heads)
     limit = causal_offset if is_causal else None
@@ -125,7 +136,6 @@ def attention(
     q5, out5 = (t.unflatten(1, (key_heads, rep)) for t in (q, out))
     mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
     sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
-    scale = scale / softcap if softcap else scale  # what tanh takes
     queries, keys = None, None
     counts = (mask, num_queries, num_keys, key_heads, rep)
     if strict:
@@ -144,28 +154,51 @@ def attention(
                 softcap=softcap,
                 out=out5[some],
             )
+            counted: tuple[Any, ...] = (
+                part.Q,
+                part.K,
+                None if queries is None else _cut(queries, *some),
+                None if keys is None else _cut(keys, *some),
+            )
+            projected: dict[str, Any] = {
+                "block": block,
+                "rank": rank,
+                "rounds": rounds,
+                "seed": seed,
+                "causal_offset": causal_offset if strict else limit,
+                "strict": strict,
+            }
             if fixed is not None:
                 bases = iter([_fixed_bases(part.Q, *(t[some[1]] for t in fixed))])
             elif estimator == "projection":
                 bases = cpu_projection.bases(
-                    part.Q,
-                    part.K,
-                    None if queries is None else _cut(queries, *some),
-                    None if keys is None else _cut(keys, *some),
-                    block=block,
-                    rank=rank,
-                    rounds=rounds,
-                    seed=seed,
-                    causal_offset=causal_offset if strict else limit,
-                    panel=sizes.panel,
-                    key_rows=sizes.keys,
-                    strict=strict,
+                    *counted, **projected, panel=sizes.panel, key_rows=sizes.keys
                 )
             else:
                 bases = (
                     _group_bases(Q_block, rank, estimator, seed, sizes.panel)
                     for Q_block in part.Q.split(block, dim=3)
                 )
+            if fused:
+                wide = (some[0], slice(h * rep, (h + per_batch) * rep))
+                cpu_fused.attend(
+                    q[wide],
+                    part.K,
+                    part.V,
+                    None if mask is None else _cut(_four_dimensions(mask), *wide),
+                    None if sinks is None else sinks[wide[1]],
+                    cpu_fused.projection(*counted, **projected)
+                    if estimator == "projection"
+                    else cpu_fused.stacked(bases),
+                    block=block,
+                    scale=scale,
+                    is_causal=is_causal,
+                    causal_offset=causal_offset,
+                    softcap=softcap,
+                    strict=strict,
+                    out=out[wide],
+                )
+                continue
             for start, (A, B) in zip(range(0, num_queries, block), bases, strict=False):
                 stop = min(start + block, num_queries)
                 edge = prefix_edge(start, num_keys, causal_offset) if strict else num_keys
@@ -192,9 +225,13 @@ class _Heads:
     out: Tensor
 
 
+def _four_dimensions(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+
 def _split_mask_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
     """The mask as ``(B, H_k, N, rep, M)``, size 1 kept where it is broadcast."""
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = _four_dimensions(mask)
     split = (key_heads, rep) if mask.shape[1] > 1 else (1, 1)
     split_mask: Tensor = mask.unflatten(1, split)
     return split_mask.transpose(2, 3)
@@ -303,6 +340,7 @@ def _attend_panel(
     num_keys, v_dim = part.V.shape[-2:]
     end = num_keys if causal_offset is None else max(0, min(num_keys, last + causal_offset))
     Q = _stack(part.Q[..., first:last, :])
+    scale = scale / part.softcap if part.softcap else scale  # what tanh takes
     Qhat = torch.bmm(Q, A * scale)
     Q = Q * scale if edge < end else Qhat
     units, rows, _ = Qhat.shape

@@ -51,7 +51,7 @@ def bases(
     """
     rep, num_queries, head_dim = Q.shape[2:]
     num_keys, added = K.shape[2], 0
-    start_from = _start_columns(head_dim, rank, seed)
+    begin = start_from(head_dim, rank, seed)
     sum_q, sum_k = _GramSum(Q), _GramSum(K)
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
@@ -74,7 +74,7 @@ def bases(
         added = seen
         Cq, Q_exponent = sum_q.normalised(ridge=projection.RIDGE)
         Ck, K_exponent = sum_k.normalised(ridge=0)
-        A, B = projection.projection_bases(Cq, Ck, start_from, rounds=rounds)
+        A, B = projection.projection_bases(Cq, Ck, begin, rounds=rounds)
         size = projection.balance(
             Cq,
             Ck,
@@ -88,8 +88,8 @@ def bases(
 
 
 @lru_cache(maxsize=16)
-def _start_columns(head_dim: int, rank: int, seed: int) -> Tensor:
-    """At most 128 KiB for d = 256, r = 128."""
+def start_from(head_dim: int, rank: int, seed: int) -> Tensor:
+    """What the iteration starts from, ``(d, r)``: at most 128 KiB for d = 256, r = 128."""
     with torch.inference_mode(False):  # a tensor that outlives the call must serve autograd too
         return start_columns(head_dim, rank, seed=seed).contiguous()
 

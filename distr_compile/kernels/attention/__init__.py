@@ -1,0 +1,1 @@
+"""Attention on narrow factors: one fused kernel per kind of device."""

@@ -1,0 +1,71 @@
+// softmax(scale * Qhat Khat^T + mask) V on a CPU, FlashAttention's order, one plain C call.
+//
+// The lanes of a vector are query rows. A task is one tile of QUERY_TILE rows of one head: its rows
+// are transposed once, then every product reads one operand by lanes and broadcasts the other:
+//
+//     scores   S[j][rows] = sum_c K[j][c] * Q^T[c][rows]      K read as it lies, row by row
+//     output   O[c][rows] += sum_j V[j][c] * P[j][rows]       V packed in panels of columns
+//     factors  Qhat^T = A^T Q^T and Khat = K B                the same product once more
+//
+// So softmax works up and down columns (no sum across lanes), and K need not be transposed. Sums
+// over keys start anew in every key tile, which keeps fp32 errors at those of a blocked product.
+// bf16 inputs are multiplied by AVX-512's bf16 dot products where the CPU has them; otherwise bf16
+// and fp16 are converted to fp32 when they are packed. Nothing here depends on the number of
+// threads but the order in which tasks run: results have equal bits.
+
+#include "engine.h"
+#include "projection.h"
+
+namespace {
+
+// Twelve chains of multiplications and additions in registers, and nothing else.
+template <bool PAIRS> __attribute__((noinline)) float chains(int64_t rounds, float start) {
+  const vf x = splat(start), y = splat(1 - start);
+  const int32_t pair = bits<int32_t>(start);
+  vf a = x, b = a + x, c = b + x, d = c + x, e = d + x, f = e + x;  // no two alike
+  vf g = f + x, h = g + x, i = h + x, j = i + x, k = j + x, l = k + x;
+  auto next = [&](vf& sum) { sum = PAIRS ? multiply_add<PAIRS>(sum, pair, y) : sum * x + y; };
+  for (int64_t round = 0; round < rounds; round++) {
+    next(a), next(b), next(c), next(d), next(e), next(f);
+    next(g), next(h), next(i), next(j), next(k), next(l);
+  }
+  return ((a + b) + (c + d) + (e + f) + (g + h) + (i + j) + (k + l))[0];
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int64_t distr_workspace(const Call* call) {
+  if (call->size != int64_t(sizeof(Call))) return -1;
+  if (HAS_BF16_DOT && call->dtype == BF16) return Engine<true>(*call).workspace();
+  return Engine<false>(*call).workspace();
+}
+
+__attribute__((visibility("default"))) int64_t distr_attention(const Call* call) {
+  if (call->size != int64_t(sizeof(Call))) return -1;
+  if (HAS_BF16_DOT && call->dtype == BF16) Engine<true>(*call).run();
+  else Engine<false>(*call).run();
+  return 0;
+}
+
+__attribute__((visibility("default"))) int64_t distr_bases_workspace(const Bases* call) {
+  return call->size == int64_t(sizeof(Bases)) ? Projection(*call).workspace() : -1;
+}
+
+__attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
+  if (call->size != int64_t(sizeof(Bases))) return -1;
+  Projection(*call).run();
+  return 0;
+}
+
+// What the machine's peak is measured with: returns the floating point operations that were done.
+__attribute__((visibility("default"))) int64_t distr_peak(int64_t bf16, int64_t rounds) {
+  const bool pairs = HAS_BF16_DOT && bf16;
+  const volatile float kept =
+      pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);
+  (void)kept;
+  return rounds * 12 * LANES * (pairs ? 4 : 2);
+}
+
+}  // extern "C"

@@ -1,0 +1,295 @@
+"""The fused CPU kernel ``cpu.cpp``: its arguments, checked and handed over by ctypes.
+
+The first question, ``unavailable_reason()``, builds or loads the library (``build.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from distr_compile.kernels import reference
+from distr_compile.kernels.attention import build
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes of Q, K, V and the output, as the library numbers them."""
+
+MASK_DTYPES = {**DTYPES, torch.bool: 3, torch.float64: 4}
+
+NO_MASK = -1
+
+RANK_UNIT = 16
+"""B comes with its width padded to a multiple of it by zeros."""
+
+_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Call(ctypes.Structure):
+    """``struct Call`` of ``cpu.cpp``, field by field."""
+
+    _fields_ = (
+        ("size", _int64),
+        *((name, _pointer) for name in "q k v mask q_exact k_exact a b sinks out lse".split()),
+        ("q_strides", _int64 * 4),
+        ("k_strides", _int64 * 5),
+        ("v_strides", _int64 * 4),
+        ("mask_strides", _int64 * 4),
+        ("q_exact_strides", _int64 * 4),
+        ("k_exact_strides", _int64 * 4),
+        ("a_strides", _int64 * 3),
+        ("b_strides", _int64 * 3),
+        ("out_strides", _int64 * 4),
+        ("lse_strides", _int64 * 3),
+        *(
+            (name, _int64)
+            for name in "batch heads key_heads queries keys rank head_dim value_dim block "
+            "is_causal causal_offset strict dtype mask_kind".split()
+        ),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("parallel_for", _pointer),
+        ("threads", _int64),
+        ("workspace", _pointer),
+    )
+
+
+_loaded: build.Library | None = None
+_lock = threading.Lock()
+
+
+def _library() -> build.Library:
+    """The library of this process; a failure is remembered too, until ``forget``."""
+    global _loaded
+    if os.environ.get(build.SWITCH) == "0":
+        return build.Library(None, 0, f"{build.SWITCH}=0 forbids it")
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = build.load(_self_test)
+    return _loaded
+
+
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
+def forget() -> None:
+    """Unload the library and let the next question look for it anew; no call may be running."""
+    global _loaded
+    if _loaded is not None:
+        build.close(_loaded.handle)
+    _loaded = None
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernel cannot run in this process, in words; None where it can.
+
+    The first question builds the library where it is not in the cache.
+    """
+    return _library().reason
+
+
+def library() -> build.Library:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: the kernel is not available.
+    """
+    loaded = _library()
+    if loaded.handle is None:
+        raise RuntimeError(f"the CPU kernel is not available: {loaded.reason}")
+    return loaded
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the kernel runs here on inputs of ``dtype``."""
+    return dtype in DTYPES and unavailable_reason() is None
+
+
+def _self_test(library: build.Library) -> str | None:
+    """What is wrong with the library's results on a small call of each dtype, or None."""
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _wrong(library)
+
+
+def _wrong(library: build.Library) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 24, generator=generator, device="cpu") for _ in range(3))
+    for dtype in DTYPES:
+        inputs = [t.to(dtype) for t in (q, k, v)]
+        options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
+        exact = reference.attention(*(t.double() for t in inputs), rank=24, **options)
+        out = torch.full_like(inputs[0], torch.nan)
+        _attention(library, inputs[0], inputs[1][:, :, None], inputs[2], out=out, **options)
+        error = (out.double() - exact).abs().max().item()
+        if not error <= 4 * torch.finfo(dtype).eps * exact.abs().max().item():
+            return f"its result in {dtype} is off by {error:.1e}"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    grouping_block: int = 0,
+    softcap: float = 0.0,
+    bases: tuple[Tensor, Tensor] | None = None,
+    exact: tuple[Tensor, Tensor] | None = None,
+    follows: bool = False,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * Qhat Khat^T + mask) V, as ``kernels/attention_fwd.py`` computes it on a GPU.
+
+    Qhat and Khat are given, or with ``bases`` made in the kernel: Qhat = Q A and Khat = K B, in
+    fp32, then rounded to the dtype of Q where that is bf16 and the CPU multiplies it.
+
+    Beside inputs and output the call allocates at most 16 MiB, and per thread
+    ``4 (320 (d + r) + 64 d_v)`` bytes and 140 KiB at most. Bits do not depend on the number of
+    threads, which is that of ``torch.set_num_threads``.
+
+    Args:
+        q: Qhat ``(B, H, N, r)`` fp32, fp16 or bf16, any strides; with ``bases`` Q ``(B, H, N, d)``.
+        k: Khat ``(B or 1, H_k, blocks or 1, M, r)``, a copy per grouping block; with ``bases`` K
+            ``(B or 1, H_k, 1, M, d)``. Query head h uses key head ``h // (H / H_k)``.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: bool (True = attend) or floating (added), broadcastable to ``(B, H, N, M)``.
+        sinks: ``(H,)`` floating; one more score per row, in the softmax's denominator only.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal`` and ``exact``.
+        grouping_block: query rows that share a Khat; 0 for all.
+        softcap: c > 0 makes scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
+        bases: A^T ``(B or 1, H_k, blocks, r, d)`` and B ``(B or 1, H_k, blocks, d, padded r)``,
+            as ``laid_out`` makes them.
+        exact: Q ``(B, H, N, d)`` and K ``(B or 1, H_k, M, d)`` of the strict form: a block that
+            starts at row s > 0 uses Qhat and Khat for keys before ``s + causal_offset`` only, and
+            Q and K for the others; the first block uses Q and K for all.
+        follows: these rows follow others of the sequence: the first block is as any other then.
+        out: ``(B, H, N, d_v)`` in the dtype of q, any strides; filled and returned.
+        lse: ``(B, H, N)`` fp32, any strides; filled with the logarithm of each row's sum of
+            exponentials, sinks included, -inf where the row sees nothing.
+
+    Raises:
+        RuntimeError: the kernel is not available.
+    """
+    return _attention(
+        library(), q, k, v, mask, sinks,
+        scale=scale, is_causal=is_causal, causal_offset=causal_offset,
+        grouping_block=grouping_block, softcap=softcap, bases=bases, exact=exact, follows=follows,
+        out=out, lse=lse,
+    )  # fmt: skip
+
+
+def _attention(
+    lib: build.Library,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    grouping_block: int = 0,
+    softcap: float = 0.0,
+    bases: tuple[Tensor, Tensor] | None = None,
+    exact: tuple[Tensor, Tensor] | None = None,
+    follows: bool = False,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> Tensor:
+    if not out.numel():
+        return out
+    if not v.shape[2] and sinks is None and lse is None:
+        return out.zero_()
+    queries = q.shape[2]
+    call = _Call(size=ctypes.sizeof(_Call), scale=scale, softcap=softcap)
+    call.batch, call.heads, call.queries = q.shape[0], q.shape[1], queries
+    call.key_heads, call.keys, call.value_dim = v.shape[1], v.shape[2], v.shape[3]
+    call.block = min(grouping_block or queries, queries)
+    call.is_causal, call.causal_offset = is_causal, causal_offset
+    call.dtype, call.mask_kind = DTYPES[q.dtype], NO_MASK
+    keep = [point(call, "q", q), point(call, "v", v), point(call, "out", out)]
+    keep.append(point(call, "k", k))
+    call.head_dim = call.rank = q.shape[3]
+    if bases is not None:
+        call.rank = bases[0].shape[3]
+        keep += [_set_basis(call, "a", bases[0]), _set_basis(call, "b", bases[1])]
+    if exact is not None:
+        call.strict, call.head_dim = (2 if follows else 1), exact[0].shape[3]
+        keep += [point(call, "q_exact", exact[0]), point(call, "k_exact", exact[1])]
+    if mask is not None:
+        call.mask_kind = MASK_DTYPES[mask.dtype]
+        keep.append(point(call, "mask", mask.reshape((1,) * (4 - mask.dim()) + mask.shape)))
+    if sinks is not None:
+        keep.append(sinks := sinks.float().contiguous())
+        call.sinks = sinks.data_ptr()
+    if lse is not None:
+        keep.append(point(call, "lse", lse))
+    _run(lib, call)
+    return out
+
+
+def padded(rank: int) -> int:
+    """The width that B has in memory."""
+    return -(-rank // RANK_UNIT) * RANK_UNIT
+
+
+def laid_out(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B ``(..., d, r)`` as the kernel reads them: A^T, and B padded by zeros, in fp32."""
+    return (
+        A.mT.float().contiguous(),
+        torch.nn.functional.pad(B.float(), (0, padded(B.shape[-1]) - B.shape[-1])).contiguous(),
+    )
+
+
+def workspace(size: int) -> Tensor:
+    """``size`` bytes on the CPU that start at a multiple of 64."""
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
+    return memory[-memory.data_ptr() % 64 :]
+
+
+def _run(lib: build.Library, call: Any) -> None:
+    call.threads = torch.get_num_threads()
+    call.parallel_for = lib.parallel_for
+    memory = workspace(lib.handle.distr_workspace(ctypes.byref(call)))
+    call.workspace = memory.data_ptr()
+    lib.handle.distr_attention(ctypes.byref(call))
+
+
+def point(call: Any, name: str, t: Tensor) -> Tensor:
+    """Point the call at ``t``; a dimension of size 1 is broadcast."""
+    t = t.resolve_neg()
+    setattr(call, name, t.data_ptr())
+    strides = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
+    if name in ("q", "k", "v", "out", "q_exact", "k_exact"):
+        strides[-1] = t.stride(-1) if t.shape[-1] > 1 else 1
+    getattr(call, f"{name}_strides")[:] = strides
+    return t
+
+
+def _set_basis(call: Any, name: str, t: Tensor) -> Tensor:
+    setattr(call, name, t.data_ptr())
+    getattr(call, f"{name}_strides")[:] = [
+        s if n > 1 else 0 for s, n in zip(t.stride()[:3], t.shape[:3], strict=True)
+    ]
+    return t

@@ -1,0 +1,171 @@
+"""Calls of the fused CPU kernel: exact attention, and one of factors that come block by block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distr_compile.kernels.attention import cpu as kernel
+from distr_compile.kernels.attention import cpu_bases
+from distr_compile.lowering.cpu_projection import start_from
+
+SUMS = 2 << 20
+"""Elements of the Gram matrices that are alive at a time, unless those of one block are more."""
+
+BASES = 1 << 20
+"""Elements of A and B together that are alive at a time; more blocks take several calls."""
+
+
+def takes(q: Tensor) -> bool:
+    """Whether the fused kernel runs on these inputs, here; ``kernel.unavailable_reason`` says why
+    not."""
+    return q.device.type == "cpu" and kernel.available(q.dtype)
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    """Exact attention by the fused kernel: rank = d, nothing is approximated.
+
+    Args:
+        q: ``(B, H, N, d)`` fp32, fp16 or bf16 on the CPU, any strides.
+        k: ``(B or 1, H_k, M, d)``; H_k divides H.
+        v: ``(B or 1, H_k, M, d_v)``.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``; 0 does not.
+        sinks: ``(H,)`` floating, in the softmax's denominator only.
+        out: ``(B, H, N, d_v)``, any strides, is filled and returned; rows that see no key are 0.
+
+    Raises:
+        RuntimeError: the kernel is not available; ``takes`` tells.
+    """
+    return kernel.attention(
+        q,
+        k[:, :, None],
+        v,
+        mask,
+        sinks,
+        scale=scale,
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        softcap=softcap,
+        out=out,
+    )
+
+
+Group = tuple[Tensor, Tensor]
+"""A^T ``(b h, blocks, r, d)`` and B ``(b h, blocks, d, padded r)`` of successive blocks."""
+
+
+def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
+    """Groups from A and B ``(b h, d, r)`` of each block in turn."""
+    for first in bases:
+        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
+        some = [first, *itertools.islice(bases, at_once - 1)]
+        A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
+        yield kernel.laid_out(A, B)
+
+
+def projection(
+    Q: Tensor,
+    K: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    *,
+    block: int,
+    rank: int,
+    rounds: int,
+    seed: int,
+    causal_offset: int | None,
+    strict: bool,
+) -> Iterator[Group]:
+    """Groups of the estimator ``projection``; arguments as ``cpu_projection.bases`` has them."""
+    num_queries, head_dim = Q.shape[3:]
+    start, carry = start_from(head_dim, rank, seed), None
+    units = Q.shape[0] * Q.shape[1]
+    at_once = max(1, SUMS // (units * cpu_bases.SUMS * cpu_bases.matrix_size(head_dim)))
+    at_once = min(at_once, max(1, BASES // (2 * units * head_dim * rank)))
+    blocks = -(-num_queries // block)
+    for first in range(0, blocks, at_once):
+        AT, B, carry = cpu_bases.projection_bases(
+            Q, K, queries, keys, start, carry,
+            block=block, first_block=first, blocks=min(at_once, blocks - first), rounds=rounds,
+            causal_offset=causal_offset, strict=strict,
+        )  # fmt: skip
+        yield AT, B
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    groups: Iterator[Group],
+    *,
+    block: int,
+    scale: float,
+    is_causal: bool,
+    causal_offset: int,
+    softcap: float,
+    strict: bool,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` with the approximation whose A and B come in ``groups``.
+
+    Args:
+        q: ``(b, h rep, N, d)``, the query heads of h key heads.
+        k: ``(b or 1, h, M, d)``; v ``(b or 1, h, M, d_v)``.
+        v: see ``k``.
+        mask: broadcastable to ``(b, h rep, N, M)``.
+        sinks: ``(h rep,)``.
+        groups: A and B of all blocks, in turn.
+        block: query rows per grouping block.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        softcap: see ``exact_attention``.
+        strict: the strict form: a block's own keys and later ones are scored exactly.
+        out: ``(b, h rep, N, d_v)``.
+    """
+    num_queries, key_heads, start = q.shape[2], k.shape[1], 0
+    for group in groups:
+        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)
+        rows = slice(start, min(start + AT.shape[2] * block, num_queries))
+        cut = mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            cut = mask[..., rows, :]
+        Q = q[:, :, rows]
+        kernel.attention(
+            Q,
+            k[:, :, None],
+            v,
+            cut,
+            sinks,
+            scale=scale,
+            is_causal=is_causal,
+            causal_offset=causal_offset + start,
+            grouping_block=block,
+            softcap=softcap,
+            bases=(AT, B),
+            exact=(Q, k) if strict else None,
+            follows=start > 0,
+            out=out[:, :, rows],
+        )
+        start = rows.stop
