@@ -266,16 +266,29 @@ def run_kernels(
 
 
 def check(run: Callable[..., Tensor], name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Within twice the error of the definition in fp32, with the condition of S in it, of fp64."""
+    """Within four times the error of the definition in fp32, with the condition of S in it, of fp64.
+
+    That error hangs on the last bits: inputs moved by less than one rounding change it from 2e-6 to
+    1.4e-4 ("17 rows"). So it is the largest of nine, the inputs as they are and moved eight times.
+    """
     inputs, options = case(name)
     inputs = [t if t.dtype == torch.bool else t.to(dtype) for t in inputs]
     got = run(*inputs, **options)
     exact = reference.attention(*wide(inputs), **options)
     single = [t if t.dtype == torch.bool else t.float() for t in inputs]
-    own = (reference.attention(*single, **options) - exact).abs().max()
+    moved = [[_nearly(t, seed) for t in single] for seed in range(8)]
+    own = max((reference.attention(*x, **options) - exact).abs().max() for x in (single, *moved))
     rounding = torch.finfo(dtype).eps * exact.abs().max()
     assert got.dtype == dtype
     assert (got - exact).abs().max() <= 4 * own + 2 * rounding
+
+
+def _nearly(t: Tensor, seed: int) -> Tensor:
+    """The same numbers, each moved by less than one rounding in fp32."""
+    if t.dtype == torch.bool:
+        return t
+    noise = torch.rand(t.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return t * (1 + torch.finfo(torch.float32).eps * noise)
 
 
 @pytest.mark.parametrize("pieces", ["whole", "small"])
