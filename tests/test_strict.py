@@ -266,7 +266,7 @@ def run_kernels(
 
 
 def check(run: Callable[..., Tensor], name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Within four times the error of the definition in fp32, with the condition of S in it, of fp64.
+    """Within four times the error of the definition in fp32, with the condition of S in it.
 
     That error hangs on the last bits: inputs moved by less than one rounding change it from 2e-6 to
     1.4e-4 ("17 rows"). So it is the largest of nine, the inputs as they are and moved eight times.
