@@ -70,8 +70,15 @@ def test_demo() -> None:
         name: float(cosine)
         for name, cosine in re.findall(r"(\S+, block \w+) .* embeddings (\d\.\d+)", out)
     }
-    assert len(cosines) == 4
+    assert len(cosines) == 3
     assert 0.7 < cosines["lsh-mean, block auto"] < 0.95 < cosines["projection, block auto"] < 1
+
+
+def test_speed() -> None:
+    out = run("examples/speed.py", "llama", "--rounds", "1", "--compiler", "eager")
+    cosines = [float(line.split()[-1]) for line in out.splitlines() if "4,096 tokens" in line]
+    assert len(cosines) == 2
+    assert all(0.99 < cosine < 1 for cosine in cosines)
 
 
 def test_tour_of_the_readme(tmp_path: Path) -> None:
