@@ -494,6 +494,15 @@ def run(
     return result, [r.decision if r.decision == "distr" else r.reasons[0].code for r in rows]
 
 
+def skip_if_dynamo_fails(module: nn.Module, inputs: list[Any], **options: Any) -> None:
+    """Nobody is owed a result that PyTorch's own backend cannot give: old versions trace less."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(module, backend="eager", **options)(*inputs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"torch {torch.__version__} cannot trace this: {str(error)[:80]}")
+
+
 def worst(got: Any, expected: Any) -> float:
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True)
     return max(_error(a, b) for a, b in pairs)
@@ -512,6 +521,8 @@ def test_every_result_is_eagers(case: Kind, dynamic: bool | None) -> None:
     function = case.function() if isinstance(case.function, type) else case.function
     bound = 2e-5 if case.dtype is torch.float32 else 3e-2
     with torch.no_grad():
+        if dynamic and case.found == "transform":
+            skip_if_dynamo_fails(Called(function), case.inputs(), dynamic=True)
         expected = function(*[x.clone() for x in case.inputs()])
         for group_size in (1, 2):
             got, found = run(function, case.inputs(), group_size, compiler="eager", dynamic=dynamic)
@@ -629,6 +640,8 @@ def test_distributed_tensors_are_left_alone(tmp_path: Any) -> None:
         mesh = init_device_mesh("cpu", (1,))
         inputs = [normal(B, H, N, D) for _ in range(3)]
         sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in inputs]
+        with torch.no_grad():
+            skip_if_dynamo_fails(Called(plain), sharded)
         for policy in ({}, {"default": {"group_size": 2, "min_seq_len": 0}}):
             torch._dynamo.reset()
             options = {"policy": policy, "compiler": "eager"}

@@ -88,7 +88,7 @@ def test_a_write_is_seen_through_views(name: str, dynamic: bool) -> None:
     memory, x = Memory(graph), placeholder(graph, "x")
     writers = [n for n in graph.nodes if memory.writes_into(n, x)]
     assert len(writers) == 1
-    last = next(reversed(graph.nodes))
+    last = list(graph.nodes)[-1]
     assert memory.writers(x, x, last) == writers
     assert memory.definition(x, last) is None  # only some of its elements
 
