@@ -98,6 +98,8 @@ def replay(
     width: Any = None
     permutes = sum(isinstance(event, voc.Permute) for event, _ in events)
     if op.addend is not None:
+        if permutes or not is_plain:
+            raise RefusedError("layout", "the axes of the scores are permuted around a bias")
         if not isinstance(op.beta, int | float):
             raise RefusedError("scores-edited", "baddbmm's beta is not a number")
         steps.append(AddStep(op.addend, op.beta, level, product))
@@ -186,7 +188,17 @@ def _fill_step(flow: Flow, event: voc.Fill, node: fx.Node, level: Level) -> Fill
     return FillStep(event.condition, value, event.keep, level, node, dtype)
 
 
-def mask_kind_of(flow: Flow, steps: list[Step]) -> tuple[str, Causal | None, list[Step]]:
+def _is_added_as_it_is(step: AddStep, steps: list[Step]) -> bool:
+    """Whether a bias is of floats, and is not multiplied with the scores afterwards."""
+    term = voc.tensor_of(step.term)
+    later = steps[steps.index(step) + 1 :]
+    is_float = term is not None and term.dtype.is_floating_point
+    return is_float and not any(isinstance(each, ScaleStep) for each in later)
+
+
+def mask_kind_of(
+    flow: Flow, scores: Level, steps: list[Step]
+) -> tuple[str, Causal | None, list[Step]]:
     """What hides or biases keys, for the report; whether that is "causal"; the steps left."""
     masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
     if not masks:
@@ -195,9 +207,11 @@ def mask_kind_of(flow: Flow, steps: list[Step]) -> tuple[str, Causal | None, lis
         only = masks[0]
         rows, keys = only.level.shape[-2:]
         offset, find = None, flow.constants.causal_offset
-        if isinstance(only, FillStep):
+        if not same_shape((rows, keys), scores.shape[-2:]):
+            pass  # queries or keys are split into several axes there
+        elif isinstance(only, FillStep):
             offset = find(only.condition, only.reader, rows, keys, hidden=not only.keep)
-        elif only.alpha == 1:
+        elif only.alpha == 1 and _is_added_as_it_is(only, steps):
             offset = find(only.term, only.reader, rows, keys)
         if offset is not None:
             return "causal", Causal(offset, only), [s for s in steps if s is not only]

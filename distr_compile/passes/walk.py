@@ -149,6 +149,8 @@ class Walk:
         places, dim = tuple(range(len(shape_of(softmax.x)))), softmax.dim
         capped = False
         self.interior += [anchor, *softmax.inner]
+        for inner in softmax.inner:
+            self._read_by_us_only(inner)
         if any(flow.memory.writers(n, n, anchor) for n in softmax.inner):
             raise RefusedError("in-place-write", "the exponentials are written in place")
         node = flow.now(softmax.x, min(softmax.inner, default=anchor))
@@ -482,7 +484,7 @@ class Walk:
             for term in tensors_of(step):
                 _check_writes(flow, term, step.reader, out)
         sinks = self._sinks(canonical, out)
-        mask_kind, causal, steps = mask_kind_of(flow, steps)
+        mask_kind, causal, steps = mask_kind_of(flow, scores, steps)
         self._erase_dead()
         return AttentionSite(
             kind="softmax",

@@ -463,6 +463,67 @@ def _(q, k, v):
     return torch.ops.aten.scaled_dot_product_attention.default(q, k, v)
 
 
+# -- found by reading the pass with malice --------------------------------------------------------
+
+
+@kind("a causal mask over a part of split queries and keys", shapes=((6, 20, 32),) * 3)
+def _(q, k, v):
+    scores = (q @ k.mT / 6).view(6, 4, 5, 4, 5)
+    scores = scores.masked_fill(torch.ones(4, 5).triu(1) > 0, -torch.inf)
+    return scores.view(6, 20, 20).softmax(-1) @ v
+
+
+@kind("a boolean triangle is added, not masked with")
+def _(q, k, v):
+    return (q @ k.mT / 6 + torch.ones(N, N, dtype=torch.bool).tril()).softmax(-1) @ v
+
+
+@kind("the exponentials are returned", "weights-reused")
+def _(q, k, v):
+    weights = (q @ k.mT / 6).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v, weights
+
+
+@kind("the sum of the exponentials is returned", "weights-reused")
+def _(q, k, v):
+    weights = (q @ k.mT / 6).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total) @ v, total
+
+
+@kind("the log-sum-exp is returned", "weights-reused")
+def _(q, k, v):
+    scores = q @ k.mT / 6
+    total = scores.logsumexp(-1, keepdim=True)
+    return torch.exp(scores - total) @ v, total
+
+
+@kind("the logarithms are returned", "weights-reused")
+def _(q, k, v):
+    logs = F.log_softmax(q @ k.mT / 6, dim=-1)
+    return logs.exp() @ v, logs
+
+
+@kind(
+    "a bias of baddbmm, keys on the last axis but one",
+    "layout",
+    shapes=(*((B * H, N, D),) * 3, (B * H, N, N)),
+)
+def _(q, k, v, b):
+    scores = torch.baddbmm(b, k, q.mT, alpha=0.2)
+    return scores.softmax(-2).mT @ v
+
+
+@kind("a causal bias, scaled until it hides nothing")
+def _(q, k, v):
+    return ((q @ k.mT + torch.full((N, N), -1e9).triu(1)) * 1e-10).softmax(-1) @ v
+
+
+@kind("a causal bias in a softmin hides the other half", dtype=torch.float64)
+def _(q, k, v):
+    return F.softmin(q @ k.mT / 6 + torch.full((N, N), -1e4).tril(), dim=-1) @ v
+
+
 # -- the tests ------------------------------------------------------------------------------------
 
 
