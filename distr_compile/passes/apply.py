@@ -148,7 +148,9 @@ def apply(
     stands = [(place.graph, place.output.name) for place in placed]
     decided: dict[int, tuple[Decision, bool]] = {}
     # Backwards: the operands of an attention may be the output of one before it.
-    for index in reversed(range(len(placed))):
+    position = {n: i for graph in {p.graph for p in placed} for i, n in enumerate(graph.nodes)}
+    order = sorted(range(len(placed)), key=lambda i: position[placed[i].output], reverse=True)
+    for index in order:
         place, choice, found = placed[index], choices[index], placed[index].found
         if isinstance(found, Unmatched):
             continue

@@ -161,7 +161,12 @@ class Constants:
                     if isinstance(s, torch.SymInt | torch.SymFloat | torch.SymBool):
                         symbols |= _plain_symbols(s)
         fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
+        sized = set().union(*(_plain_symbols(s) for s in sizes if isinstance(s, torch.SymInt)))
+        if symbols - sized:
+            raise _NotConstantError  # a number of the caller's, not a size of the scores
         choices = list(_choices(symbols, nodes))
+        if symbols and _has_narrow_positions(nodes):
+            raise _NotConstantError  # they wrap around or run together further on
         if symbols and any(target_name(n) not in _POINTWISE and _has_tensor(n) for n in nodes):
             raise _NotConstantError
         return [_Program(nodes, node, sizes, filling) for sizes in choices for filling in fillings]
@@ -276,6 +281,8 @@ class _Program:
             result = node.target(*args, **kwargs)
         else:
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if isinstance(example, Tensor) and result.dtype != example.dtype:
+            raise _NotConstantError  # autocast
         if name.startswith(_EMPTY):
             result.fill_(self.filling)
         if any(rows.cuts(self._shape(value_of(n))) for n in node.all_input_nodes):
@@ -316,12 +323,31 @@ def _visible(mask: Tensor, hidden: bool) -> Tensor:
 
 
 def _plain_symbols(size: Any) -> set[Any]:
-    """The symbols of a size; a size that is divided or branched upon is none to compute with."""
+    """The symbols of a size, which is one and at most a number more or less: else not computed."""
     expression = size.node.expr
     symbols = set(expression.free_symbols)
-    if isinstance(size, torch.SymBool) or not expression.is_polynomial(*symbols):
+    is_plain = isinstance(size, torch.SymInt) and len(symbols) <= 1
+    if not is_plain or any(not (expression - s).is_number for s in symbols):
         raise _NotConstantError
     return symbols
+
+
+def _has_narrow_positions(nodes: list[fx.Node]) -> bool:
+    """Whether positions pass through a type that cannot tell all of them apart.
+
+    A position is what an ``arange`` becomes until it is compared.
+    """
+    wide = (torch.int64, torch.int32, torch.float32, torch.float64)
+    positions: set[fx.Node] = set()
+    for node in nodes:
+        value = value_of(node)
+        if not isinstance(value, Tensor) or value.dtype is torch.bool:
+            continue
+        if target_name(node) == "arange" or positions & set(node.all_input_nodes):
+            positions.add(node)
+            if value.dtype not in wide:
+                return True
+    return False
 
 
 def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]]:
@@ -329,8 +355,8 @@ def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]
     if not symbols:
         yield {}
         return
-    literals = {abs(x) for n in nodes for x in _literals(n) if abs(x) <= LARGEST_SIZE}
-    literals |= {1, 3, sum(literals)}
+    found = [abs(x) for n in nodes for x in _literals(n) if abs(x) <= LARGEST_SIZE]
+    literals = {1, 3, sum(found), *found}
     ordered = sorted(symbols, key=str)
     sizes = {s for c in literals for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
     for size in sorted(sizes):
@@ -341,8 +367,10 @@ def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]
 
 
 def _literals(node: fx.Node) -> Iterator[int]:
-    """The numbers in a node's arguments that a position may be compared with."""
+    """The numbers in a node's arguments, or in its size, that a position may be compared with."""
     stack: list[Any] = [*node.args, *node.kwargs.values()]
+    if isinstance(size := value_of(node), torch.SymInt):
+        stack += [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
     fills = target_name(node) in {"masked_fill", "masked_fill_", "where", "full", "fill_"}
     while stack:
         x = stack.pop()

@@ -58,10 +58,14 @@ class Emitter:
         return self._keep(node)
 
     def again(self, node: fx.Node, source: fx.Node) -> fx.Node:
-        """``node`` once more, over another first argument."""
+        """``node`` once more, over another first argument; a view as a reshape, if it has to be."""
         with self.graph.inserting_before(self._anchor):
             copy = self.graph.node_copy(node, lambda n: n)
         copy.args = (source, *copy.args[1:])
+        if copy.target == "view":
+            copy.target = "reshape"
+        elif copy.target is torch.ops.aten.view.default:
+            copy.target = torch.ops.aten.reshape.default
         return self._keep(copy)
 
     def thirds(self, x: fx.Node, dim: int = 0) -> list[fx.Node]:

@@ -24,8 +24,9 @@ from distr_compile.passes.site import (
     Level,
     RefusedError,
     Unmatched,
+    refusal,
 )
-from distr_compile.passes.vocabulary import hint, read, shape_of, target_name
+from distr_compile.passes.vocabulary import hint, read, same_shape, shape_of, target_name
 from distr_compile.passes.walk import Walk
 
 _TRANSFORM = "vmap, another transform of torch.func or forward-mode AD is around it"
@@ -41,8 +42,8 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
     try:
         flow = Flow(graph)
     except Exception as error:  # fake tensors and dispatch modes are PyTorch's: anything can happen
-        text = f"which node writes what is not known: {type(error).__name__}: {error}"
-        return [Unmatched(n, kind, "not-run", text[:300], attention=True) for n, kind in anchors]
+        why = refusal(error)
+        return [Unmatched(n, kind, why.code, str(why), why.attention) for n, kind in anchors]
     inner = {n for a, _ in anchors if isinstance(op := read(a), voc.Softmax) for n in op.inner}
     found = {node: _read_anchor(node, kind, flow) for node, kind in anchors}
     found |= {n: _by_hand(n) for n in graph.nodes if n not in inner and _is_by_hand(n, flow)}
@@ -78,9 +79,7 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
             raise RefusedError("flex", "flex_attention: its score function is left as it is")
         return _left_alone(site, flow)
     except Exception as error:
-        # Anything but a refusal: a graph that the walk was not made for. It stays as it is, too.
-        text = f"the walk failed: {type(error).__name__}: {error}"[:300]
-        refused = error if isinstance(error, RefusedError) else RefusedError("not-run", text)
+        refused = refusal(error)  # also of a graph that the walk was not made for
         value = voc.tensor_of(node)
         if refused.attention and node in flow.memory.transformed:
             refused = RefusedError("transform", _TRANSFORM)
@@ -100,6 +99,8 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     """
     memory, nodes = flow.memory, set(site.interior)
     read_too = {n for node in nodes for n in node.all_input_nodes}
+    if site.requires_grad and any(flow.cuts_gradient(n, site.output) for n in nodes):
+        raise RefusedError("gradients", "a gradient is cut inside the attention: detach, no_grad")
     if nodes & memory.transformed:
         raise RefusedError("transform", _TRANSFORM)
     values = (voc.tensor_of(n) for n in nodes | read_too)
@@ -127,7 +128,7 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
         return 4 * count(shape_of(node)) * max(widths, default=0)
     if isinstance(op, voc.Sdpa):
         return 4 * count(shape_of(op.q)) * hint(shape_of(op.k)[-2])
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(node.all_input_nodes[0]) if node.all_input_nodes else ()
     axis = 0 if kind == "mha" else 1 if kind == "encoder" else -2
     return 4 * count(shape) * hint(shape[axis]) if len(shape) > 1 else 0
 
@@ -167,6 +168,8 @@ def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
             is_causal, mask, mask_kind = True, None, "none"
     kinds = [kind for kind, is_there in (("causal", is_causal), (mask_kind, mask)) if is_there]
     level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))
+    if op.enable_gqa and not same_shape(k.shape[-3:-2], v.shape[-3:-2]):
+        raise RefusedError("layout", "K and V have different numbers of heads")
     shared = None if op.enable_gqa else shared_heads(see, k, v)
     return AttentionSite(
         kind="sdpa",

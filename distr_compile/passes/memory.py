@@ -64,6 +64,7 @@ class Memory:
         known: nodes that were run and call nothing but ATen operations without chance.
         pure: those of them that do nothing but compute a value: they write nothing.
         dead: pure nodes whose value nobody reads, directly or through others.
+        without_grad: nodes that run where autograd does not record.
         transformed: nodes inside a ``torch.func`` transform or a level of forward-mode AD.
     """
 
@@ -73,6 +74,7 @@ class Memory:
         self.pure: set[fx.Node] = set()
         self.dead: set[fx.Node] = set()
         self.transformed: set[fx.Node] = set()
+        self.without_grad: set[fx.Node] = set()
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
@@ -129,9 +131,11 @@ class Memory:
 
     def note_writes(self, node: fx.Node, written: dict[int, list[Geometry]]) -> None:
         """Record what a node wrote: storage -> the elements of each write; none are known: []."""
-        self._written[node] = written
-        for storage in written:
-            self._writers.setdefault(storage, []).append((self.position[node], node))
+        known = self._written.setdefault(node, {})
+        for storage, geometries in written.items():
+            if storage not in known:
+                self._writers.setdefault(storage, []).append((self.position[node], node))
+            known.setdefault(storage, []).extend(geometries)
 
 
 class _Watch(TorchDispatchMode):
@@ -188,9 +192,12 @@ class _Run:
                     stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
             # The Python dispatcher: else composite operations make symbolic sizes constants.
             stack.enter_context(enable_python_dispatcher())
+            level, grad = 0, torch.is_grad_enabled()
             stack.enter_context(torch.no_grad())
-            level = 0
             for node in self.graph.nodes:
+                grad = _grad_mode_after(node, grad)
+                if not grad:
+                    self.memory.without_grad.add(node)
                 change = _level_change(node)
                 level += max(change, 0)
                 if level or _is_wrapped(value_of(node)):
@@ -216,12 +223,24 @@ class _Run:
             written = self._given(node)
             if written:
                 memory.note_writes(node, {storage: [] for storage in written})
-        elif trace.written:
+        for given in node.all_input_nodes:
+            self._follow(given, node)
+        if trace is not None and trace.written:
             spread: dict[int, list[Geometry]] = {}
             for storage, geometries in trace.written.items():
                 for name in self._closure(storage):
                     spread.setdefault(name, []).extend(geometries)
             memory.note_writes(node, spread)
+
+    def _follow(self, given: fx.Node, node: fx.Node) -> None:
+        """Note where a tensor lies now if ``node`` laid it elsewhere: ``set_``, ``x.data = y``."""
+        value = self.values[given]
+        storage = _storage(value) if isinstance(value, Tensor) else None
+        if storage is None or storage in self.memory.storages(given):
+            return
+        everywhere = self.memory.storages(given) | self._closure(storage)
+        self.memory.note(given, everywhere, None)
+        self.memory.note_writes(node, {name: [] for name in everywhere})
 
     def _execute(self, node: fx.Node) -> _Trace | None:
         """Run one node; None if it could not be run and may have done anything to its inputs."""
@@ -368,6 +387,12 @@ def _is_unbacked(value: Any) -> bool:
 def _fake_mode(value: Any) -> FakeTensorMode | None:
     fakes = (x for x in tree_leaves(value) if isinstance(x, FakeTensor))
     return next((x.fake_mode for x in fakes), None)
+
+
+def _grad_mode_after(node: fx.Node, before: bool) -> bool:
+    if node.target is torch._C._set_grad_enabled:
+        return bool(node.args[0])
+    return False if target_name(node) == "_enter_inference_mode" else before
 
 
 def _level_change(node: fx.Node) -> int:

@@ -275,7 +275,7 @@ def common_dtype(
         and out.dtype not in {dtype_of(q), dtype_of(k)}
     )
     if is_autocast or _only_autocast(dtypes, out.dtype, product_value.dtype):
-        return q, k, None
+        return q, k, out.dtype if len(dtypes) > 1 else None  # as autocast casts them
     if all(d.is_floating_point for d in dtypes) and torch.float64 not in dtypes:
         return q, k, torch.float32
     names = ", ".join(sorted(str(d)[6:] for d in dtypes | {out.dtype}))

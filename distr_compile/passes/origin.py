@@ -84,6 +84,8 @@ class Flow:
         source = getattr(op, "x", None)
         if source is None or memory.writes(node) or memory.writers(node, node, out):
             return None
+        if self.cuts_gradient(node, out):
+            return None
         return None if memory.writers(source, node, out) else op
 
     def is_activation(self, node: fx.Node) -> bool:
@@ -94,6 +96,15 @@ class Flow:
         """Whether both factors of a product are activations, as Q and K are."""
         op = op or self.read(product)
         return isinstance(op, voc.Product) and self.is_activation(op.a) and self.is_activation(op.b)
+
+    def cuts_gradient(self, node: fx.Node, out: fx.Node) -> bool:
+        """Whether no gradient of ``out`` passes a node that has inputs which record one."""
+        value, given = voc.tensor_of(node), map(voc.tensor_of, node.all_input_nodes)
+        if value is None or not any(x is not None and x.requires_grad for x in given):
+            return False
+        # What a view made under no_grad says of itself cannot be trusted.
+        is_unrecorded = node in self.memory.without_grad and out not in self.memory.without_grad
+        return is_unrecorded or (value.dtype.is_floating_point and not value.requires_grad)
 
     def _visit(self, node: fx.Node) -> None:
         inputs = list(node.all_input_nodes)

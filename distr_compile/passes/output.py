@@ -13,9 +13,7 @@ from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.memory import Memory
 from distr_compile.passes.vocabulary import hint, read, target_name, tensor_of
 
-_TAKES_ANY_ORDER = frozenset(
-    "reshape flatten contiguous linear layer_norm rms_norm sum mean".split()
-)
+_TAKES_ANY_ORDER = frozenset("reshape flatten contiguous linear layer_norm".split())
 """What these return does not depend on the order of what they are given."""
 
 _PASSES_IT_ON = frozenset(
@@ -39,12 +37,16 @@ def order_to_copy(memory: Memory, out: fx.Node) -> tuple[int, ...] | None:
 
 def _order_matters(memory: Memory, out: fx.Node) -> bool:
     last = next(reversed(memory.position))
-    if memory.writers(out, out, last):
-        return True
     stack = [out]
     while stack:
-        for user in stack.pop().users:
+        node = stack.pop()
+        # Also of a copy: in the other order it may be none, and the write would reach the output.
+        if memory.writers(node, node, last):
+            return True
+        for user in node.users:
             name, op = target_name(user), read(user)
+            if memory.writers(user, user, last):
+                return True
             if name in _TAKES_ANY_ORDER or isinstance(op, voc.Product) or user in memory.dead:
                 continue
             if name not in _PASSES_IT_ON and not isinstance(op, _POINTWISE):

@@ -122,6 +122,8 @@ def replay(
             level = Level((*shape[:-2], *level.shape[-2:]))
             levels.append(level)
         if isinstance(event, voc.Scale):
+            if voc.is_tensor(event.factor) and not same_shape(level.shape[-2:], scores.shape[-2:]):
+                raise RefusedError("layout", "scores of split axes are scaled by a tensor")
             steps.append(_scale_step(event, node, level, steps))
             softcap = _times_cap(softcap, event)
         elif isinstance(event, voc.Tanh):

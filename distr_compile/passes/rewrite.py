@@ -30,6 +30,7 @@ from distr_compile.passes.site import (
     Operand,
     RefusedError,
     ScaleStep,
+    refusal,
 )
 from distr_compile.passes.vocabulary import same_shape, same_size, shape_of
 
@@ -72,9 +73,13 @@ def rewrite(
     if site.kind in {"mha", "encoder"}:
         scale = 1.0 / math.sqrt(site.head_dim)
         emit = Emitter(graph, site.anchor)
-        open_up.spell_out(
-            site, emit, lambda q, k, v, mask, causal: attend(emit, q, k, v, mask, causal, scale)
-        )
+        try:
+            open_up.spell_out(
+                site, emit, lambda q, k, v, mask, causal: attend(emit, q, k, v, mask, causal, scale)
+            )
+        except Exception as error:
+            emit.undo()
+            raise refusal(error) from error
         graph.erase_node(site.anchor)
         return
     _replace(graph, site, attend, share_heads=True)
@@ -129,12 +134,23 @@ def keep_from_fusion(module: fx.GraphModule) -> None:
             op = voc.read(softmax)
             if not isinstance(op, voc.Softmax) or op.dim == len(shape_of(softmax)) - 1:
                 continue
+            if op.inner or "out" in softmax.kwargs:
+                _set_apart(body.graph, softmax, op.dim)
+                continue
             emit = Emitter(body.graph, softmax)
             x = emit.method("transpose", op.x, op.dim, -1)
             x = emit.method("neg", x) if op.sign < 0 else x
             x = emit.method("softmax", x, -1, dtype=op.dtype)
             softmax.replace_all_uses_with(emit.method("transpose", x, op.dim, -1))
             body.graph.erase_node(softmax)
+
+
+def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
+    """Put a copy that no pattern looks through between weights and their products."""
+    for reader in [user for user in weights.users if isinstance(voc.read(user), voc.Product)]:
+        emit = Emitter(graph, reader)
+        x = emit.method("contiguous", emit.method("transpose", weights, dim, -1))
+        reader.replace_input_with(weights, emit.method("transpose", x, dim, -1))
 
 
 def _sdpa_means_the_same(site: AttentionSite) -> bool:
@@ -157,9 +173,9 @@ def _replace(graph: fx.Graph, site: AttentionSite, attend: Any, *, share_heads: 
         mask, scale, q = layout.mask_and_scale(q)
         out = attend(emit, q, k, v, mask, site.is_causal, scale)
         out = layout.output(out)
-    except RefusedError:
+    except Exception as error:  # what is written is tried on fake tensors: anything may be raised
         emit.undo()
-        raise
+        raise refusal(error) from error
     emit.stand_for(site.output, out)
     for reader, node in readers:
         _read_sizes(graph, reader, node)
@@ -189,11 +205,8 @@ def _read_sizes(graph: fx.Graph, reader: fx.Node, node: fx.Node) -> None:
     is_cast = reader.target == "type_as"
     name = "to" if is_cast else str(reader.target).removesuffix("_as")
     arguments = (value.dtype,) if is_cast else tuple(value.shape)
-    with graph.inserting_before(reader):
-        replacement = graph.call_method(name, (reader.args[0], *arguments))
-    replacement.meta.update(reader.meta)
-    reader.replace_all_uses_with(replacement)
-    graph.erase_node(reader)
+    # The node stays: another attention may have it as a term.
+    reader.target, reader.args = name, (reader.args[0], *arguments)
 
 
 @dataclass
@@ -312,7 +325,7 @@ class _Layout:
             elif isinstance(step, AddStep):
                 term = self._term(step.term, step.level)
                 if not voc.tensor_of(step.term).dtype.is_floating_point:  # type: ignore[union-attr]
-                    term = emit.method("to", term, site.dtype)
+                    term = emit.method("to", term, torch.promote_types(site.dtype, torch.float32))
                 if step.alpha != 1:
                     term = emit.method("mul", term, step.alpha)
                 bias = term if bias is None else emit.method("add", bias, term)

@@ -203,3 +203,10 @@ class RefusedError(Exception):
     def __init__(self, code: str, text: str, attention: bool = True) -> None:
         super().__init__(text)
         self.code, self.text, self.attention = code, text, attention
+
+
+def refusal(error: Exception) -> RefusedError:
+    """Any error of the pass as a refusal: such an attention stays as it is, with the reason."""
+    if isinstance(error, RefusedError):
+        return error
+    return RefusedError("not-run", f"{type(error).__name__}: {error}"[:300])

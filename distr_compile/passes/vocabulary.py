@@ -515,6 +515,8 @@ def _cast(node: fx.Node) -> Op | None:
         return None
     if not (source.dtype.is_floating_point and result.dtype.is_floating_point):
         return None
+    if result.dtype.itemsize < 2:
+        return None  # eight bits quantise: that is no rounding
     return Cast(node.args[0]) if source.device == result.device else None  # type: ignore[arg-type]
 
 
@@ -523,7 +525,7 @@ def _reshape(node: fx.Node) -> Op | None:
 
 
 def _view(node: fx.Node) -> Op | None:
-    if len(node.args) > 1 and isinstance(node.args[1], torch.dtype):
+    if isinstance(_argument(node, 1, "dtype"), torch.dtype):
         return None  # a reinterpretation of bits
     return _reshape(node)
 
@@ -707,9 +709,12 @@ def read(node: Any) -> Op | None:
             reader = ATEN.get(target_name(node))
     else:
         return None
-    if reader is None or not (node.args or node.kwargs):
+    if reader is None:
         return None
-    return reader(node)
+    try:
+        return reader(node)
+    except (IndexError, TypeError, ValueError):  # its tensor is given by keyword, or no tensor is
+        return None
 
 
 # -- nodes that are attention, or may be, for the report ----------------------------------------

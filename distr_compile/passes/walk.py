@@ -462,6 +462,8 @@ class Walk:
         levels, steps, softcap = replayed
         if not same_shape(levels[-1].shape[-2:], scores.shape[-2:]):
             raise RefusedError("layout", "the softmax runs over reshaped keys")
+        if not same_size(q.shape[-1], k.shape[-1]):
+            raise RefusedError("layout", "Q and K have different widths: one is broadcast")
         if not same_size(v.shape[-2], scores.shape[-1]):
             raise RefusedError("layout", "V is not as long as the keys")
         plain = [lv for lv in levels if same_shape(lv.shape[-2:], scores.shape[-2:])]

@@ -144,6 +144,44 @@ def test_what_is_causal_at_64_and_not_at_9000(size: int, kind: str) -> None:
     assert error(capture.outputs[1][:, :, rows], attend(*inputs[1])[:, :, rows]) < 1e-5
 
 
+def _narrow(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda i, j: j.to(dtype).float() <= i.to(dtype).float()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda i, j: (j <= i) & (i - j - 40 - 40 - 40 <= 0),
+        lambda i, j: (j <= i) & (j > i.shape[0] - 140),
+        _narrow(torch.int8),
+        _narrow(torch.bfloat16),
+    ],
+    ids=["a number thrice", "a number behind a size", "int8 positions", "bfloat16 positions"],
+)
+def test_what_is_causal_at_64_and_not_at_700(rule: Callable[..., Tensor]) -> None:
+    inputs = [[torch.randn(1, 1, n, 32) for _ in range(3)] for n in (64, 700)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+        return (q @ k.mT * 0.2).masked_fill(~rule(i, j), -1e9).softmax(-1) @ v
+
+    capture = run(attend, inputs[0], dynamic=True, again=[inputs[1]])
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-5
+
+
+def test_a_window_that_the_caller_gives() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+        seen = (j <= i) & (j > i - 10 * window)
+        return (q @ k.mT * 0.2).masked_fill(~seen, -1e9).softmax(-1) @ v
+
+    inputs = [[*(torch.randn(1, 1, n, 32) for _ in range(3)), w] for n, w in ((24, 3), (200, 4))]
+    capture = run(attend, inputs[0], dynamic=True, again=[inputs[1]])
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-5
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_causal_with_symbolic_sizes(dynamic: bool) -> None:
     inputs = [[torch.randn(1, 2, n, 32) for _ in range(3)] for n in (64, 100)]

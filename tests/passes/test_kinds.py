@@ -524,6 +524,76 @@ def _(q, k, v):
     return F.softmin(q @ k.mT / 6 + torch.full((N, N), -1e4).tril(), dim=-1) @ v
 
 
+@kind("V is the output of an attention whose softmax comes later")
+def _(q, k, v):
+    first, second = (q @ k.mT / 6).softmax(-1), (k @ q.mT / 5).softmax(-1)
+    return first @ (second @ v)
+
+
+@kind("one mask expanded like the scores of another attention", shapes=(*QKV, (N, N)))
+def _(q, k, v, b):
+    one, other = q @ k.mT / 6, k @ q.mT / 6
+    hidden = (b > 1).expand_as(other)
+    return (
+        one.masked_fill(hidden, -1e9).softmax(-1) @ v
+        - other.masked_fill(hidden, -1e9).softmax(-1) @ v
+    )
+
+
+@kind("scaled, expanded, then viewed", shapes=((B, 1, N, D), *QKV[1:]))
+def _(q, k, v):
+    q = (q.expand(B, H, N, D) * 0.5).view(B * H, N, D)
+    return plain(q, k.flatten(0, 1), v.flatten(0, 1))
+
+
+@kind("a copy of the output is written, and the output read again")
+def _(q, k, v):
+    out = plain(q, k, v)
+    tokens = out.transpose(1, 2).reshape(B, N, H * D)
+    tokens.mul_(2.0)
+    return tokens, F.linear(out, SQUARE)
+
+
+SQUARE = normal(D, D)
+
+
+@kind("V in half precision under autocast, Q and K not", dtype=torch.float32)
+def _(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = (q @ k.mT / 6).softmax(-1) @ F.linear(v, SQUARE)
+    return out.float().mul(1e-3).add(1.0)  # its error is bfloat16's
+
+
+@kind("scores quantised to eight bits", "scores-edited")
+def _(q, k, v):
+    return (q @ k.mT / 6).to(torch.float8_e5m2).float().softmax(-1) @ v
+
+
+@kind("K laid over other memory, which is then written", "in-place-write")
+def _(q, k, v):
+    k, other = k.clone(), k.clone() + 1
+    k.set_(other)
+    weights = (q @ k.mT / 6).softmax(-1)
+    other.add_(1.0)
+    return weights @ v
+
+
+@kind("one column of queries times keys of several", "layout", shapes=((B, H, N, 1), *QKV[1:]))
+def _(q, k, v):
+    return torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1) @ v
+
+
+@kind("operands by keyword")
+def _(q, k, v):
+    out = F.scaled_dot_product_attention(query=q, key=k, value=v)
+    return torch.reshape(input=out, shape=(B * H, N, D))
+
+
+@kind("per-row factors of split scores", "layout", shapes=(*QKV, (4, 1, 1)))
+def _(q, k, v, b):
+    return ((q @ k.mT / 6).view(B, H, 4, 6, N) * b).view(B, H, N, N).softmax(-1) @ v
+
+
 # -- the tests ------------------------------------------------------------------------------------
 
 
@@ -713,3 +783,62 @@ def test_distributed_tensors_are_left_alone(tmp_path: Any) -> None:
             assert [x.code for r in report(compiled).rows for x in r.reasons] == ["tensor-subclass"]
     finally:
         dist.destroy_process_group()
+
+
+def _weights_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 6).softmax(-1).detach() @ v
+
+
+def _scores_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 6).detach().softmax(-1) @ v
+
+
+def _weights_without_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        weights = (q @ k.mT / 6).softmax(-1)
+    return weights @ v
+
+
+def _keys_transposed_without_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        k = k.mT
+    return (q @ k / 6).softmax(-1) @ v
+
+
+def _queries_scaled_without_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        q = q * 0.5
+    return (q @ k.mT / 6).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _weights_detached,
+        _scores_detached,
+        _weights_without_grad,
+        _keys_transposed_without_grad,
+        _queries_scaled_without_grad,
+        plain,
+    ],
+)
+def test_gradients_go_where_the_model_lets_them(function: Callable[..., Tensor]) -> None:
+    """An exact site becomes SDPA: not where the model cuts the gradient on the way."""
+    found = []
+    for called in (function, torch.compile(function, backend="distr", options=EAGER)):
+        torch._dynamo.reset()
+        inputs = [x.requires_grad_() for x in _fixed(3)]
+        called(*inputs).square().sum().backward()
+        found.append([x.grad for x in inputs])
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert (got is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+EAGER = {"policy": {"default": {"group_size": 2, "min_seq_len": 0}}, "compiler": "eager"}
+
+
+def _fixed(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(B, H, N, D, generator=generator) for _ in range(count)]
