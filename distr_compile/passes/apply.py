@@ -147,20 +147,24 @@ def apply(
     }
     stands = [(place.graph, place.output.name) for place in placed]
     decided: dict[int, tuple[Decision, bool]] = {}
+    pairs: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+    for index, (place, choice) in enumerate(zip(placed, choices, strict=True)):
+        found = place.found
+        if isinstance(found, AttentionSite):
+            decision = decide(found, choice.plan, choice.extra)
+            decided[index], pairs[index] = (decision, False), None
+            if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
+                sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
+                pairs[index] = bases(site_names[index], rank=decision.rank, **sizes)
     # Backwards: the operands of an attention may be the output of one before it.
     position = {n: i for graph in {p.graph for p in placed} for i, n in enumerate(graph.nodes)}
     order = sorted(range(len(placed)), key=lambda i: position[placed[i].output], reverse=True)
-    for index in order:
-        place, choice, found = placed[index], choices[index], placed[index].found
-        if isinstance(found, Unmatched):
-            continue
-        decision, is_sdpa, pair = decide(found, choice.plan, choice.extra), False, None
-        if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
-            sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
-            pair = bases(site_names[index], rank=decision.rank, **sizes)
-        if change:
-            decision, is_sdpa = _rewrite(place.graph, found, decision, numbers[index], pair)
-        decided[index] = decision, is_sdpa
+    for index in order if change else ():
+        place, found = placed[index], placed[index].found
+        if isinstance(found, AttentionSite):
+            decision, _ = decided[index]
+            args = (place.graph, found, decision, numbers[index], pairs[index])
+            decided[index] = _rewrite(*args)
     rows: list[SiteRow] = []
     others: list[NotAttention] = []
     outputs: dict[int, tuple[fx.Graph, str]] = {}

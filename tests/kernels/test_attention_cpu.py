@@ -1,7 +1,7 @@
 """The fused CPU kernel against the formula in fp64.
 
 The rule is that of ``test_attention_fwd.py``: the error is at most ``FACTOR`` times that of the
-formula evaluated in the dtype of the inputs, plus a rounding of the largest result.
+formula evaluated in the dtype of the inputs, plus two roundings of the largest result.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def agree(got: Tensor, same: Tensor, exact: Tensor, some: Tensor | None = None) 
         got, same, exact = (t[some] for t in (got, same, exact))
     if exact.numel():
         error, limit = ((t.double() - exact).abs().max().item() for t in (got, same))
-        rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
+        # One number may be right to the last bit in one and not in the other: of a weight, of itself.
+        rounding = 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
         assert error <= FACTOR[got.dtype] * limit + rounding
 
 

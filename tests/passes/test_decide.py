@@ -381,4 +381,4 @@ def test_a_bare_shape_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(1, 4, 4, 100, 100, 64, 64, False, None, torch.float32, torch.device("cpu"))
     plan = replace(FORCED, min_seq_len="auto")
     assert decide_bare(shape, plan) == Approximation("lsh-mean", 32)
-    assert decide_bare(shape._replace(causal=Causal(0)), plan) is None
+    assert decide_bare(shape._replace(is_causal=True), plan) is None
