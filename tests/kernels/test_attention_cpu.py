@@ -108,7 +108,7 @@ def agree(got: Tensor, same: Tensor, exact: Tensor, some: Tensor | None = None) 
         got, same, exact = (t[some] for t in (got, same, exact))
     if exact.numel():
         error, limit = ((t.double() - exact).abs().max().item() for t in (got, same))
-        # One number may be right to the last bit in one and not in the other: of a weight, of itself.
+        # Of a weight, and of the result itself: one number alone may be right to the last bit.
         rounding = 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
         assert error <= FACTOR[got.dtype] * limit + rounding
 
