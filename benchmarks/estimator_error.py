@@ -53,6 +53,7 @@ COMMAND = "python -m benchmarks.estimator_error"
 SOURCES = (
     "distr_compile/estimators.py",
     "distr_compile/kernels/reference.py",
+    "distr_compile/kernels/reference_lsh.py",
     "distr_compile/kernels/reference_projection.py",
 )
 

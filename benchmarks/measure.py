@@ -125,14 +125,15 @@ def measure_prologue(session: Session, cell: Cell, rank: int, key: str) -> Measu
     q, k, v = inputs.q, inputs.k, inputs.v
     out = torch.empty_like(q)
     calls: dict[str, Callable[[], Any]] = {}
+    makers = {
+        "lsh-mean": partial(lsh_factors, estimator="lsh-mean"),
+        "projection": projection_factors,
+    }
     suffixes = {"lsh-mean": "", "projection": ", projection"}
     for estimator, suffix in suffixes.items():
         block = auto_grouping_block(cell.tokens, estimator)
         size: dict[str, Any] = {"rank": rank, "grouping_block": block}
-        if estimator == "projection":
-            make = partial(projection_factors, q, k, **size, seed=0)
-        else:
-            make = partial(lsh_factors, q, k, **size, estimator=estimator, seed=0)
+        make = partial(makers[estimator], q, k, **size, seed=0)
         calls[f"prologue{suffix}"] = make
         calls[f"attention{suffix}"] = partial(
             attention_fwd,

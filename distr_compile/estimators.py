@@ -1,15 +1,20 @@
 """The table of estimators: what each one is, what it needs, looks at and costs.
 
-A new estimator is a row of ``ESTIMATORS``: policies, the op, the report and the cost model read it
-there. This module imports no torch, so that a policy can be checked without loading it. The
-arithmetic that the names stand for is in ``kernels/reference.py``.
+A new estimator is a row of ``ESTIMATORS`` and the modules that the row names: policies, the op, the
+report and the cost model read the row, and ``arithmetic`` loads a module when a call needs it. This
+module imports no torch, so that a policy can be checked without loading it.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
+
+Implementation = Literal["definition", "cpu", "gpu"]
+"""What computes an estimator: the definition, plain PyTorch and the CPU kernel, or Triton."""
 
 MIN_RANK = 16
 """Fewest columns an estimator may leave: the least inner width of a tensor-core product."""
@@ -65,6 +70,13 @@ class Estimator:
             -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
             block, rounds, query heads per key head, bytes of an element of Q and K.
         auto_block: N query rows -> rows per grouping block, where the policy says "auto".
+        definition: dotted name of the module that defines the estimator, with ``factors`` as in
+            ``kernels/reference_lsh.py``. Each of the three modules lists in ``COMPUTES`` the
+            estimators it computes; where a name is empty, calls of this estimator raise.
+        cpu: of the one that makes A and B in PyTorch and for the CPU kernel, as
+            ``lowering/cpu_lsh.py`` does.
+        gpu: of the one that launches kernels, with ``prologue`` as in ``lowering/cuda_lsh.py``, or
+            if it needs bases with ``factors`` as in ``lowering/fixed.py``.
         prefix_sees: as ``sees``, of the prefix form.
         prefix_cost: as ``cost``, of the prefix form in a causal call of offset 0, what its exact
             scores cost more than those of width r counted in.
@@ -78,6 +90,9 @@ class Estimator:
     adjoint: str
     cost: Callable[..., Cost]
     auto_block: Callable[[int], int]
+    definition: str = ""
+    cpu: str = ""
+    gpu: str = ""
     needs: Literal["nothing", "bases"] = "nothing"
     rounds: tuple[int, ...] = (1,)
     strict: Literal["always", "prefix", "never"] = "never"
@@ -218,6 +233,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " of its group, one of Qhat to the first",
             cost=_lsh_cost,
             auto_block=_lsh_block,
+            definition="distr_compile.kernels.reference_lsh",
+            cpu="distr_compile.lowering.cpu_lsh",
+            gpu="distr_compile.lowering.cuda_lsh",
         ),
         Estimator(
             name="lsh-mean",
@@ -229,6 +247,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " of its group, one of Qhat 1/G of it",
             cost=_lsh_cost,
             auto_block=_lsh_block,
+            definition="distr_compile.kernels.reference_lsh",
+            cpu="distr_compile.lowering.cpu_lsh",
+            gpu="distr_compile.lowering.cuda_lsh",
         ),
         Estimator(
             name="lsh-signed",
@@ -240,6 +261,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " each column of its group, one of Qhat 1/G of it, turned back",
             cost=_lsh_cost,
             auto_block=_lsh_block,
+            definition="distr_compile.kernels.reference_lsh",
+            cpu="distr_compile.lowering.cpu_lsh",
+            gpu="distr_compile.lowering.cuda_lsh",
         ),
         Estimator(
             name="projection",
@@ -252,6 +276,9 @@ ESTIMATORS: dict[str, Estimator] = {
             adjoint="A and B held constant: dQ = dQhat A^T, dK = dKhat B^T",
             cost=_projection_cost,
             auto_block=_projection_block,
+            definition="distr_compile.kernels.reference_projection",
+            cpu="distr_compile.lowering.cpu_projection",
+            gpu="distr_compile.lowering.cuda_projection",
             rounds=(1, 2),
             strict="prefix",
             prefix_sees="earlier rows and keys only",
@@ -268,6 +295,9 @@ ESTIMATORS: dict[str, Estimator] = {
             adjoint="A and B are constants: dQ = dQhat A^T, dK = dKhat B^T",
             cost=_calibrated_cost,
             auto_block=lambda num_queries: max(num_queries, 1),
+            definition="distr_compile.kernels.reference_calibrated",
+            cpu="distr_compile.lowering.cpu_calibrated",
+            gpu="distr_compile.lowering.fixed",
             needs="bases",
             strict="always",
         ),
@@ -277,6 +307,65 @@ ESTIMATORS: dict[str, Estimator] = {
 DEFAULT_ESTIMATOR = "projection"
 
 
+class NoArithmeticError(NotImplementedError):
+    """An estimator stands in the table and the implementation asked for does not compute it."""
+
+
+def estimator_named(name: str) -> Estimator:
+    """The row of an estimator.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(
+            f"estimator: got {name!r}; must be one of {', '.join(ESTIMATORS)}: take one of them, "
+            "or add a row to distr_compile/estimators.py"
+        )
+    return ESTIMATORS[name]
+
+
+def arithmetic(name: str, implementation: Implementation, *functions: str) -> ModuleType:
+    """The module that computes an estimator, loaded now if it was not yet.
+
+    Args:
+        name: of a row of ``ESTIMATORS``.
+        implementation: which of its modules.
+        functions: what the caller needs to find in the module.
+
+    Raises:
+        ValueError: there is no such row.
+        NoArithmeticError: the row names no module, or one that does not exist, does not list the
+            estimator in ``COMPUTES``, or lacks one of ``functions``.
+    """
+    place: str = getattr(estimator_named(name), implementation)
+    fault = f"it has no entry {implementation!r}" if not place else ""
+    module = None
+    if place:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not error.name or not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module is there and imports one that is not
+            fault = f"its {implementation!r} names {place}, which is no module"
+    if module is not None:
+        missing = [f for f in functions if not hasattr(module, f)]
+        if name not in getattr(module, "COMPUTES", ()):
+            fault = f"COMPUTES of {place}, its {implementation!r}, does not list it"
+        elif missing:
+            fault = f"{place}, its {implementation!r}, has no {' and no '.join(missing)}"
+    if module is None or fault:
+        able = [
+            e.name for e in ESTIMATORS.values() if getattr(e, implementation) and e.name != name
+        ]
+        raise NoArithmeticError(
+            f"estimator: got {name!r}, a row of ESTIMATORS without arithmetic here: {fault}; "
+            f"accepted: {', '.join(able)}; take one of them, or write the module and name it in "
+            "the row, as docs/extending.md says"
+        )
+    return module
+
+
 def auto_grouping_block(num_queries: int, estimator: str, strict: bool = False) -> int:
     """Query rows that share one grouping when the policy says ``grouping_block = "auto"``.
 
@@ -284,9 +373,10 @@ def auto_grouping_block(num_queries: int, estimator: str, strict: bool = False) 
     every device; see ``Estimator.auto_block``. In the prefix form (``strict``) not even of the
     length: a token more at the end must not move the edges of earlier blocks.
     """
-    if strict and ESTIMATORS[estimator].strict == "prefix":
+    row = estimator_named(estimator)
+    if strict and row.strict == "prefix":
         return PREFIX_BLOCK
-    return ESTIMATORS[estimator].auto_block(num_queries)
+    return row.auto_block(num_queries)
 
 
 def possible_group_sizes(head_dim: int) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
+from distr_compile.kernels.reference_lsh import variant_of
 
 CHUNK_ROWS = 512
 """Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""
@@ -418,7 +419,8 @@ def lsh_factors(
     num_blocks = triton.cdiv(num_rows, grouping_block)
     Qhat = Q.new_empty(batch, heads, num_rows, rank)
     Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, rank)
-    signed = estimator == "lsh-signed"
+    variant = variant_of(estimator)
+    signed = variant.signed
     order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed)
 
     rows = _tile_rows(Q, GROUP_TILE_BYTES)
@@ -451,7 +453,7 @@ def lsh_factors(
         GROUPS=_padded(rank),
         ROWS=rows,
         SPAN=BLOCKS_PER_PROGRAM,
-        SAMPLE=estimator == "lsh-sample",
+        SAMPLE=variant.sample,
         SIGNED=signed,
         CAUSAL=is_causal,
         num_warps=_num_warps(head_dim),

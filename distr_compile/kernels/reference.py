@@ -10,8 +10,9 @@ A call goes through four steps:
 1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
 2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
-   K becomes Khat (eq. 2). The estimator ``projection``, which is not the paper's, replaces steps
-   2 and 3: its arithmetic is in ``reference_projection.py``.
+   K becomes Khat (eq. 2): ``reference_lsh.py``. The estimators ``projection`` and ``calibrated``,
+   which are not the paper's, replace steps 2 and 3: ``reference_projection.py`` and
+   ``reference_calibrated.py``. The table of estimators says which module computes which.
 4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
    has them.
 
@@ -26,8 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS, NUM_PROJECTIONS, auto_grouping_block
-from distr_compile.kernels import reference_projection as projection
+from distr_compile.estimators import (
+    NUM_PROJECTIONS,
+    arithmetic,
+    auto_grouping_block,
+    estimator_named,
+)
 
 
 def _fmix32(h: Tensor) -> Tensor:
@@ -154,6 +159,33 @@ class Block:
     Khat: Tensor
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The options of ``estimate`` as the module of an estimator is given them.
+
+    Attributes:
+        estimator: a name that the module lists in ``COMPUTES``.
+        rank: r.
+        block: l, query rows per grouping block, at least 1.
+        rounds: one that the estimator takes.
+        seed: names the random numbers.
+        is_causal: see ``estimate``.
+        causal_offset: see ``estimate``.
+        bases: A and B where the estimator needs them, else None.
+        strict: see ``estimate``.
+    """
+
+    estimator: str
+    rank: int
+    block: int
+    rounds: int
+    seed: int
+    is_causal: bool
+    causal_offset: int
+    bases: tuple[Tensor, Tensor] | None
+    strict: bool
+
+
 def estimate(
     Q: Tensor,
     K: Tensor,
@@ -202,60 +234,32 @@ def estimate(
         strict: see above; what is earlier goes by ``causal_offset``, also without ``is_causal``.
 
     Raises:
-        ValueError: unknown estimator, or a rank, rounds or ``strict`` that it does not take.
+        ValueError: unknown estimator, or a rank, rounds, ``bases`` or ``strict`` that it does not
+            take.
+        NoArithmeticError: a row of the table that has no definition.
     """
-    _, heads, num_queries, head_dim = Q.shape
-    key_heads, num_keys = K.shape[1:3]
-    rep = heads // key_heads
-    _check_estimator(estimator, rank, rounds, strict, head_dim)
-    block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
-    Q = Q.unflatten(1, (key_heads, rep))
-    if bases is not None:
-        dtype = torch.promote_types(Q.dtype, torch.float32)
-        A, B = (basis.to(dtype) for basis in bases)
-        Qhat = projection.saturate((Q.to(dtype) @ A[:, None]).flatten(1, 2), Q.dtype)
-        return [Block(0, num_queries, Qhat, projection.saturate(K.to(dtype) @ B, Q.dtype))]
-    queries, keys = None, None
-    sizes = (num_queries, num_keys, key_heads, rep)
-    if estimator == "projection" and strict:
-        queries, keys = projection.counted_before(
-            mask, *sizes, block=block, causal_offset=causal_offset
-        )
-    elif estimator == "projection":
-        queries, keys = projection.counted_rows(mask, *sizes)
-
-    blocks = []
-    for start in range(0, num_queries, block):
-        stop = min(start + block, num_queries)
-        Q_block = Q[..., start:stop, :]
-        if estimator == "projection":
-            counted, seen = slice(start, stop), num_keys
-            if strict:
-                counted = slice(0, start)
-                seen = projection.prefix_edge(start, num_keys, causal_offset)
-            elif is_causal:
-                seen = max(0, min(num_keys, stop + causal_offset))
-            A, B = _bases(
-                Q[..., counted, :],
-                K[:, :, :seen],
-                None if queries is None else queries[..., counted],
-                None if keys is None else keys[..., :seen],
-                start_columns(head_dim, rank, seed=seed),
-                rounds,
-            )
-            Qhat = projection.saturate(Q_block.to(A.dtype) @ A[:, :, None], Q.dtype)
-            approximated = K[:, :, :seen] if strict else K
-            Khat = projection.saturate(approximated.to(B.dtype) @ B, Q.dtype)
-        else:
-            Qhat, Khat = _group_factors(Q_block, K, rank, estimator, seed)
-        blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
+    key_heads, (num_queries, head_dim) = K.shape[1], Q.shape[2:]
+    _check_estimator(estimator, rank, rounds, strict, head_dim, bases is not None)
+    asked = Asked(
+        estimator=estimator,
+        rank=rank,
+        block=grouping_block or auto_grouping_block(num_queries, estimator, strict),
+        rounds=rounds,
+        seed=seed,
+        is_causal=is_causal,
+        causal_offset=causal_offset,
+        bases=bases,
+        strict=strict,
+    )
+    module = arithmetic(estimator, "definition", "factors")
+    blocks: list[Block] = module.factors(Q.unflatten(1, (key_heads, -1)), K, mask, asked)
     return blocks
 
 
-def _check_estimator(estimator: str, rank: int, rounds: int, strict: bool, head_dim: int) -> None:
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
-    known = ESTIMATORS[estimator]
+def _check_estimator(
+    estimator: str, rank: int, rounds: int, strict: bool, head_dim: int, has_bases: bool
+) -> None:
+    known = estimator_named(estimator)
     if not 1 <= rank <= head_dim or (known.divides and head_dim % rank):
         accepted = "divide head_dim" if known.divides else "be at most head_dim"
         raise ValueError(f"rank: got {rank} for head_dim {head_dim}; must {accepted}")
@@ -264,54 +268,9 @@ def _check_estimator(estimator: str, rank: int, rounds: int, strict: bool, head_
         raise ValueError(f"rounds: got {rounds}; with {estimator} must be {accepted}")
     if strict and known.strict == "never":
         raise ValueError(f"strict: got True; with {estimator} must be False: it sees {known.sees}")
-
-
-def _group_factors(
-    Q: Tensor, K: Tensor, rank: int, estimator: str, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Qhat ``(B, H_k, rep, l, r)`` and Khat ``(B, H_k, M, r)`` of the LSH estimators (eq. 2)."""
-    order, sign = group_columns(Q, seed=seed, signed=estimator == "lsh-signed")
-    K = (K * sign[:, :, None].to(K.dtype)).expand(Q.shape[0], -1, -1, -1)
-    Q = Q * sign[:, :, None, None].to(Q.dtype)
-    group_size = Q.shape[-1] // rank
-    Q_groups = Q.gather(-1, order[:, :, None, None, :].expand_as(Q))
-    Q_groups = Q_groups.unflatten(-1, (rank, group_size))
-    K_groups = K.gather(-1, order[:, :, None, :].expand_as(K)).unflatten(-1, (rank, group_size))
-    Qhat = Q_groups[..., 0] if estimator == "lsh-sample" else Q_groups.mean(-1)
-    return Qhat, K_groups.sum(-1)
-
-
-def _bases(
-    Q: Tensor,
-    K: Tensor,
-    queries: Tensor | None,
-    keys: Tensor | None,
-    start: Tensor,
-    rounds: int,
-) -> tuple[Tensor, Tensor]:
-    """A and B ``(B, H_k, d, r)`` of ``projection`` for one block, balanced.
-
-    Q is ``(B, H_k, rep, l, d)`` and K ``(B or 1, H_k, m, d)`` the keys that count; ``queries`` and
-    ``keys`` are as from ``counted_rows``, cut likewise.
-    """
-    if not K.shape[2]:  # the block sees no key: as if there were one that is 0
-        K, keys = K.new_zeros(1, K.shape[1], 1, K.shape[3]), None
-    rows, counts = Q.flatten(2, 3), None if queries is None else queries.flatten(2, 3)
-    if not rows.shape[2]:  # no queries before the first block
-        rows, counts = rows.new_zeros(*rows.shape[:2], 1, rows.shape[3]), None
-    Cq, Q_exponent = projection.gram(rows, counts, ridge=projection.RIDGE)
-    Ck, K_exponent = projection.gram(K, keys, ridge=0)
-    A, B = projection.projection_bases(Cq, Ck, start, rounds=rounds)
-    size = projection.balance(
-        Cq,
-        Ck,
-        Q_exponent,
-        K_exponent,
-        num_queries=rows.shape[2],
-        num_keys=K.shape[2],
-        rank=start.shape[1],
-    )
-    return A * size, B / size
+    if has_bases != (known.needs == "bases"):
+        got, accepted = ("two matrices", "None") if has_bases else ("None", "A and B")
+        raise ValueError(f"bases: got {got}; with {estimator} must be {accepted}")
 
 
 def scores(Q: Tensor, K: Tensor, blocks: list[Block]) -> Tensor:

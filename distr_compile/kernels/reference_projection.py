@@ -13,12 +13,91 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distr_compile.kernels.reference import Asked, Block, start_columns
+
 RIDGE = 2.0**-18
 """Added to the diagonal of Cq, relative to its Frobenius norm: well above the rounding of fp32.
 
 As if Q had d more rows, a multiple of each unit vector. Least squares over the longer Q never
 divides by a rounding error, and is still exact where the rows of K lie in the span.
 """
+
+
+COMPUTES = ("projection",)
+
+
+def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Block]:
+    """Qhat = Q A and Khat = K B of each grouping block, with a pair of A and B for each.
+
+    Args:
+        Q: ``(B, H_k, rep, N, d)``.
+        K: ``(B or 1, H_k, M, d)``.
+        mask: says with ``is_causal`` which rows and keys count.
+        asked: with ``strict`` A and B come from the rows and keys before a block, and Khat has
+            these keys only.
+    """
+    key_heads, rep, num_queries, head_dim = Q.shape[1:]
+    num_keys, offset = K.shape[2], asked.causal_offset
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if asked.strict:
+        queries, keys = counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
+    else:
+        queries, keys = counted_rows(mask, *sizes)
+    first_columns = start_columns(head_dim, asked.rank, seed=asked.seed)
+    blocks = []
+    for start in range(0, num_queries, asked.block):
+        stop = min(start + asked.block, num_queries)
+        counted, seen = slice(start, stop), num_keys
+        if asked.strict:
+            counted, seen = slice(0, start), prefix_edge(start, num_keys, offset)
+        elif asked.is_causal:
+            seen = max(0, min(num_keys, stop + offset))
+        A, B = _bases(
+            Q[..., counted, :],
+            K[:, :, :seen],
+            None if queries is None else queries[..., counted],
+            None if keys is None else keys[..., :seen],
+            first_columns,
+            asked.rounds,
+        )
+        Qhat = saturate(Q[..., start:stop, :].to(A.dtype) @ A[:, :, None], Q.dtype)
+        approximated = K[:, :, :seen] if asked.strict else K
+        Khat = saturate(approximated.to(B.dtype) @ B, Q.dtype)
+        blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
+    return blocks
+
+
+def _bases(
+    Q: Tensor,
+    K: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    start: Tensor,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """A and B ``(B, H_k, d, r)`` of ``projection`` for one block, balanced.
+
+    Q is ``(B, H_k, rep, l, d)`` and K ``(B or 1, H_k, m, d)`` the keys that count; ``queries`` and
+    ``keys`` are as from ``counted_rows``, cut likewise.
+    """
+    if not K.shape[2]:  # the block sees no key: as if there were one that is 0
+        K, keys = K.new_zeros(1, K.shape[1], 1, K.shape[3]), None
+    rows, counts = Q.flatten(2, 3), None if queries is None else queries.flatten(2, 3)
+    if not rows.shape[2]:  # no queries before the first block
+        rows, counts = rows.new_zeros(*rows.shape[:2], 1, rows.shape[3]), None
+    Cq, Q_exponent = gram(rows, counts, ridge=RIDGE)
+    Ck, K_exponent = gram(K, keys, ridge=0)
+    A, B = projection_bases(Cq, Ck, start, rounds=rounds)
+    size = balance(
+        Cq,
+        Ck,
+        Q_exponent,
+        K_exponent,
+        num_queries=rows.shape[2],
+        num_keys=K.shape[2],
+        rank=start.shape[1],
+    )
+    return A * size, B / size
 
 
 def prefix_edge(start: int, num_keys: int, causal_offset: int) -> int:

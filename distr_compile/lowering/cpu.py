@@ -1,8 +1,8 @@
 """DistrAttention in bounded memory: on CPUs by the fused kernel, else in plain PyTorch calls.
 
-The bases A and B of each estimator are made here. Qhat = Q A, Khat = K B and attention on them are
-the fused kernel's where it runs (``cpu_fused.py``), and otherwise PyTorch's, on any device: the
-rest of this text.
+A and B come from the module that the table of estimators names for the estimator; what it has to
+have is in ``cpu_estimator.py``. Qhat = Q A, Khat = K B and attention on them are the fused kernel's
+where it runs (``cpu_fused.py``), and otherwise PyTorch's, on any device: the rest of this text.
 
 The same function as ``kernels/reference.py`` in the order of FlashAttention: heads in chunks, query
 rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M scores exists.
@@ -21,20 +21,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import NUM_PROJECTIONS, auto_grouping_block
-from distr_compile.kernels.reference import order_of_projected, projections
-from distr_compile.kernels.reference_projection import (
-    counted_before,
-    counted_rows,
-    prefix_edge,
-)
-from distr_compile.lowering import cpu_fused, cpu_projection
+from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.cpu_estimator import Asked, stack, working
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -47,6 +41,10 @@ KEY_ROWS = 4096
 
 WORKSPACE_MIB = 24
 """Most MiB of tensors alive beside inputs and output, for 4-byte arithmetic and d, d_v <= 256."""
+
+
+FUNCTIONS = ("ONE_BLOCK", "READS_PANELS", "elements", "counted", "bases", "groups")
+"""What ``attention`` asks of the module of an estimator; ``cpu_estimator.py`` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -113,35 +111,42 @@ def attention(
         strict: of ``projection``, the form in which no row depends on later ones.
         fused: whether the fused kernel makes the result; None where it can.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
+
+    Raises:
+        NoArithmeticError: the table names no module that computes the estimator here.
     """
+    module = arithmetic(estimator, "cpu", *FUNCTIONS)
     fused = cpu_fused.takes(q) if fused is None else fused
     batch, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]
     rep = heads // key_heads
     block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
-    block = min(block, max(num_queries, 1))
-    if fixed is not None:
-        block = max(num_queries, 1)
-    # The bases of ``projection`` take half a dozen matrices of d x d at a time, LSH's two of d x r.
-    matrices = 4 * head_dim**2 if estimator == "projection" else 2 * head_dim * rank
+    block = max(1, num_queries if module.ONE_BLOCK else min(block, num_queries))
+    matrices = module.elements(head_dim, rank)
     sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
-    if fused:  # of what is cut only LSH's panels of Q are PyTorch's
-        panel = 0 if fixed or estimator == "projection" else sizes.panel * rep * head_dim
+    if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
+        panel = sizes.panel * rep * head_dim if module.READS_PANELS else 0
         sizes = replace(sizes, heads=max(1, CHUNK // max(panel, matrices)))
     per_batch = min(key_heads, sizes.heads)
     batches = max(1, sizes.heads // key_heads)
     limit = causal_offset if is_causal else None
+    asked = Asked(
+        estimator=estimator,
+        block=block,
+        rank=rank,
+        rounds=rounds,
+        seed=seed,
+        causal_offset=causal_offset if strict else limit,
+        strict=strict,
+        panel=sizes.panel,
+        key_rows=sizes.keys,
+    )
 
     # Query heads are split into (key head, query head of it): a view for any strides.
     q5, out5 = (t.unflatten(1, (key_heads, rep)) for t in (q, out))
     mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
     sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
-    queries, keys = None, None
-    counts = (mask, num_queries, num_keys, key_heads, rep)
-    if strict:
-        queries, keys = counted_before(*counts, block=block, causal_offset=causal_offset)
-    elif estimator == "projection":
-        queries, keys = counted_rows(*counts)
+    counts = module.counted(mask, num_queries, num_keys, key_heads, rep, asked)
     for b in range(0, batch, batches):
         for h in range(0, key_heads, per_batch):
             some = (slice(b, b + batches), slice(h, h + per_batch))
@@ -154,31 +159,9 @@ def attention(
                 softcap=softcap,
                 out=out5[some],
             )
-            counted: tuple[Any, ...] = (
-                part.Q,
-                part.K,
-                None if queries is None else _cut(queries, *some),
-                None if keys is None else _cut(keys, *some),
-            )
-            projected: dict[str, Any] = {
-                "block": block,
-                "rank": rank,
-                "rounds": rounds,
-                "seed": seed,
-                "causal_offset": causal_offset if strict else limit,
-                "strict": strict,
-            }
+            queries, keys = (None if rows is None else _cut(rows, *some) for rows in counts)
             if fixed is not None:
-                bases = iter([_fixed_bases(part.Q, *(t[some[1]] for t in fixed))])
-            elif estimator == "projection":
-                bases = cpu_projection.bases(
-                    *counted, **projected, panel=sizes.panel, key_rows=sizes.keys
-                )
-            else:
-                bases = (
-                    _group_bases(Q_block, rank, estimator, seed, sizes.panel)
-                    for Q_block in part.Q.split(block, dim=3)
-                )
+                asked = replace(asked, fixed=(fixed[0][some[1]], fixed[1][some[1]]))
             if fused:
                 wide = (some[0], slice(h * rep, (h + per_batch) * rep))
                 cpu_fused.attend(
@@ -187,9 +170,7 @@ def attention(
                     part.V,
                     None if mask is None else _cut(_four_dimensions(mask), *wide),
                     None if sinks is None else sinks[wide[1]],
-                    cpu_fused.projection(*counted, **projected)
-                    if estimator == "projection"
-                    else cpu_fused.stacked(bases),
+                    module.groups(part.Q, part.K, queries, keys, asked),
                     block=block,
                     scale=scale,
                     is_causal=is_causal,
@@ -199,6 +180,7 @@ def attention(
                     out=out[wide],
                 )
                 continue
+            bases = module.bases(part.Q, part.K, queries, keys, asked)
             for start, (A, B) in zip(range(0, num_queries, block), bases, strict=False):
                 stop = min(start + block, num_queries)
                 edge = prefix_edge(start, num_keys, causal_offset) if strict else num_keys
@@ -249,72 +231,6 @@ def _cut(mask: Tensor, *ranges: slice) -> Tensor:
     return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=False))]
 
 
-def _stack(Q: Tensor) -> Tensor:
-    """``(b, h, rep, l, d)`` to ``(b h, l rep, d)``, rows token by token, in the working dtype."""
-    return _working(Q.transpose(2, 3)).reshape(-1, Q.shape[2] * Q.shape[3], Q.shape[4])
-
-
-def _working(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _fixed_bases(Q: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B ``(h, d, r)`` for each head of each batch entry of Q, in its working dtype."""
-    batch, dtype = Q.shape[0], torch.promote_types(Q.dtype, torch.float32)
-    return A.to(dtype).repeat(batch, 1, 1), B.to(dtype).repeat(batch, 1, 1)
-
-
-@lru_cache(maxsize=64)
-def _projections(start: int, stop: int, seed: int) -> Tensor:
-    """One panel of the projection matrix, at most 128 KiB; every head and block uses the same.
-
-    For 2048 rows of width 64, one thread, making the panel takes 0.27 ms and hashing with it 0.06.
-    """
-    with torch.inference_mode(False):  # a tensor that outlives the call must serve autograd too
-        return projections(start, stop, seed=seed)
-
-
-def _group_bases(
-    Q: Tensor, rank: int, estimator: str, seed: int, panel: int
-) -> tuple[Tensor, Tensor]:
-    """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
-
-    Column j of B has a one for every member of group j, or a minus one where the column is turned;
-    A picks the first member or averages them.
-    As products they need no gather, take any strides, and cost d r per row: little next to the
-    scores.
-    """
-    rep, rows, head_dim = Q.shape[2:]
-    signed = estimator == "lsh-signed"
-    projected: Tensor | None = None
-    for first in range(0, rows, panel):
-        stacked = _stack(Q[..., first : first + panel, :])
-        start = first * rep
-        P = _projections(start, start + stacked.shape[1], seed).to(Q.device, stacked.dtype)
-        if signed:  # the first projection is the sum of a column
-            P = torch.cat([P.new_ones(len(P), 1), P[:, 1:]], dim=1)
-        product = torch.matmul(P.T, stacked)
-        projected = product if projected is None else projected.add_(product)
-    if projected is None:  # no query rows, nothing to compute
-        projected = Q.new_zeros(Q.shape[0] * Q.shape[1], NUM_PROJECTIONS, head_dim)
-    sign = torch.ones_like(projected[:, 0])
-    if signed:
-        sign = torch.where(projected[:, 0] > 0, sign, -sign)
-        projected *= sign[:, None]
-    order = order_of_projected(projected)
-
-    group_size = head_dim // rank
-    unit = torch.arange(order.shape[0], device=Q.device)[:, None]
-    group = torch.arange(rank, device=Q.device)
-    B = projected.new_zeros(order.shape[0], head_dim, rank)
-    B[unit, order, group.repeat_interleave(group_size)] = sign.gather(-1, order)
-    if estimator != "lsh-sample":
-        return B / group_size, B
-    A = torch.zeros_like(B)
-    A[unit, order[:, ::group_size], group] = 1
-    return A, B
-
-
 def _attend_panel(
     part: _Heads,
     first: int,
@@ -339,7 +255,7 @@ def _attend_panel(
     b, h, rep, _, _ = part.Q.shape
     num_keys, v_dim = part.V.shape[-2:]
     end = num_keys if causal_offset is None else max(0, min(num_keys, last + causal_offset))
-    Q = _stack(part.Q[..., first:last, :])
+    Q = stack(part.Q[..., first:last, :])
     scale = scale / part.softcap if part.softcap else scale  # what tanh takes
     Qhat = torch.bmm(Q, A * scale)
     Q = Q * scale if edge < end else Qhat
@@ -396,7 +312,7 @@ def _attend_panel(
 
 def _units(t: Tensor, batch: int) -> Tensor:
     """``(b or 1, h, m, c)`` to ``(b h, m, c)`` in the working dtype."""
-    return _working(t).expand(batch, -1, -1, -1).flatten(0, 1)
+    return working(t).expand(batch, -1, -1, -1).flatten(0, 1)
 
 
 def _apply_mask(scores: Tensor, mask: Tensor) -> None:

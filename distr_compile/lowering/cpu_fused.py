@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as kernel
-from distr_compile.kernels.attention import cpu_bases
-from distr_compile.lowering.cpu_projection import start_from
-
-SUMS = 2 << 20
-"""Elements of the Gram matrices that are alive at a time, unless those of one block are more."""
 
 BASES = 1 << 20
 """Elements of A and B together that are alive at a time; more blocks take several calls."""
@@ -80,35 +75,6 @@ def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
         some = [first, *itertools.islice(bases, at_once - 1)]
         A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
         yield kernel.laid_out(A, B)
-
-
-def projection(
-    Q: Tensor,
-    K: Tensor,
-    queries: Tensor | None,
-    keys: Tensor | None,
-    *,
-    block: int,
-    rank: int,
-    rounds: int,
-    seed: int,
-    causal_offset: int | None,
-    strict: bool,
-) -> Iterator[Group]:
-    """Groups of the estimator ``projection``; arguments as ``cpu_projection.bases`` has them."""
-    num_queries, head_dim = Q.shape[3:]
-    start, carry = start_from(head_dim, rank, seed), None
-    units = Q.shape[0] * Q.shape[1]
-    at_once = max(1, SUMS // (units * cpu_bases.SUMS * cpu_bases.matrix_size(head_dim)))
-    at_once = min(at_once, max(1, BASES // (2 * units * head_dim * rank)))
-    blocks = -(-num_queries // block)
-    for first in range(0, blocks, at_once):
-        AT, B, carry = cpu_bases.projection_bases(
-            Q, K, queries, keys, start, carry,
-            block=block, first_block=first, blocks=min(at_once, blocks - first), rounds=rounds,
-            causal_offset=causal_offset, strict=strict,
-        )  # fmt: skip
-        yield AT, B
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""A and B of the estimator ``projection`` in plain PyTorch calls, in bounded memory.
+"""A and B of the estimator ``projection`` in bounded memory; see ``cpu_estimator.py``.
 
 The definition is ``kernels/reference_projection.py``. Here the rows of Q and K are read in pieces,
 and keys that several grouping blocks count are read once.
@@ -13,7 +13,33 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels import reference_projection as projection
+from distr_compile.kernels.attention import cpu_bases
 from distr_compile.kernels.reference import start_columns
+from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.cpu_estimator import Asked
+
+COMPUTES = ("projection",)
+ONE_BLOCK = False
+READS_PANELS = False
+
+SUMS = 2 << 20
+"""Elements of the Gram matrices that are alive at a time, unless those of one block are more."""
+
+
+def elements(head_dim: int, rank: int) -> int:
+    """What half a dozen matrices of d x d that live at a time come to; see ``cpu_estimator.py``."""
+    return 4 * head_dim**2
+
+
+def counted(
+    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
+) -> tuple[Tensor | None, Tensor | None]:
+    """``counted_rows`` of the definition, or its ``counted_before`` where the form is strict."""
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if not asked.strict:
+        return projection.counted_rows(mask, *sizes)
+    offset = asked.causal_offset or 0
+    return projection.counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
 
 
 def bases(
@@ -21,37 +47,23 @@ def bases(
     K: Tensor,
     queries: Tensor | None,
     keys: Tensor | None,
-    *,
-    block: int,
-    rank: int,
-    rounds: int,
-    seed: int,
-    causal_offset: int | None,
-    panel: int,
-    key_rows: int,
-    strict: bool = False,
+    asked: Asked,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A and B ``(b h, d, r)`` of each grouping block in turn: Qhat = Q A and Khat = K B.
 
     Args:
         Q: ``(b, h, rep, N, d)``.
         K: ``(b or 1, h, M, d)``.
-        queries: ``(b or 1, h or 1, rep, N)``, from ``projection.counted_rows``, or with ``strict``
-            from ``counted_before``; or None for all.
+        queries: ``(b or 1, h or 1, rep, N)``, of ``counted``; or None for all.
         keys: ``(b or 1, h or 1, M)``, likewise.
-        block: query rows per grouping block.
-        rank: r.
-        rounds: 1 or 2.
-        seed: names the start of the iteration.
-        causal_offset: row i sees keys ``j <= i + causal_offset``; None where all do.
-        panel: query rows to read at a time.
-        key_rows: keys to read at a time.
-        strict: from the query rows before the block and the keys before it; ``causal_offset`` is a
-            number then. What comes for the first block, which has none, is of no use.
+        asked: with ``strict`` what comes for the first block, which has no rows before it, is of no
+            use.
     """
+    block, causal_offset, strict = asked.block, asked.causal_offset, asked.strict
+    panel, key_rows = asked.panel, asked.key_rows
     rep, num_queries, head_dim = Q.shape[2:]
     num_keys, added = K.shape[2], 0
-    begin = start_from(head_dim, rank, seed)
+    begin = start_from(head_dim, asked.rank, asked.seed)
     sum_q, sum_k = _GramSum(Q), _GramSum(K)
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
@@ -74,7 +86,7 @@ def bases(
         added = seen
         Cq, Q_exponent = sum_q.normalised(ridge=projection.RIDGE)
         Ck, K_exponent = sum_k.normalised(ridge=0)
-        A, B = projection.projection_bases(Cq, Ck, begin, rounds=rounds)
+        A, B = projection.projection_bases(Cq, Ck, begin, rounds=asked.rounds)
         size = projection.balance(
             Cq,
             Ck,
@@ -82,9 +94,28 @@ def bases(
             K_exponent,
             num_queries=max(num_rows, 1) * rep,
             num_keys=max(seen, 1),
-            rank=rank,
+            rank=asked.rank,
         )
         yield (A * size).flatten(0, 1), (B / size).flatten(0, 1)
+
+
+def groups(
+    Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
+) -> Iterator[cpu_fused.Group]:
+    """The same by the fused kernel's own code, some grouping blocks at a time."""
+    num_queries, head_dim = Q.shape[3:]
+    start, carry = start_from(head_dim, asked.rank, asked.seed), None
+    units = Q.shape[0] * Q.shape[1]
+    at_once = max(1, SUMS // (units * cpu_bases.SUMS * cpu_bases.matrix_size(head_dim)))
+    at_once = min(at_once, max(1, cpu_fused.BASES // (2 * units * head_dim * asked.rank)))
+    blocks = -(-num_queries // asked.block)
+    for first in range(0, blocks, at_once):
+        AT, B, carry = cpu_bases.projection_bases(
+            Q, K, queries, keys, start, carry,
+            block=asked.block, first_block=first, blocks=min(at_once, blocks - first),
+            rounds=asked.rounds, causal_offset=asked.causal_offset, strict=asked.strict,
+        )  # fmt: skip
+        yield AT, B
 
 
 @lru_cache(maxsize=16)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels.reference_projection import counted_before, counted_rows, prefix_edge
+from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.reference_projection import prefix_edge
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
@@ -80,15 +80,18 @@ def attention(
             also on what a block's two parts need to become one, bytes.
 
     Raises:
+        NoArithmeticError: the table names no module with kernels for the estimator.
         KernelFailed: a kernel does not compile or start on this device; said once as a warning.
         torch.OutOfMemoryError: as from any op.
     """
+    # Before and beside all that may fail: exact attention is not the answer to it.
+    module = arithmetic(estimator, "gpu", "prologue") if rank < q.shape[3] else None
     variant = (
         q.device,
         q.dtype,
         q.shape[3],
         rank,
-        estimator if rank < q.shape[3] else "",
+        estimator if module else "",
         rounds,
         v.shape[3],
         is_causal,
@@ -100,12 +103,12 @@ def attention(
     if variant in _failed:
         raise KernelFailed(_failed[variant])
     block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
+    block = max(1, min(block, q.shape[2]))
+    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None)
     options: dict[str, Any] = {
         "scale": scale,
         "rank": rank,
-        "block": max(1, min(block, q.shape[2])),
-        "rounds": rounds,
-        "seed": seed,
+        "block": block,
         "softcap": softcap,
         "out": out,
         "workspace": workspace,
@@ -114,12 +117,13 @@ def attention(
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     try:
         with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            if strict and rank < q.shape[3]:
+            prologue = module.prologue(q, k, mask, asked) if module else None
+            if strict and prologue:
                 options |= {"is_causal": is_causal, "causal_offset": causal_offset}
-                _attend_strictly(q, k, v, mask, sinks, **options)
+                _attend_strictly(q, k, v, mask, sinks, prologue, **options)
             else:
                 options |= {"causal_offset": causal_offset if is_causal else None}
-                _attend(q, k, v, mask, sinks, estimator=estimator, **options)
+                _attend(q, k, v, mask, sinks, prologue, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what Triton raises has no common base class
@@ -143,14 +147,12 @@ def _attend(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    prologue: Prologue | None,
     *,
     scale: float,
     causal_offset: int | None,
     rank: int,
-    estimator: str,
     block: int,
-    rounds: int,
-    seed: int,
     softcap: float,
     out: Tensor,
     workspace: int,
@@ -159,9 +161,7 @@ def _attend(
     from distr_compile.kernels.attention_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
-    num_queries, head_dim = q.shape[2:]
-    num_keys, value_dim = v.shape[2:]
-    is_exact = rank == head_dim
+    num_queries, num_keys, value_dim = q.shape[2], *v.shape[2:]
     tile = tile_for(
         architecture(q.device),
         value_dim=value_dim,
@@ -170,11 +170,6 @@ def _attend(
         dtype=q.dtype,
         has_mask=mask is not None,
     )
-    prologue = None
-    if not is_exact:
-        prologue = _prologue(
-            q, k, mask, rank=rank, estimator=estimator, block=block, rounds=rounds, seed=seed
-        )
     for chunk in _chunks(
         q.shape,
         k.shape,
@@ -208,7 +203,7 @@ def _attend(
             scale=scale,
             is_causal=causal_offset is not None,
             causal_offset=offset,
-            grouping_block=num_queries if is_exact else block,
+            grouping_block=block if prologue else num_queries,
             softcap=softcap,
             tile=tile,
             out=out[chunk.batch, chunk.heads, rows],
@@ -221,14 +216,13 @@ def _attend_strictly(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    prologue: Prologue,
     *,
     scale: float,
     is_causal: bool,
     causal_offset: int,
     rank: int,
     block: int,
-    rounds: int,
-    seed: int,
     softcap: float,
     out: Tensor,
     workspace: int,
@@ -250,17 +244,6 @@ def _attend_strictly(
     )
     known_tile = tile_of_width(rank=rank, is_causal=False)
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
-    prologue = _prologue(
-        q,
-        k,
-        mask,
-        rank=rank,
-        estimator="projection",
-        block=block,
-        rounds=rounds,
-        seed=seed,
-        strict_offset=causal_offset,
-    )
     head_bytes, block_bytes = prologue.own_bytes
     # The second part and its sum with the first, in fp32, and the denominators.
     head_bytes += q.shape[1] // k.shape[1] * block * (value_dim * (q.element_size() + 8) + 20)
@@ -358,11 +341,36 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Prologue:
+class Asked:
+    """How ``prologue`` of the module of an estimator (``Estimator.gpu``) is to make Qhat and Khat.
+
+    It is called as ``prologue(q, k, mask, asked)`` with the tensors of the whole call, returns a
+    ``Prologue``, and imports Triton only when it is called.
+
+    Attributes:
+        estimator: a name that the module lists in ``COMPUTES``.
+        rank: r.
+        block: query rows per grouping block.
+        rounds: how often the estimator refines its basis.
+        seed: names the random numbers of the estimator.
+        strict_offset: the causal offset of the prefix form; None where it is not asked for.
+    """
+
+    estimator: str
+    rank: int
+    block: int
+    rounds: int
+    seed: int
+    strict_offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Prologue:
     """What makes Qhat and Khat of a chunk.
 
     Attributes:
-        factors: ``(Q, K, *counted, is_causal=, causal_offset=)`` -> Qhat, Khat.
+        factors: ``(Q, K, *counted, is_causal=, causal_offset=)`` -> Qhat, Khat; in the prefix form
+            ``earlier=``, the grouping blocks of Q that are not wanted, instead of ``is_causal``.
         own_bytes: its memory beside its results, for a key head once and for each grouping block.
         counted: which rows of all queries, and of all keys, it looks at; empty if it does not ask.
     """
@@ -379,41 +387,6 @@ class _Prologue:
             else:
                 within = (slice(None),) * (rows.dim() - 3)
                 yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
-
-
-def _prologue(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    *,
-    rank: int,
-    estimator: str,
-    block: int,
-    rounds: int,
-    seed: int,
-    strict_offset: int | None = None,
-) -> _Prologue:
-    """``strict_offset``: the causal offset of the strict form of ``projection``; None without."""
-    from distr_compile.kernels.lsh import lsh_factors
-    from distr_compile.kernels.projection import projection_factors, workspace_bytes
-
-    options: dict[str, Any] = {"rank": rank, "grouping_block": block, "seed": seed}
-    if estimator != "projection":
-        return _Prologue(partial(lsh_factors, estimator=estimator, **options))
-    _, heads, num_queries, head_dim = q.shape
-    key_heads, num_keys = k.shape[1:3]
-    rep = heads // key_heads
-    sizes = (num_queries, num_keys, key_heads, rep)
-    if strict_offset is None:
-        blocks, counted = 0, counted_rows(mask, *sizes)
-    else:
-        blocks = -(-num_queries // block)
-        counted = counted_before(mask, *sizes, block=block, causal_offset=strict_offset)
-    return _Prologue(
-        partial(projection_factors, rounds=rounds, **options),
-        workspace_bytes(block, num_keys, head_dim, rank, rep, q.element_size(), blocks),
-        counted,
-    )
 
 
 def _chunks(

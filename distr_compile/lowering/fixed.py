@@ -7,6 +7,8 @@ from torch import Tensor
 
 from distr_compile.kernels.reference_projection import saturate
 
+COMPUTES = ("calibrated",)
+
 
 def factors(q: Tensor, k: Tensor, basis_q: Tensor, basis_k: Tensor) -> tuple[Tensor, Tensor]:
     """Qhat = Q A and Khat = K B, ready for exact attention of width r.

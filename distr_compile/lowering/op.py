@@ -24,9 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from distr_compile.estimators import ESTIMATORS, MIN_QUERIES, MIN_RANK, auto_grouping_block
+from distr_compile.estimators import (
+    ESTIMATORS,
+    MIN_QUERIES,
+    MIN_RANK,
+    arithmetic,
+    auto_grouping_block,
+    estimator_named,
+)
 from distr_compile.kernels import reference
-from distr_compile.lowering import cpu, cuda, exactly, fixed
+from distr_compile.lowering import cpu, cuda, exactly
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -132,7 +139,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
         NotImplementedError: an argument that is not supported yet has a value; a ``torch.func``
-            transform.
+            transform; as ``NoArithmeticError``, an estimator that nothing computes on the device.
         RuntimeError: gradients would be recorded.
     """
     _validate(
@@ -181,7 +188,10 @@ def attention(
     out = _empty_output(q, v)
     if _has_kernels(q):
         try:
-            Qhat, Khat = (q, k) if bases is None else fixed.factors(q, k, *bases)
+            Qhat, Khat = q, k
+            if bases is not None:  # of them its module makes Qhat and Khat of the whole call
+                module = arithmetic(estimator, "gpu", "factors")
+                Qhat, Khat = module.factors(q, k, *bases)
             return cuda.attention(Qhat, Khat, v, mask, **softmax, **grouping, out=out)
         except cuda.KernelFailed as failure:
             _tell_exact(site, str(failure))
@@ -362,8 +372,7 @@ def _validate(
             f"q, k, v, mask, sinks: got devices {', '.join(str(t.device) for t in tensors)}; "
             "must be one: move them"
         )
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; must be one of {', '.join(ESTIMATORS)}")
+    arithmetic(estimator, "gpu" if _has_kernels(q) else "cpu")  # raises where there is none
     accepted = ESTIMATORS[estimator].rounds
     if rounds not in accepted:
         raise ValueError(
@@ -562,7 +571,8 @@ def _flops(
     products = 2 * batch * heads * num_queries * num_keys * (rank + v[3])
     if rank == head_dim:
         return products
-    cost = (ESTIMATORS[estimator].prefix_cost if strict else None) or ESTIMATORS[estimator].cost
+    row = estimator_named(estimator)
+    cost = (row.prefix_cost if strict else None) or row.cost
     factors = cost(
         num_queries,
         num_keys,

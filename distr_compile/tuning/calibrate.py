@@ -23,9 +23,12 @@ from distr_compile.accuracy.evaluate import device_of
 from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
-from distr_compile.estimators import ESTIMATORS, MIN_QUERIES
+from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
 from distr_compile.kernels.reference_projection import RIDGE, counted_rows
 from distr_compile.policy import Policy, Rule
+
+COMPUTES = ("calibrated",)
+"""The estimators whose bases are made here, of those that need bases."""
 
 _SMALLEST_SCALE = 2.0**-12
 """Relative to the largest singular value; what the data hardly has must not blow up K B."""
@@ -91,6 +94,7 @@ def calibrate(
         ValueError: no batch, batches that can be walked only once, or no attention for which bases
             could be made.
         PolicyError: the policy or a pattern is wrong.
+        NoArithmeticError: the policy gives a layer an estimator that needs other bases than these.
     """
     wanted = _wanted(policy, layers)
     observer = _Observer()
@@ -137,7 +141,15 @@ def _wanted(policy: Any, layers: str | Sequence[str] | None) -> Callable[[str], 
         if checked is None:
             return True
         plan = checked.resolve(layer)
-        return ESTIMATORS[plan.estimator].needs == "bases" and not plan.is_exact
+        if plan.is_exact or estimator_named(plan.estimator).needs == "nothing":
+            return False
+        if plan.estimator not in COMPUTES:
+            raise NoArithmeticError(
+                f"estimator: got {plan.estimator!r}, whose bases nothing makes, for layer "
+                f"{layer!r}; accepted: {', '.join(COMPUTES)}; take it, or write what makes them "
+                "and list the estimator in COMPUTES of distr_compile/tuning/calibrate.py"
+            )
+        return True
 
     return wanted
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distr_compile.kernels.attention import cpu_bases
 from distr_compile.lowering import cpu_projection
+from distr_compile.lowering.cpu_estimator import Asked
 from distr_compile.lowering.cpu_projection import start_from
 from tests.kernels.cpu_kernel import require_kernel
 
@@ -63,8 +64,9 @@ def test_same_product_of_bases(name: str, counted: bool, dtype: torch.dtype) -> 
     if counted:
         counts = (draw(2, 3, rep, N) > -1, draw(1, 1, M) > -0.5)
     rows = {"panel": 2048, "key_rows": 4096}
-    exact = list(cpu_projection.bases(Q.double(), K.double(), *counts, **options, **rows))
-    same = list(cpu_projection.bases(Q, K, *counts, **options, **rows))
+    asked = Asked("projection", **options, **rows)
+    exact = list(cpu_projection.bases(Q.double(), K.double(), *counts, asked))
+    same = list(cpu_projection.bases(Q, K, *counts, asked))
     got = in_groups(Q, K, counts, 2, **options)
     assert len(got) == len(exact)
     for i, ((A, B), (A1, B1), (A2, B2)) in enumerate(zip(exact, same, got, strict=True)):
@@ -91,7 +93,7 @@ def test_rows_of_very_different_size(sizes: tuple[float, float], dtype: torch.dt
     options: dict[str, Any] = {"rank": 16, "rounds": 1, "seed": 0, "block": 100, "strict": False}
     wide = Q.double(), K.double(), None, None
     rows = {"panel": 100, "key_rows": 400}
-    ((A, B),) = cpu_projection.bases(*wide, causal_offset=None, **options, **rows)
+    ((A, B),) = cpu_projection.bases(*wide, Asked("projection", **options, **rows))
     ((A1, B1),) = in_groups(Q, K, (None, None), 1, causal_offset=None, **options)
     product = A @ B.mT
     assert ((A1.double() @ B1.double().mT) - product).norm() <= 1e-5 * product.norm()

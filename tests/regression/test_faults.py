@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distr_compile import Regression, regress
 from distr_compile.accuracy.batch import Batch
-from distr_compile.lowering import cpu, cpu_projection
+from distr_compile.lowering import cpu, cpu_lsh, cpu_projection
 from tests.regression.gate import TOLERANCE
 from tests.tiny_models import noise, stack
 
@@ -62,13 +62,13 @@ def test_green_without_a_fault(gate: Gate) -> None:
 
 def other_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns of K are grouped by another permutation than those of Q."""
-    real = cpu._group_bases
+    real = cpu_lsh._group_bases
 
     def wrong(*args: Any) -> tuple[Tensor, Tensor]:
         A, B = real(*args)
         return A, B.roll(1, dims=-2)
 
-    monkeypatch.setattr(cpu, "_group_bases", wrong)
+    monkeypatch.setattr(cpu_lsh, "_group_bases", wrong)
 
 
 def dropped_mask(monkeypatch: pytest.MonkeyPatch) -> None:

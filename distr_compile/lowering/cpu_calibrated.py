@@ -1,0 +1,43 @@
+"""A and B of the estimator ``calibrated``, which are given; see ``cpu_estimator.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.cpu_estimator import Asked
+
+COMPUTES = ("calibrated",)
+ONE_BLOCK = True
+READS_PANELS = False
+
+
+def elements(head_dim: int, rank: int) -> int:
+    """A and B; see ``cpu_estimator.py``."""
+    return 2 * head_dim * rank
+
+
+def counted(*_: Any) -> tuple[None, None]:
+    """No row has a part in A and B."""
+    return None, None
+
+
+def bases(
+    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and B of ``asked.fixed``, once, for each batch entry of Q, in its working dtype."""
+    assert asked.fixed is not None
+    dtype = torch.promote_types(Q.dtype, torch.float32)
+    A, B = (basis.to(dtype).repeat(Q.shape[0], 1, 1) for basis in asked.fixed)
+    yield A, B
+
+
+def groups(
+    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+) -> Iterator[cpu_fused.Group]:
+    """The same for the fused kernel."""
+    return cpu_fused.stacked(bases(Q, K, queries, keys, asked))

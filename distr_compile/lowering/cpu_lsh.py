@@ -1,0 +1,99 @@
+"""A and B of the LSH estimators in plain PyTorch calls; see ``cpu_estimator.py``.
+
+The definition is ``kernels/reference_lsh.py``, which gathers columns where this multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import NUM_PROJECTIONS
+from distr_compile.kernels.reference import order_of_projected, projections
+from distr_compile.kernels.reference_lsh import COMPUTES as COMPUTES
+from distr_compile.kernels.reference_lsh import variant_of
+from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.cpu_estimator import Asked, stack
+
+ONE_BLOCK = False
+READS_PANELS = True
+
+
+def elements(head_dim: int, rank: int) -> int:
+    """A and B; see ``cpu_estimator.py``."""
+    return 2 * head_dim * rank
+
+
+def counted(*_: Any) -> tuple[None, None]:
+    """All rows of Q count, masked or not, and K has no part in A and B."""
+    return None, None
+
+
+def bases(
+    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and B of each grouping block in turn; see ``cpu_estimator.py``."""
+    for block in Q.split(asked.block, dim=3):
+        yield _group_bases(block, asked.rank, asked.estimator, asked.seed, asked.panel)
+
+
+def groups(
+    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+) -> Iterator[cpu_fused.Group]:
+    """The same for the fused kernel."""
+    return cpu_fused.stacked(bases(Q, K, queries, keys, asked))
+
+
+@lru_cache(maxsize=64)
+def _projections(start: int, stop: int, seed: int) -> Tensor:
+    """One panel of the projection matrix, at most 128 KiB; every head and block uses the same.
+
+    For 2048 rows of width 64, one thread, making the panel takes 0.27 ms and hashing with it 0.06.
+    """
+    with torch.inference_mode(False):  # a tensor that outlives the call must serve autograd too
+        return projections(start, stop, seed=seed)
+
+
+def _group_bases(
+    Q: Tensor, rank: int, estimator: str, seed: int, panel: int
+) -> tuple[Tensor, Tensor]:
+    """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
+
+    Column j of B has a one for every member of group j, or a minus one where the column is turned;
+    A picks the first member or averages them.
+    As products they need no gather, take any strides, and cost d r per row: little next to the
+    scores.
+    """
+    rep, rows, head_dim = Q.shape[2:]
+    sample, signed = variant_of(estimator)
+    projected: Tensor | None = None
+    for first in range(0, rows, panel):
+        stacked = stack(Q[..., first : first + panel, :])
+        start = first * rep
+        P = _projections(start, start + stacked.shape[1], seed).to(Q.device, stacked.dtype)
+        if signed:  # the first projection is the sum of a column
+            P = torch.cat([P.new_ones(len(P), 1), P[:, 1:]], dim=1)
+        product = torch.matmul(P.T, stacked)
+        projected = product if projected is None else projected.add_(product)
+    if projected is None:  # no query rows, nothing to compute
+        projected = Q.new_zeros(Q.shape[0] * Q.shape[1], NUM_PROJECTIONS, head_dim)
+    sign = torch.ones_like(projected[:, 0])
+    if signed:
+        sign = torch.where(projected[:, 0] > 0, sign, -sign)
+        projected *= sign[:, None]
+    order = order_of_projected(projected)
+
+    group_size = head_dim // rank
+    unit = torch.arange(order.shape[0], device=Q.device)[:, None]
+    group = torch.arange(rank, device=Q.device)
+    B = projected.new_zeros(order.shape[0], head_dim, rank)
+    B[unit, order, group.repeat_interleave(group_size)] = sign.gather(-1, order)
+    if not sample:
+        return B / group_size, B
+    A = torch.zeros_like(B)
+    A[unit, order[:, ::group_size], group] = 1
+    return A, B
