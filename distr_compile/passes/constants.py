@@ -22,7 +22,7 @@ from distr_compile.passes.memory import Memory
 from distr_compile.passes.vocabulary import HIDING, target_name, value_of
 
 SECONDS = 0.5
-"""Time for the constants of one graph; what is not computed by then stays a tensor."""
+"""Processor time for the constants of one graph; what is not computed by then stays a tensor."""
 
 BYTES = 64 * 2**20
 """Memory for one constant; larger masks are computed in chunks of rows where they can be."""
@@ -142,13 +142,13 @@ class Constants:
 
     def _timed(self, program: _Program, rows: _Rows) -> Tensor:
         """Compute a program (or a chunk of its rows) on this graph's account."""
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
-            return program.run(rows, lambda: time.perf_counter() - start > self._seconds)
+            return program.run(rows, lambda: time.thread_time() - start > self._seconds)
         except Exception as error:
             raise _NotConstantError from error
         finally:
-            self._seconds -= time.perf_counter() - start
+            self._seconds -= time.thread_time() - start
 
     def _programs(self, node: fx.Node, reader: fx.Node, sizes: tuple[Any, ...]) -> list[_Program]:
         """The program of a node at every choice of sizes, and of what fresh memory holds."""
