@@ -275,8 +275,8 @@ class Walk:
         flow = self.flow
         while True:
             op = flow.read(node)
-            if isinstance(op, ON_SCORES) and (made := flow.memory.definition(op.x, node)):
-                node = made
+            if isinstance(op, ON_SCORES):
+                node = flow.now(op.x, node)
             elif isinstance(op, voc.Scale | voc.Add):
                 other = op.factor if isinstance(op, voc.Scale) else op.y
                 fed = [x for x in (op.x, other) if isinstance(x, fx.Node) and flow.behind[x]]
@@ -299,6 +299,8 @@ class Walk:
             raise RefusedError("concat-scores", "one softmax runs over several score matrices")
         if is_banded(node, flow):
             raise RefusedError("banded", "the scores are cut to a band (a window of keys)")
+        if name in {"setitem", "copy_"}:
+            raise RefusedError("in-place-write", f"the scores are what {name} wrote in place")
         raise RefusedError("scores-edited", f"the scores pass through {name} before the softmax")
 
     # -- the product -----------------------------------------------------------------------------
