@@ -56,7 +56,9 @@ class Flow:
         self.axes: dict[Axis, str | None] = {}
         self._weights: dict[fx.Node, bool] = {}
         self._ops: dict[fx.Node, voc.Op | None] = {}
-        self._stored: dict[int, set[fx.Node]] = {}
+        # Storage -> what was written into it so far is made of.
+        self._stored_origins: dict[int, frozenset[str]] = {}
+        self._stored_behind: dict[int, frozenset[fx.Node]] = {}
         for node in graph.nodes:
             self._visit(node)
 
@@ -107,13 +109,7 @@ class Flow:
         return is_unrecorded or (value.dtype.is_floating_point and not value.requires_grad)
 
     def _visit(self, node: fx.Node) -> None:
-        inputs = list(node.all_input_nodes)
-        own = set(inputs)
-        for storage in frozenset().union(*map(self.memory.storages, inputs)):
-            inputs += sorted(self._stored.get(storage, set()) - own)
-            own |= self._stored.get(storage, set())
-        for storage in self.memory.writes(node):
-            self._stored.setdefault(storage, set()).add(node)
+        inputs = node.all_input_nodes
         op = voc.read(node)
         if target_name(node) == "linear":
             op = voc.linear_product(node)
@@ -126,6 +122,15 @@ class Flow:
             and self._weights[op.x]
         )
         self.behind[node] = self._depend(node, op, inputs)
+        for storage in self.memory.writes(node):
+            origins = self._stored_origins.get(storage, frozenset())
+            self._stored_origins[storage] = origins | self.origins[node]
+            stored = (self._stored_behind.get(storage, frozenset()), self.behind[node])
+            self._stored_behind[storage] = self._first(stored)
+
+    def _storages(self, inputs: list[fx.Node]) -> frozenset[int]:
+        """The memory that some nodes lie in: what was written there is read with them."""
+        return frozenset().union(*map(self.memory.storages, inputs))
 
     def _before(self, node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
         """The products that what ``reader`` reads of ``node`` is reached from."""
@@ -142,7 +147,10 @@ class Flow:
             return frozenset({TABLE})
         if target_name(node) in _PROJECTIONS and op is None:
             return frozenset({PROJECTION})
-        union: frozenset[str] = frozenset().union(*(self.origins[n] for n in inputs))
+        union: frozenset[str] = frozenset().union(
+            *(self.origins[n] for n in inputs),
+            *(self._stored_origins.get(s, frozenset()) for s in self._storages(inputs)),
+        )
         if isinstance(op, voc.Product) and TABLE in union:
             factors = [self.origins[op.a], self.origins[op.b]]
             if any(f == {TABLE} for f in factors):
@@ -194,8 +202,12 @@ class Flow:
                 return frozenset()
             if self.is_scores(node):
                 return frozenset({node})
-            return self._first(self.behind[n] for n in inputs) if op.equation else frozenset()
-        return self._first(self.behind[n] for n in inputs)
+            return self._behind_all(inputs) if op.equation else frozenset()
+        return self._behind_all(inputs)
+
+    def _behind_all(self, inputs: list[fx.Node]) -> frozenset[fx.Node]:
+        stored = [self._stored_behind.get(s, frozenset()) for s in self._storages(inputs)]
+        return self._first([*(self.behind[n] for n in inputs), *stored])
 
 
 def _mixes_heads(layer: fx.Node) -> bool:
