@@ -156,10 +156,7 @@ def apply(
             if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
                 sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
                 pairs[index] = bases(site_names[index], rank=decision.rank, **sizes)
-    # Backwards: the operands of an attention may be the output of one before it.
-    position = {n: i for graph in {p.graph for p in placed} for i, n in enumerate(graph.nodes)}
-    order = sorted(range(len(placed)), key=lambda i: position[placed[i].output], reverse=True)
-    for index in order if change else ():
+    for index in _from_the_end(placed) if change else ():
         place, found = placed[index], placed[index].found
         if isinstance(found, AttentionSite):
             decision, _ = decided[index]
@@ -185,6 +182,12 @@ def apply(
         for index, (decision, _) in decided.items()
     )
     return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
+
+
+def _from_the_end(placed: list[Placed]) -> list[int]:
+    """Indices, last output first: an operand may be the output of an attention before it."""
+    position = {n: i for graph in {p.graph for p in placed} for i, n in enumerate(graph.nodes)}
+    return sorted(range(len(placed)), key=lambda i: position[placed[i].output], reverse=True)
 
 
 def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:

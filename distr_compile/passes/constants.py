@@ -216,7 +216,7 @@ class _Program:
     def size(self, size: Any) -> Any:
         """A size, or a number or flag that hangs on sizes, as it is under this choice."""
         if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return type_of(size)(size.node.expr.xreplace(self.symbols))
+            return _python_type(size)(size.node.expr.xreplace(self.symbols))
         return size
 
     def chunks(self, rows: int) -> Iterator[_Rows]:
@@ -302,7 +302,7 @@ class _Program:
         return torch.empty((), dtype=example.dtype).expand(self._shape(example))
 
 
-def type_of(size: Any) -> Callable[[Any], Any]:
+def _python_type(size: Any) -> Callable[[Any], Any]:
     """The Python type that a symbolic number stands for."""
     return {torch.SymInt: int, torch.SymFloat: float}.get(type(size), bool)
 
