@@ -131,7 +131,8 @@ def _wrong(library: build.Library) -> str | None:
         options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
         exact = reference.attention(*(t.double() for t in inputs), rank=24, **options)
         out = torch.full_like(inputs[0], torch.nan)
-        _attention(library, inputs[0], inputs[1][:, :, None], inputs[2], out=out, **options)
+        query, key, value = inputs
+        attention(query, key[:, :, None], value, out=out, lib=library, **options)
         error = (out.double() - exact).abs().max().item()
         if not error <= 4 * torch.finfo(dtype).eps * exact.abs().max().item():
             return f"its result in {dtype} is off by {error:.1e}"
@@ -155,6 +156,7 @@ def attention(
     follows: bool = False,
     out: Tensor,
     lse: Tensor | None = None,
+    lib: build.Library | None = None,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, as ``kernels/attention_fwd.py`` computes it on a GPU.
 
@@ -186,37 +188,12 @@ def attention(
         out: ``(B, H, N, d_v)`` in the dtype of q, any strides; filled and returned.
         lse: ``(B, H, N)`` fp32, any strides; filled with the logarithm of each row's sum of
             exponentials, sinks included, -inf where the row sees nothing.
+        lib: the library that computes it, where it is not yet known to be fit; else ``library()``.
 
     Raises:
         RuntimeError: the kernel is not available.
     """
-    return _attention(
-        library(), q, k, v, mask, sinks,
-        scale=scale, is_causal=is_causal, causal_offset=causal_offset,
-        grouping_block=grouping_block, softcap=softcap, bases=bases, exact=exact, follows=follows,
-        out=out, lse=lse,
-    )  # fmt: skip
-
-
-def _attention(
-    lib: build.Library,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    grouping_block: int = 0,
-    softcap: float = 0.0,
-    bases: tuple[Tensor, Tensor] | None = None,
-    exact: tuple[Tensor, Tensor] | None = None,
-    follows: bool = False,
-    out: Tensor,
-    lse: Tensor | None = None,
-) -> Tensor:
+    lib = library() if lib is None else lib
     if not out.numel():
         return out
     if not v.shape[2] and sinks is None and lse is None:
