@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/stamp ## whole models on long inputs, faster or not; three models: report, accuracy (4 minutes)
+demo: $(VENV)/stamp ## whole models on long inputs, faster or not; three models: report, accuracy (5 minutes)
 	$(BIN)/python examples/speed.py
 	$(BIN)/python examples/demo.py
 
