@@ -132,7 +132,7 @@ class Flow:
         """The memory that some nodes lie in: what was written there is read with them."""
         return frozenset().union(*map(self.memory.storages, inputs))
 
-    def _before(self, node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
+    def before(self, node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
         """The products that what ``reader`` reads of ``node`` is reached from."""
         made = self.memory.definition(node, reader)
         return self.chained[made] if made is not None else frozenset()
@@ -177,11 +177,11 @@ class Flow:
             | voc.Identity
             | voc.Dropout,
         ):
-            return self._before(op.x, node)
+            return self.before(op.x, node)
         return frozenset()
 
     def _several(self, reader: fx.Node, *nodes: Any) -> frozenset[fx.Node]:
-        return self._first(self._before(n, reader) for n in nodes if isinstance(n, fx.Node))
+        return self._first(self.before(n, reader) for n in nodes if isinstance(n, fx.Node))
 
     def _first(self, products: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:
         found = frozenset().union(*products)

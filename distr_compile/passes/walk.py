@@ -170,7 +170,7 @@ class Walk:
                     self.interior.extend(maximum - {node})
                     node = made
                     continue
-                source, term, first = self._scores_side(op.x, op.y)
+                source, term, first = self._scores_side(node, op.x, op.y)
                 if not first and op.alpha != 1:
                     raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
                 if capped or not voc.is_tensor(term):
@@ -178,7 +178,7 @@ class Walk:
                 else:
                     events.append((voc.Add(source, term, op.alpha), node))
             elif isinstance(op, voc.Scale):
-                source, factor, first = self._scores_side(op.x, op.factor)
+                source, factor, first = self._scores_side(node, op.x, op.factor)
                 if op.divide and not first:
                     raise RefusedError("scores-edited", "a tensor is divided by the scores")
                 events.append((voc.Scale(source, factor, op.divide), node))
@@ -235,10 +235,11 @@ class Walk:
         if self.sink is not None:
             raise RefusedError("sinks", "the scores are shifted before the sinks stand beside them")
 
-    def _scores_side(self, a: Any, b: Any) -> tuple[fx.Node, Any, bool]:
+    def _scores_side(self, reader: fx.Node, a: Any, b: Any) -> tuple[fx.Node, Any, bool]:
         """Which operand carries QK^T: the one with a product of two activations."""
         flow = self.flow
-        chains = [flow.chained[x] if isinstance(x, fx.Node) else frozenset() for x in (a, b)]
+        none: frozenset[fx.Node] = frozenset()
+        chains = [flow.before(x, reader) if isinstance(x, fx.Node) else none for x in (a, b)]
         if bool(chains[0]) != bool(chains[1]):
             first = bool(chains[0])
         else:
@@ -247,7 +248,7 @@ class Walk:
                 raise RefusedError("two-products", "the scores are a sum of two products")
             first = real[0]
         scores, other = (a, b) if first else (b, a)
-        if isinstance(other, fx.Node) and flow.behind[other] - flow.chained[scores]:
+        if isinstance(other, fx.Node) and flow.behind[other] - flow.before(scores, reader):
             raise RefusedError("two-products", "a second product of activations is in the scores")
         return scores, other, first
 
