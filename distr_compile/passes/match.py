@@ -127,7 +127,7 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
         widths = [hint(shape_of(flow.read(p).a)[-1]) for p in products if shape_of(flow.read(p).a)]  # type: ignore[union-attr]
         return 4 * count(shape_of(node)) * max(widths, default=0)
     if isinstance(op, voc.Sdpa):
-        return 4 * count(shape_of(op.q)) * hint(shape_of(op.k)[-2])
+        return 4 * count(shape_of(op.query)) * hint(shape_of(op.key)[-2])
     shape = shape_of(node.all_input_nodes[0]) if node.all_input_nodes else ()
     axis = 0 if kind == "mha" else 1 if kind == "encoder" else -2
     return 4 * count(shape) * hint(shape[axis]) if len(shape) > 1 else 0
@@ -136,7 +136,7 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
 def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
     """A call of ``F.scaled_dot_product_attention``."""
     op = read(node)
-    if not isinstance(op, voc.Sdpa) or not all(map(voc.is_tensor, (op.q, op.k, op.v))):
+    if not isinstance(op, voc.Sdpa) or not all(map(voc.is_tensor, (op.query, op.key, op.value))):
         raise RefusedError("scores-edited", "the arguments of SDPA are not known")
     if not node.users:
         raise RefusedError("dead", "nothing reads the result of this attention")
@@ -153,9 +153,9 @@ def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
     def see(x: fx.Node) -> voc.Op | None:
         return flow.through(x, node)
 
-    q, k, v = (operand(see, x, rank, transposed=False) for x in (op.q, op.k, op.v))
+    q, k, v = (operand(see, x, rank, transposed=False) for x in (op.query, op.key, op.value))
     q, k, compute_dtype = common_dtype(see, q, k, v, node, out)
-    is_causal, mask, mask_kind = op.is_causal, op.mask, "none"
+    is_causal, mask, mask_kind = op.is_causal, op.attn_mask, "none"
     offset: int | None = 0 if is_causal else None
     if mask is not None:
         value = voc.tensor_of(mask)

@@ -104,7 +104,7 @@ def replay(
             raise RefusedError("scores-edited", "baddbmm's beta is not a number")
         steps.append(AddStep(op.addend, op.beta, level, product))
     for event, node in reversed(events):
-        shape = shape_of(node) or shape_of(event.x)  # type: ignore[union-attr]  # a write by setitem returns nothing
+        shape = shape_of(node) or shape_of(event.x)  # type: ignore[attr-defined]  # a write by setitem returns nothing
         permutes -= isinstance(event, voc.Permute)
         in_order = is_plain and permutes == 0 and not isinstance(event, voc.Permute)
         if isinstance(event, voc.Append):

@@ -10,9 +10,6 @@ from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.origin import Flow
 from distr_compile.passes.vocabulary import read, same_shape, shape_of, target_name
 
-UNARY = voc.Fill | voc.Clamp | voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout
-ON_SCORES = UNARY | voc.Tanh | voc.Append
-
 
 def scatters(writer: fx.Node, value: fx.Node) -> bool:
     """Whether ``other[index] = value`` with an index that holds a tensor: queries were selected."""
@@ -85,7 +82,7 @@ def is_cut_off(node: fx.Node) -> bool:
     """Whether scores come into the graph as an input: the product is before a graph break."""
     while node.op != "placeholder":
         op = read(node)
-        if not isinstance(op, voc.Add | voc.Scale | ON_SCORES):
+        if not isinstance(op, voc.Add | voc.Scale | voc.ON_SCORES):
             return False
         node = op.x
     return len(shape_of(node)) > 2
@@ -99,6 +96,6 @@ def weighs_values(softmax: fx.Node, flow: Flow) -> bool:
         op = flow.read(node)
         if isinstance(op, voc.Product):
             return True
-        if not isinstance(op, UNARY):
+        if not isinstance(op, voc.ONE_TO_ONE):
             return False
     return False

@@ -39,7 +39,6 @@ from distr_compile.passes.site import (
     Step,
 )
 from distr_compile.passes.spelled import (
-    ON_SCORES,
     drops_sink,
     is_banded,
     is_cut_off,
@@ -276,7 +275,7 @@ class Walk:
         flow = self.flow
         while True:
             op = flow.read(node)
-            if isinstance(op, ON_SCORES):
+            if isinstance(op, voc.ON_SCORES):
                 node = flow.now(op.x, node)
             elif isinstance(op, voc.Scale | voc.Add):
                 other = op.factor if isinstance(op, voc.Scale) else op.y
