@@ -2,13 +2,12 @@
 
 *Origins* tell an activation from a table of parameters (a relative-position table times Q is a
 bias, a projection of something times Q is a second set of scores). *Axes* tell width from tokens
-from
-batch: channel attention has the very operations of attention, but its product contracts over
-tokens.
+from batch: channel attention has the very operations of attention, but contracts over tokens.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -24,13 +23,14 @@ from distr_compile.passes.vocabulary import hint, read, shape_of, target_name
 
 TABLE, INPUT, PROJECTION = "table", "input", "projection"
 
-_PROJECTIONS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "addmm", "conv_transpose2d"})
-_STOPS = frozenset(
-    "linear conv1d conv2d conv3d addmm layer_norm group_norm batch_norm rms_norm embedding "
-    "cross_entropy topk argmax".split()
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_PROJECTIONS = _CONVOLUTIONS | {"linear", "addmm", "conv_transpose2d"}
+_STOPS = _CONVOLUTIONS | frozenset(
+    "linear addmm layer_norm group_norm batch_norm rms_norm embedding cross_entropy topk "
+    "argmax".split()
 )
 _MAX_PRODUCTS = 4
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_NOTHING: frozenset[Any] = frozenset()
 
 
 class Flow:
@@ -50,15 +50,13 @@ class Flow:
     def __init__(self, graph: fx.Graph) -> None:
         self.memory = Memory(graph)
         self.constants = Constants(self.memory)
-        self.origins: dict[fx.Node, frozenset[str]] = {}
+        # Under the name of a storage: of what was written into it so far.
+        self.origins: dict[fx.Node | int, frozenset[str]] = {}
+        self.behind: dict[fx.Node | int, frozenset[fx.Node]] = {}
         self.chained: dict[fx.Node, frozenset[fx.Node]] = {}
-        self.behind: dict[fx.Node, frozenset[fx.Node]] = {}
         self.axes: dict[Axis, str | None] = {}
-        self._weights: dict[fx.Node, bool] = {}
+        self._weights: set[fx.Node] = set()
         self._ops: dict[fx.Node, voc.Op | None] = {}
-        # Storage -> what was written into it so far is made of.
-        self._stored_origins: dict[int, frozenset[str]] = {}
-        self._stored_behind: dict[int, frozenset[fx.Node]] = {}
         for node in graph.nodes:
             self._visit(node)
 
@@ -108,119 +106,91 @@ class Flow:
         is_unrecorded = node in self.memory.without_grad and out not in self.memory.without_grad
         return is_unrecorded or (value.dtype.is_floating_point and not value.requires_grad)
 
+    def before(self, node: Any, reader: fx.Node) -> frozenset[fx.Node]:
+        """The products that what ``reader`` reads of ``node`` is reached from."""
+        made = self.memory.definition(node, reader) if isinstance(node, fx.Node) else None
+        return self.chained[made] if made is not None else _NOTHING
+
     def _visit(self, node: fx.Node) -> None:
-        inputs = node.all_input_nodes
-        op = voc.read(node)
+        op, memory = voc.read(node), self.memory
         if target_name(node) == "linear":
             op = voc.linear_product(node)
             op = op if op is not None and self.is_scores(node, op) else None
+        inputs = node.all_input_nodes
+        sources = [*inputs, *frozenset().union(*map(memory.storages, inputs))]
         self._ops[node] = op
-        self.origins[node] = self._origin(node, op, inputs)
+        self.origins[node] = self._origin(node, op, sources)
         self.chained[node] = self._chain(node, op)
-        self._weights[node] = isinstance(op, voc.Softmax) or (
-            isinstance(op, voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout)
-            and self._weights[op.x]
-        )
-        self.behind[node] = self._depend(node, op, inputs)
-        for storage in self.memory.writes(node):
-            origins = self._stored_origins.get(storage, frozenset())
-            self._stored_origins[storage] = origins | self.origins[node]
-            stored = (self._stored_behind.get(storage, frozenset()), self.behind[node])
-            self._stored_behind[storage] = self._first(stored)
+        if isinstance(op, voc.Softmax) or (
+            isinstance(op, voc.MOVED | voc.Dropout) and op.x in self._weights
+        ):
+            self._weights.add(node)
+        self.behind[node] = self._depend(node, op, sources)
+        for storage in memory.writes(node):
+            self.origins[storage] = self._all_origins([storage, node])
+            self.behind[storage] = self._all_behind([storage, node])
 
-    def _storages(self, inputs: list[fx.Node]) -> frozenset[int]:
-        """The memory that some nodes lie in: what was written there is read with them."""
-        return frozenset().union(*map(self.memory.storages, inputs))
+    def _all_origins(self, sources: Iterable[fx.Node | int]) -> frozenset[str]:
+        return _NOTHING.union(*(self.origins.get(x, _NOTHING) for x in sources))
 
-    def before(self, node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
-        """The products that what ``reader`` reads of ``node`` is reached from."""
-        made = self.memory.definition(node, reader)
-        return self.chained[made] if made is not None else frozenset()
+    def _all_behind(self, sources: Iterable[fx.Node | int]) -> frozenset[fx.Node]:
+        return self._first(*(self.behind.get(x, _NOTHING) for x in sources))
 
-    def _origin(self, node: fx.Node, op: voc.Op | None, inputs: list[fx.Node]) -> frozenset[str]:
+    def _origin(self, node: fx.Node, op: voc.Op | None, sources: list[Any]) -> frozenset[str]:
         if node.op == "placeholder":
-            value = voc.tensor_of(node)
-            name = str(node.target)
-            is_table = isinstance(value, torch.nn.Parameter) or "_buffers_" in name
-            return frozenset({TABLE if is_table or "_parameters_" in name else INPUT})
+            is_table = isinstance(voc.tensor_of(node), torch.nn.Parameter)
+            is_table = is_table or any(x in str(node.target) for x in ("_buffers_", "_parameters_"))
+            return frozenset({TABLE if is_table else INPUT})
         if node.op == "get_attr":
             return frozenset({TABLE})
         if target_name(node) in _PROJECTIONS and op is None:
             return frozenset({PROJECTION})
-        union: frozenset[str] = frozenset().union(
-            *(self.origins[n] for n in inputs),
-            *(self._stored_origins.get(s, frozenset()) for s in self._storages(inputs)),
-        )
-        if isinstance(op, voc.Product) and TABLE in union:
-            factors = [self.origins[op.a], self.origins[op.b]]
-            if any(f == {TABLE} for f in factors):
-                return frozenset({PROJECTION})
-        return union
+        if isinstance(op, voc.Product) and {TABLE} in (self.origins[op.a], self.origins[op.b]):
+            return frozenset({PROJECTION})
+        return self._all_origins(sources)
 
     def _chain(self, node: fx.Node, op: voc.Op | None) -> frozenset[fx.Node]:
         if isinstance(op, voc.Product):
-            is_output = self._weights[op.a] or self._weights[op.b]  # PV, not QK^T
-            return frozenset() if is_output else frozenset({node})
+            return _NOTHING if self._is_output(op) else frozenset({node})
         if isinstance(op, voc.Scale):
-            return self._several(node, op.x, op.factor)
+            return self._first(self.before(op.x, node), self.before(op.factor, node))
         if isinstance(op, voc.Add):
-            return self._several(node, op.x, op.y)
-        if isinstance(
-            op,
-            voc.Fill
-            | voc.Clamp
-            | voc.Tanh
-            | voc.Append
-            | voc.Cast
-            | voc.Reshape
-            | voc.Permute
-            | voc.Identity
-            | voc.Dropout,
-        ):
-            return self.before(op.x, node)
-        return frozenset()
+            return self._first(self.before(op.x, node), self.before(op.y, node))
+        return self.before(op.x, node) if isinstance(op, voc.ON_SCORES) else _NOTHING
 
-    def _several(self, reader: fx.Node, *nodes: Any) -> frozenset[fx.Node]:
-        return self._first(self.before(n, reader) for n in nodes if isinstance(n, fx.Node))
+    def _is_output(self, op: voc.Product) -> bool:
+        """Whether a product is PV, not QK^T."""
+        return op.a in self._weights or op.b in self._weights
 
-    def _first(self, products: Iterable[frozenset[fx.Node]]) -> frozenset[fx.Node]:
-        found = frozenset().union(*products)
+    def _first(self, *products: frozenset[fx.Node]) -> frozenset[fx.Node]:
+        found = _NOTHING.union(*products)
         return frozenset(sorted(found, key=self.memory.position.__getitem__)[:_MAX_PRODUCTS])
 
-    def _depend(
-        self, node: fx.Node, op: voc.Op | None, inputs: list[fx.Node]
-    ) -> frozenset[fx.Node]:
+    def _depend(self, node: fx.Node, op: voc.Op | None, sources: list[Any]) -> frozenset[fx.Node]:
         if isinstance(op, voc.Softmax | voc.Sdpa):
-            return frozenset()
+            return _NOTHING
         if target_name(node) in _STOPS:  # a layer ends the walk, unless it mixes heads of scores
-            return self.chained[inputs[0]] if _mixes_heads(node) else frozenset()
+            return self.chained[sources[0]] if _mixes_heads(node) else _NOTHING
         value = voc.tensor_of(node)
         if value is not None and not value.dtype.is_floating_point:
-            return frozenset()  # an index or a mask: chosen by scores, but no scores
-        if isinstance(op, voc.Product):
-            if self._weights[op.a] or self._weights[op.b]:
-                return frozenset()
-            if self.is_scores(node):
-                return frozenset({node})
-            return self._behind_all(inputs) if op.equation else frozenset()
-        return self._behind_all(inputs)
-
-    def _behind_all(self, inputs: list[fx.Node]) -> frozenset[fx.Node]:
-        stored = [self._stored_behind.get(s, frozenset()) for s in self._storages(inputs)]
-        return self._first([*(self.behind[n] for n in inputs), *stored])
+            return _NOTHING  # an index or a mask: chosen by scores, but no scores
+        if isinstance(op, voc.Product) and not self._is_output(op) and self.is_scores(node):
+            return frozenset({node})
+        if isinstance(op, voc.Product) and (self._is_output(op) or not op.equation):
+            return _NOTHING
+        return self._all_behind(sources)
 
 
 def _mixes_heads(layer: fx.Node) -> bool:
     """Whether a layer's channels are heads: a convolution of them, a linear after a permute."""
-    if target_name(layer) in {"conv1d", "conv2d"}:
-        return True
-    op = read(layer.args[0]) if target_name(layer) == "linear" else None
-    while isinstance(op, voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Scale):
+    name = target_name(layer)
+    op = read(layer.args[0]) if name == "linear" else None
+    while isinstance(op, voc.MOVED | voc.Scale):
         rank = len(shape_of(op.x))
         if isinstance(op, voc.Permute) and set(op.dims[-2:]) != {rank - 2, rank - 1}:
             return True
         op = read(op.x)
-    return False
+    return name in {"conv1d", "conv2d"}
 
 
 # -- axes ---------------------------------------------------------------------------------------
@@ -251,33 +221,28 @@ def axis_origin(node: fx.Node, axis: int, known: dict[Axis, str | None]) -> str 
             break
         way.append((node, axis))
         name = target_name(node)
-        if name in _CONVOLUTIONS:
-            answer = {0: BATCH, 1: CHANNEL}.get(axis, TOKEN)
-            break
-        if name in {"linear", "embedding"} and axis == rank - 1:
-            answer = CHANNEL
-            break
         is_layer = name in {"linear", "embedding"}
-        following = (node.args[0], axis) if is_layer else _previous_axis(node, axis, rank)
+        if name in _CONVOLUTIONS or (is_layer and axis == rank - 1):
+            answer = CHANNEL if is_layer else {0: BATCH, 1: CHANNEL}.get(axis, TOKEN)
+            break
+        following: Any = (node.args[0], axis) if is_layer else _previous_axis(node, axis, rank)
         if following is None or not voc.is_tensor(following[0]):
             break
-        node, axis = following  # type: ignore[assignment]
+        node, axis = following
     size, place = hint(shape_of(node)[axis]) if rank else -1, axis
     for node, axis in reversed(way):
         before, size = size, hint(shape_of(node)[axis])
         moved, place = axis > place and not isinstance(read(node), voc.Permute), axis
         if answer == BATCH and (before != size or moved):
-            answer = (
-                None  # tokens folded into the batch, or taken out of it: a new axis is in front
-            )
+            answer = None  # tokens folded into the batch, or taken out: a new axis is in front
         if answer is None and target_name(node) == "linear" and axis > 0:
             answer = TOKEN
         known[node, axis] = answer
     return answer
 
 
-def _previous_axis(node: fx.Node, axis: int, rank: int) -> tuple[fx.Node, int] | None:
-    op = read(node)
+def _previous_axis(node: fx.Node, axis: int, rank: int) -> tuple[Any, int] | None:
+    op, name = read(node), target_name(node)
     if isinstance(op, voc.Permute):
         return op.x, op.dims[axis]
     if isinstance(op, voc.Product):
@@ -285,19 +250,17 @@ def _previous_axis(node: fx.Node, axis: int, rank: int) -> tuple[fx.Node, int] |
             return _einsum_axis(op, axis)
         if axis == rank - 1:
             return op.b, len(shape_of(op.b)) - 1
-        return _aligned(op.a, axis, rank)
-    name = target_name(node)
+        aligned = axis - (rank - len(shape_of(op.a)))
+        return (op.a, aligned) if aligned >= 0 else None
     if isinstance(op, voc.Reshape) or name in {"flatten", "unflatten", "reshape", "view"}:
-        source: Any = node.args[0]
-        found = _reshaped_axis(shape_of(source), shape_of(node), axis)
-        return None if found is None else (source, found)
+        found = _reshaped_axis(shape_of(node.args[0]), shape_of(node), axis)
+        return None if found is None else (node.args[0], found)
     if node.target is operator.getitem:
         return _indexed_axis(node, axis)
     if name in {"chunk", "split", "unbind"}:  # seen through getitem only
         return None
     if name in {"cat", "concat"}:
-        parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
-        tensors = [p for p in parts if voc.is_tensor(p) and len(shape_of(p)) == rank]
+        tensors = [x for x in voc.argument(node, 0, "tensors") if len(shape_of(x)) == rank]
         widest = max(tensors, key=lambda t: hint(shape_of(t)[axis]), default=None)
         return (widest, axis) if widest is not None else None
     # Pointwise: the operand of the same rank whose axis is not broadcast.
@@ -306,80 +269,60 @@ def _previous_axis(node: fx.Node, axis: int, rank: int) -> tuple[fx.Node, int] |
         shape = shape_of(source)
         offset = rank - len(shape)
         is_kept = shape and axis >= offset and hint(shape[axis - offset]) == size
-        if is_kept and (len(shape) == rank or name in {"add", "mul"}):
+        if is_kept and (offset == 0 or name in {"add", "mul"}):
             return source, axis - offset
     return None
 
 
-def _aligned(source: fx.Node, axis: int, rank: int) -> tuple[fx.Node, int] | None:
-    position = axis - (rank - len(shape_of(source)))
-    return (source, position) if position >= 0 else None
-
-
 def _einsum_axis(op: voc.Product, axis: int) -> tuple[fx.Node, int] | None:
-    left, _, out = (op.equation or "").partition("->")
-    first, _, second = left.partition(",")
-    if not out or "." in left:
+    first, second, out = op.labels
+    if not out or "." in first + second:
         return None
-    label = out[axis]
-    for labels, source in ((first, op.a), (second, op.b)):
-        if label in labels:
-            return source, labels.index(label)
-    return None
+    sides = ((first, op.a), (second, op.b))
+    return next(((x, ls.index(out[axis])) for ls, x in sides if out[axis] in ls), None)
 
 
 def _reshaped_axis(source: tuple[Any, ...], result: tuple[Any, ...], axis: int) -> int | None:
     """The input axis that an output axis of a reshape is made of (the largest share of it)."""
     a, b = [hint(s) for s in source], [hint(s) for s in result]
-    if any(s < 1 for s in a) or any(s < 1 for s in b):
+    if any(s < 1 for s in (*a, *b)) or b[axis] == 1:
         return None
-    if b[axis] == 1:
-        return None
-    low = 1
-    for size in b[axis + 1 :]:
-        low *= size
-    high = low * b[axis]  # the output axis spans strides [low, high)
+    low, high = math.prod(b[axis + 1 :]), math.prod(b[axis:])  # it spans strides [low, high)
     best, share, stride = None, 1.0, 1
-    for i in range(len(a) - 1, -1, -1):
-        overlap = min(high, stride * a[i]) / max(low, stride)
+    for i, size in reversed(list(enumerate(a))):
+        overlap = min(high, stride * size) / max(low, stride)
         if overlap > share:
             best, share = i, overlap
-        stride *= a[i]
+        stride *= size
     return best
 
 
-def _indexed_axis(node: fx.Node, axis: int) -> tuple[fx.Node, int] | None:
+def _indexed_axis(node: fx.Node, axis: int) -> tuple[Any, int] | None:
     source: Any = node.args[0]
-    index: Any = node.args[1]
+    if not isinstance(source, fx.Node):
+        return None
     if not voc.is_tensor(source):  # one of several outputs: chunk, split, unbind, ...
-        if not isinstance(source, fx.Node):
-            return None
         name = target_name(source)
         origin: Any = source.args[0] if source.args else None
         if name == "unbind":
-            dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)
+            dim = voc.argument(source, 1, "dim", 0)
             dim = dim % len(shape_of(origin)) if isinstance(dim, int) else 0
             return origin, axis + (axis >= dim)
         return (origin, axis) if name in {"chunk", "split", "tensor_split"} else None
+    index: Any = node.args[1]
     entries = index if isinstance(index, tuple) else (index,)
-    consumed = sum(e is not None and e is not Ellipsis for e in entries)
-    position, out = 0, 0
-    for entry in entries:
-        if entry is Ellipsis:
-            skipped = len(shape_of(source)) - consumed
-            if out <= axis < out + skipped:
-                return source, position + axis - out
-            position, out = position + skipped, out + skipped
-        elif entry is None:
-            if out == axis:
-                return None
-            out += 1
-        elif isinstance(entry, slice):
-            if out == axis:
-                return source, position
-            position, out = position + 1, out + 1
-        elif isinstance(entry, int):
-            position += 1
-        else:
-            return None
-    return source, position + axis - out
+    skipped = len(shape_of(source)) - sum(e is not None and e is not Ellipsis for e in entries)
+    places: list[int | None] = []  # output axis -> input axis
+    position = 0
+    for entry in (*entries, Ellipsis):
+        if entry is None:
+            places.append(None)
+            continue
+        if not (entry is Ellipsis or isinstance(entry, slice | int)):
+            break
+        width = skipped if entry is Ellipsis else 1
+        if not isinstance(entry, int):
+            places += range(position, position + width)
+        position += width
+    place = places[axis] if axis < len(places) else None
+    return None if place is None else (source, place)
