@@ -51,31 +51,21 @@ def peel(see: See, node: fx.Node, dims: tuple[int, ...]) -> Operand:
 
 
 def _labels(op: voc.Product) -> tuple[str, str, str]:
-    left, arrow, out = (op.equation or "").partition("->")
-    first, _, second = left.partition(",")
-    if not arrow or any(
-        len(set(x.replace(".", ""))) < len(x.replace(".", "")) for x in (first, second, out)
-    ):
+    """The labels of a, b and the result, those that an ellipsis stands for among them."""
+    plain = [labels.replace(".", "") for labels in op.labels]
+    if "->" not in (op.equation or "") or any(len(set(x)) < len(x) for x in plain):
         raise RefusedError("layout", f"einsum {op.equation!r} is not read")
     # An ellipsis stands for axes that broadcast from the right; give them labels of their own.
-    spare = [letter for letter in string.ascii_uppercase if letter not in left + out]
-    widths = [
-        len(shape_of(node)) - len(labels.replace("...", ""))
-        for node, labels in ((op.a, first), (op.b, second))
-        if "..." in labels
-    ]
+    ranks = [len(shape_of(op.a)), len(shape_of(op.b))]
+    widths = [r - len(x) for r, x, y in zip(ranks, plain, op.labels, strict=False) if "." in y]
+    spare = [letter for letter in string.ascii_uppercase if letter not in "".join(plain)]
     hidden = "".join(spare[: max(widths, default=0)])
-
-    def spelled(labels: str, rank: int) -> str:
-        width = rank - len(labels.replace("...", ""))
-        return labels.replace("...", hidden[len(hidden) - width :] if width else "")
-
-    rank = len(out.replace("...", "")) + len(hidden)
-    return (
-        spelled(first, len(shape_of(op.a))),
-        spelled(second, len(shape_of(op.b))),
-        spelled(out, rank),
+    ranks.append(len(plain[2]) + len(hidden))
+    first, second, out = (
+        y.replace("...", hidden[len(hidden) - (rank - len(x)) :])
+        for rank, x, y in zip(ranks, plain, op.labels, strict=True)
     )
+    return first, second, out
 
 
 def einsum_scores(see: See, op: voc.Product, axes: tuple[int, ...]) -> tuple[Operand, Operand]:
@@ -134,29 +124,24 @@ def take_scale(see: See, x: Operand) -> tuple[Operand, tuple[Factor, ...]]:
     """Take numbers multiplied into Q or K out, also from under reshapes; they go into the scale."""
     factors: list[Factor] = []
     while True:
-        path: list[fx.Node] = []
-        node = x.node
+        path, node = [], x.node
         while isinstance(op := see(node), voc.Reshape | voc.Permute | voc.Identity):
             path.append(node)
             node = op.x
-        if not isinstance(op, voc.Scale) or voc.is_tensor(op.factor):
-            return x, tuple(factors)
-        if not isinstance(op.factor, int | float | fx.Node) or not _floating(op.x):
-            return x, tuple(factors)
-        if isinstance(op.factor, int | float) and op.factor <= 0:
+        if not isinstance(op, voc.Scale) or not _goes_into_scale(op):
             return x, tuple(factors)
         factors.append(Factor(op.factor, op.divide))
-        if path:
+        if path or x.replay:
             x = replace(x, node=op.x, replay=(*reversed(path), *x.replay))
-        elif x.replay:
-            x = replace(x, node=op.x)
         else:
             x = peel(see, op.x, x.dims)
 
 
-def _floating(node: fx.Node) -> bool:
-    value = voc.tensor_of(node)
-    return value is not None and value.dtype.is_floating_point
+def _goes_into_scale(op: voc.Scale) -> bool:
+    value, factor = voc.tensor_of(op.x), op.factor
+    is_number = isinstance(factor, int | float) and factor > 0
+    is_symbol = isinstance(factor, fx.Node) and not voc.is_tensor(factor)
+    return (is_number or is_symbol) and value is not None and value.dtype.is_floating_point
 
 
 # -- sinks --------------------------------------------------------------------------------------
@@ -199,38 +184,30 @@ def unrepeated(see: See, x: Operand) -> tuple[Operand, Any] | None:
     if base is None:
         return None
     source, repeats = base
-    shape = list(x.shape)
-    shape[-3] = shape_of(source)[head]
+    shape = (*x.shape[:-3], shape_of(source)[head], *x.shape[-2:])
     found = peel(see, source, x.dims)
-    same = same_shape(found.shape, tuple(shape))
-    return (found if same else Operand(source, x.dims, tuple(shape))), repeats
+    same = same_shape(found.shape, shape)
+    return (found if same else Operand(source, x.dims, shape)), repeats
 
 
 def _before_interleave(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
     op = see(node)
     if not isinstance(op, voc.Expand) or target_name(node) != "repeat_interleave":
         return None
-    x = op.x
-    repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    rank = len(shape_of(node))
-    if not isinstance(repeats, int) or not isinstance(dim, int) or dim % rank != head:
-        return None
-    return x, repeats
+    repeats, dim = voc.argument(node, 1, "repeats"), voc.argument(node, 2, "dim")
+    is_known = isinstance(repeats, int) and isinstance(dim, int)
+    return (op.x, repeats) if is_known and dim % len(shape_of(node)) == head else None
 
 
 def _before_expand(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | None:
     """``reshape(expand(x[:, :, None], ...))``: heads (Hk, 1) -> (Hk, repeats) -> Hk * repeats."""
     merged = see(node)
     expanded = see(merged.x) if isinstance(merged, voc.Reshape) else None
-    if not isinstance(merged, voc.Reshape) or not isinstance(expanded, voc.Expand):
-        return None
-    wide: tuple[Any, ...] = shape_of(merged.x)
-    inner = expanded.x
-    inserted = see(inner)
+    inserted = see(expanded.x) if isinstance(expanded, voc.Expand) else None
     if not isinstance(inserted, voc.Reshape):
         return None
-    source, thin, result = inserted.x, shape_of(inner), shape_of(node)
+    source, result = inserted.x, shape_of(node)
+    thin, wide = shape_of(expanded.x), shape_of(merged.x)  # type: ignore[union-attr]
     repeats = wide[head + 1] if len(wide) == len(result) + 1 else None
     if not isinstance(repeats, int) or len(thin) != len(wide) or not same_size(thin[head + 1], 1):
         return None
@@ -269,23 +246,15 @@ def common_dtype(
         return q, k, None
     if product_value is None:
         raise RefusedError("mixed-dtype", "the dtype of the scores is not known")
-    is_autocast = (
-        product_value.dtype == out.dtype
-        and out.dtype.itemsize < 4
-        and out.dtype not in {dtype_of(q), dtype_of(k)}
-    )
-    if is_autocast or _only_autocast(dtypes, out.dtype, product_value.dtype):
+    # Low precision out of full and low precision in: nothing but autocast gives that.
+    is_low = product_value.dtype == out.dtype and out.dtype.itemsize < 4
+    is_mixed = torch.float32 in dtypes and dtypes <= {torch.float32, out.dtype}
+    if is_low and (is_mixed or out.dtype not in {dtype_of(q), dtype_of(k)}):
         return q, k, out.dtype if len(dtypes) > 1 else None  # as autocast casts them
     if all(d.is_floating_point for d in dtypes) and torch.float64 not in dtypes:
         return q, k, torch.float32
     names = ", ".join(sorted(str(d)[6:] for d in dtypes | {out.dtype}))
     raise RefusedError("mixed-dtype", f"Q, K, V and the output have different dtypes: {names}")
-
-
-def _only_autocast(dtypes: set[torch.dtype], out: torch.dtype, product: torch.dtype) -> bool:
-    """Low precision out of full and low precision in: nothing but autocast gives that."""
-    is_low = out.itemsize < 4 and product == out
-    return is_low and dtypes <= {torch.float32, out} and torch.float32 in dtypes
 
 
 def _without_upcast(see: See, x: Operand, dtype: torch.dtype) -> Operand:
