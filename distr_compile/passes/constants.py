@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distr_compile.passes.memory import Memory
-from distr_compile.passes.vocabulary import HIDING, target_name, value_of
+from distr_compile.passes.memory import Memory, call, tensors_in
+from distr_compile.passes.vocabulary import HIDING, argument, target_name, value_of
 
 SECONDS = 0.5
 """Processor time for the constants of one graph; what is not computed by then stays a tensor."""
@@ -37,7 +37,13 @@ _SHAPE_ONLY = {
 }
 """Operations that read of this argument only shape, dtype or device."""
 
-_FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
+_FILLED = {
+    **dict.fromkeys("zeros zeros_like new_zeros".split(), 0),
+    **dict.fromkeys("ones ones_like new_ones".split(), 1),
+    **dict.fromkeys("full full_like new_full".split()),
+}
+"""What a factory fills a tensor with; None: with what it is given."""
+
 _POINTWISE = frozenset(
     "le lt ge gt eq ne less_equal greater_equal less greater logical_not bitwise_not invert inv "
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior "
@@ -73,7 +79,6 @@ class Constants:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._seconds = SECONDS
-        self._offsets: dict[Any, int | None] = {}
 
     def number(self, arg: Any, reader: fx.Node) -> float | None:
         """The number an argument stands for when ``reader`` reads it, if it is always the same."""
@@ -105,14 +110,6 @@ class Constants:
         Returns:
             None for every other mask, and for one that shows everything.
         """
-        key = (node, reader, str(rows), str(columns), hidden)
-        if key not in self._offsets:
-            self._offsets[key] = self._causal_offset(node, reader, rows, columns, hidden)
-        return self._offsets[key]
-
-    def _causal_offset(
-        self, node: fx.Node, reader: fx.Node, rows: Any, columns: Any, hidden: bool
-    ) -> int | None:
         found: set[int] = set()
         try:
             for program in self._programs(node, reader, (rows, columns)):
@@ -153,23 +150,18 @@ class Constants:
     def _programs(self, node: fx.Node, reader: fx.Node, sizes: tuple[Any, ...]) -> list[_Program]:
         """The program of a node at every choice of sizes, and of what fresh memory holds."""
         nodes = self._nodes(node, reader)
-        symbols: set[Any] = set()
-        for value in [*map(value_of, nodes), *sizes]:
-            for size in tree_leaves(value):
-                shape = size.shape if isinstance(size, Tensor) else (size,)
-                for s in shape:
-                    if isinstance(s, torch.SymInt | torch.SymFloat | torch.SymBool):
-                        symbols |= _plain_symbols(s)
-        fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
-        sized = set().union(*(_plain_symbols(s) for s in sizes if isinstance(s, torch.SymInt)))
-        if symbols - sized:
+        leaves = tree_leaves([*map(value_of, nodes), *sizes])
+        numbers = [s for x in leaves for s in (x.shape if isinstance(x, Tensor) else (x,))]
+        symbols = set().union(*map(_plain_symbols, numbers))
+        if symbols - set().union(*map(_plain_symbols, sizes)):
             raise _NotConstantError  # a number of the caller's, not a size of the scores
-        choices = list(_choices(symbols, nodes))
-        if symbols and _has_narrow_positions(nodes):
-            raise _NotConstantError  # they wrap around or run together further on
-        if symbols and any(target_name(n) not in _POINTWISE and _has_tensor(n) for n in nodes):
+        if symbols and (_has_narrow_positions(nodes) or not _goes_by_positions(nodes)):
             raise _NotConstantError
-        return [_Program(nodes, node, sizes, filling) for sizes in choices for filling in fillings]
+        fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
+        choices = list(_choices(symbols, nodes))
+        return [
+            _Program(nodes, node, values, filling) for values in choices for filling in fillings
+        ]
 
     def _nodes(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         """All nodes that what ``reader`` reads of ``node`` hangs on, in program order.
@@ -185,18 +177,16 @@ class Constants:
             if current in found:
                 continue
             found.add(current)
-            if not _has_tensor(current) and not memory.writes(current):
+            if not tensors_in(value_of(current)) and not memory.writes(current):
                 continue  # a size: its value is known by its expression
-            writers = memory.writers(current, current, reader)
-            if current.op not in ("call_function", "call_method") or len(found) > 256:
-                raise _NotConstantError
-            if current not in memory.known:
+            is_call = current.op in ("call_function", "call_method")
+            if not is_call or current not in memory.known or len(found) > 256:
                 raise _NotConstantError
             skipped = _SHAPE_ONLY.get(target_name(current))
             for place, given in enumerate((*current.args, *current.kwargs.values())):
                 if place != skipped:
                     stack += [n for n in tree_leaves(given) if isinstance(n, fx.Node)]
-            stack += writers
+            stack += memory.writers(current, current, reader)
         return sorted(found, key=memory.position.__getitem__)
 
 
@@ -215,28 +205,19 @@ class _Program:
 
     def size(self, size: Any) -> Any:
         """A size, or a number or flag that hangs on sizes, as it is under this choice."""
-        if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return _python_type(size)(size.node.expr.xreplace(self.symbols))
-        return size
+        kind: Any = _SYMBOLIC.get(type(size))
+        return size if kind is None else kind(size.node.expr.xreplace(self.symbols))
 
     def chunks(self, rows: int) -> Iterator[_Rows]:
         """All rows at once if they fit into the memory allowed, else chunks of them."""
-        bytes_ = sum(self._bytes(n) for n in self.nodes)
+        tensors = [x for x in map(value_of, self.nodes) if isinstance(x, Tensor)]
+        bytes_ = sum(math.prod(self._shape(x)) * x.itemsize for x in tensors)
         count = max(1, math.ceil(bytes_ / BYTES))
-        step = max(1, rows // count)
-        if count > 1 and any(
-            target_name(n) not in _POINTWISE and _has_tensor(n) for n in self.nodes
-        ):
+        if count > 1 and not _goes_by_positions(self.nodes):
             raise _NotConstantError
+        step = max(1, rows // count)
         for start in range(0, rows, step):
             yield _Rows(start, min(start + step, rows), rows)
-
-    def _bytes(self, node: fx.Node) -> int:
-        value = value_of(node)
-        if not isinstance(value, Tensor):
-            return 0
-        size: int = math.prod(self._shape(value)) * value.itemsize
-        return size
 
     def run(self, rows: _Rows, is_late: Callable[[], bool]) -> Tensor:
         """The wanted value; of a chunk that is not all rows, these rows of it."""
@@ -251,24 +232,25 @@ class _Program:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], rows: _Rows) -> Any:
         example, name = value_of(node), target_name(node)
-        if example is not None and not any(isinstance(x, Tensor) for x in tree_leaves(example)):
+        if example is not None and not tensors_in(example):
             return tree_map(self.size, example)
         shape = self._shape(example)
         is_wide = rows.cuts(shape)
-        if is_wide and (name in _FILLED or name in {"full", "full_like", "new_full"}):
-            fill: Any = _FILLED.get(name)
-            if fill is None:
-                fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
-            chunk = (*shape[:-2], rows.stop - rows.start, shape[-1])
-            return torch.full((), fill, dtype=example.dtype).expand(chunk)  # type: ignore[arg-type]
+        chunk = (*shape[:-2], rows.stop - rows.start, shape[-1]) if is_wide else shape
+        if is_wide and name in _FILLED:
+            fill: Any = _FILLED[name]
+            fill = argument(node, 1, "fill_value") if fill is None else fill
+            return torch.full((), fill, dtype=example.dtype).expand(chunk)
 
-        def argument(x: Any) -> Any:
+        def known(x: Any) -> Any:
+            if isinstance(x, fx.Node) and x not in values:  # only its shape and dtype are looked at
+                return torch.empty((), dtype=value_of(x).dtype).expand(self._shape(value_of(x)))
             if isinstance(x, fx.Node):
-                return values[x] if x in values else self._shell(x)
+                return values[x]
             return torch.device("cpu") if isinstance(x, torch.device) else x
 
-        args: list[Any] = [fx.node.map_aggregate(a, argument) for a in node.args]
-        kwargs = {key: fx.node.map_aggregate(a, argument) for key, a in node.kwargs.items()}
+        args: list[Any] = [fx.node.map_aggregate(a, known) for a in node.args]
+        kwargs = {key: fx.node.map_aggregate(a, known) for key, a in node.kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         if is_wide and name in {"tril", "triu"}:
@@ -277,17 +259,14 @@ class _Program:
         if is_wide and name == "expand":
             is_cut = rows.cuts(self._shape(value_of(node.args[0])))
             args = [args[0], *shape[:-2], -1 if is_cut else shape[-2], shape[-1]]
-        if callable(node.target):
-            result = node.target(*args, **kwargs)
-        else:
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        result = call(node, args, kwargs)
         if isinstance(example, Tensor) and result.dtype != example.dtype:
             raise _NotConstantError  # autocast
         if name.startswith(_EMPTY):
             result.fill_(self.filling)
         if any(rows.cuts(self._shape(value_of(n))) for n in node.all_input_nodes):
             # Made of chunks: the chunk of what was made, or the rows are no longer the rows.
-            if not is_wide or result.shape != (*shape[:-2], rows.stop - rows.start, shape[-1]):
+            if not is_wide or result.shape != chunk:
                 raise _NotConstantError
         elif is_wide:
             result = result[..., rows.start : rows.stop, :]
@@ -296,19 +275,13 @@ class _Program:
     def _shape(self, example: Any) -> tuple[int, ...]:
         return tuple(map(self.size, example.shape)) if isinstance(example, Tensor) else ()
 
-    def _shell(self, node: fx.Node) -> Tensor:
-        """Something of a tensor's shape and dtype, for those who look at nothing else."""
-        example = value_of(node)
-        return torch.empty((), dtype=example.dtype).expand(self._shape(example))
+
+_SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
-def _python_type(size: Any) -> Callable[[Any], Any]:
-    """The Python type that a symbolic number stands for."""
-    return {torch.SymInt: int, torch.SymFloat: float}.get(type(size), bool)
-
-
-def _has_tensor(node: fx.Node) -> bool:
-    return any(isinstance(x, Tensor) for x in tree_leaves(value_of(node)))
+def _goes_by_positions(nodes: list[fx.Node]) -> bool:
+    """Whether what the nodes compute may be asked of some sizes, or rows, instead of all."""
+    return all(target_name(n) in _POINTWISE for n in nodes if tensors_in(value_of(n)))
 
 
 def _visible(mask: Tensor, hidden: bool) -> Tensor:
@@ -323,7 +296,9 @@ def _visible(mask: Tensor, hidden: bool) -> Tensor:
 
 
 def _plain_symbols(size: Any) -> set[Any]:
-    """The symbols of a size, which is one and at most a number more or less: else not computed."""
+    """The symbols of a number: one at most, and that plus a number; others are not computed."""
+    if type(size) not in _SYMBOLIC:
+        return set()
     expression = size.node.expr
     symbols = set(expression.free_symbols)
     is_plain = isinstance(size, torch.SymInt) and len(symbols) <= 1
@@ -333,7 +308,7 @@ def _plain_symbols(size: Any) -> set[Any]:
 
 
 def _has_narrow_positions(nodes: list[fx.Node]) -> bool:
-    """Whether positions pass through a type that cannot tell all of them apart.
+    """Whether positions pass through a type that cannot tell all of them apart, further on.
 
     A position is what an ``arange`` becomes until it is compared.
     """

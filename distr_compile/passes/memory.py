@@ -22,29 +22,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distr_compile.passes.vocabulary import same_shape, same_size, target_name, value_of
+from distr_compile.passes.vocabulary import same_shape, target_name, value_of
 
 _LEVELS = {"increment_nesting": 1, "enter_dual": 1, "decrement_nesting": -1, "exit_dual": -1}
 """Parts of the names of functorch's nodes that open and close a transform's level."""
 
 
 class Geometry(NamedTuple):
-    """Which elements of its storage a tensor is, and in which order; sizes may be symbolic."""
+    """Which elements of its storage a tensor is, and in which order."""
 
     dtype: torch.dtype
-    offset: Any
-    shape: tuple[Any, ...]
-    stride: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    """The offset, all sizes, all strides; they may be symbolic."""
 
-    def same(self, other: Geometry | None) -> bool:
+    def same(self, other: Geometry) -> bool:
         """Whether both are the same elements in the same order, asked without a guard."""
-        return (
-            other is not None
-            and self.dtype == other.dtype
-            and same_size(self.offset, other.offset)
-            and same_shape(self.shape, other.shape)
-            and same_shape(self.stride, other.stride)
-        )
+        return self.dtype == other.dtype and same_shape(self.numbers, other.numbers)
 
 
 @dataclass
@@ -78,7 +71,7 @@ class Memory:
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
-        self._writers: dict[int, list[tuple[int, fx.Node]]] = {}
+        self._writers: dict[int, list[fx.Node]] = {}
         _Run(self, graph).run()
         for node in reversed(graph.nodes):
             if node in self.pure and all(user in self.dead for user in node.users):
@@ -98,13 +91,13 @@ class Memory:
 
     def writers(self, node: fx.Node, after: fx.Node, before: fx.Node) -> list[fx.Node]:
         """The nodes between two others that write the memory of ``node``, in order."""
-        low, high = self.position[after] + 1, self.position[before]
-        found = set()
+        place = self.position.__getitem__
+        found: set[fx.Node] = set()
         for storage in self.storages(node):
-            places = self._writers.get(storage, [])
-            first = bisect_left(places, low, key=lambda place: place[0])
-            found.update(places[first : bisect_right(places, high - 1, key=lambda p: p[0])])
-        return [writer for _, writer in sorted(found, key=lambda place: place[0])]
+            nodes = self._writers.get(storage, [])
+            first = bisect_right(nodes, place(after), key=place)
+            found.update(nodes[first : bisect_left(nodes, place(before), key=place)])
+        return sorted(found, key=place)
 
     def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node that made what ``node`` holds when ``reader`` reads it.
@@ -134,7 +127,7 @@ class Memory:
         known = self._written.setdefault(node, {})
         for storage, geometries in written.items():
             if storage not in known:
-                self._writers.setdefault(storage, []).append((self.position[node], node))
+                self._writers.setdefault(storage, []).append(node)
             known.setdefault(storage, []).extend(geometries)
 
 
@@ -155,17 +148,14 @@ class _Watch(TorchDispatchMode):
         is_ours = func.namespace in ("aten", "prims", "prim")
         if not is_ours or torch.Tag.nondeterministic_seeded in func.tags:
             self.trace.is_known = False
-        if schema.is_mutable:
-            for place, argument in enumerate(schema.arguments):
-                if argument.alias_info is None or not argument.alias_info.is_write:
-                    continue
-                by_place = not argument.kwarg_only and place < len(args)
-                value = args[place] if by_place else kwargs.get(argument.name)
-                for x in tree_leaves(value):
-                    storage = _storage(x) if isinstance(x, Tensor) else None
-                    geometry = _geometry(x) if isinstance(x, Tensor) else None
-                    if storage is not None and geometry is not None:
-                        self.trace.written.setdefault(storage, []).append(geometry)
+        for place, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for x in tensors_in(value):
+                storage, geometry = _storage(x), _geometry(x)
+                if storage is not None and geometry is not None:
+                    self.trace.written.setdefault(storage, []).append(geometry)
         return func(*args, **kwargs)
 
 
@@ -179,7 +169,8 @@ class _Run:
         self.may_alias: dict[int, frozenset[int]] = {}
         # Kept alive to the end: a freed storage's address would come back as another's name.
         self.alive: list[Any] = []
-        self.mode = next((m for n in graph.nodes if (m := _fake_mode(value_of(n)))), None)
+        values = (x for node in graph.nodes for x in tensors_in(value_of(node)))
+        self.mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
         self.watch = _Watch()
         self.autocast: list[Any] = []
 
@@ -195,10 +186,13 @@ class _Run:
             level, grad = 0, torch.is_grad_enabled()
             stack.enter_context(torch.no_grad())
             for node in self.graph.nodes:
-                grad = _grad_mode_after(node, grad)
+                if node.target is torch._C._set_grad_enabled:
+                    grad = bool(node.args[0])
+                name = target_name(node)
+                grad = grad and name != "_enter_inference_mode"
                 if not grad:
                     self.memory.without_grad.add(node)
-                change = _level_change(node)
+                change = next((step for part, step in _LEVELS.items() if part in name), 0)
                 level += max(change, 0)
                 if level or _is_wrapped(value_of(node)):
                     self.memory.transformed.add(node)
@@ -211,36 +205,29 @@ class _Run:
         memory = self.memory
         trace = self._execute(node)
         value = self.values[node]
-        tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-        found = [s for x in tensors if (s := _storage(x)) is not None]
-        storages = frozenset().union(*map(self._closure, found)) if found else frozenset()
-        memory.note(node, storages, _geometry(value) if isinstance(value, Tensor) else None)
-        if trace is not None and trace.is_known and node.op != "output":
+        found = [s for x in tensors_in(value) if (s := _storage(x)) is not None]
+        memory.note(node, frozenset().union(*map(self._closure, found)), _geometry(value))
+        written: dict[int, list[Geometry]] = {}
+        if trace is None:
+            written = {storage: [] for storage in self._given(node)}
+        elif trace.is_known and node.op != "output":
             memory.known.add(node)
             if value is not None and not trace.written:
                 memory.pure.add(node)
-        if trace is None:
-            written = self._given(node)
-            if written:
-                memory.note_writes(node, {storage: [] for storage in written})
+        for storage, geometries in trace.written.items() if trace is not None else ():
+            for name in self._closure(storage):
+                written.setdefault(name, []).extend(geometries)
+        memory.note_writes(node, written)
         for given in node.all_input_nodes:
             self._follow(given, node)
-        if trace is not None and trace.written:
-            spread: dict[int, list[Geometry]] = {}
-            for storage, geometries in trace.written.items():
-                for name in self._closure(storage):
-                    spread.setdefault(name, []).extend(geometries)
-            memory.note_writes(node, spread)
 
     def _follow(self, given: fx.Node, node: fx.Node) -> None:
         """Note where a tensor lies now if ``node`` laid it elsewhere: ``set_``, ``x.data = y``."""
-        value = self.values[given]
-        storage = _storage(value) if isinstance(value, Tensor) else None
-        if storage is None or storage in self.memory.storages(given):
-            return
-        everywhere = self.memory.storages(given) | self._closure(storage)
-        self.memory.note(given, everywhere, None)
-        self.memory.note_writes(node, {name: [] for name in everywhere})
+        storage, before = _storage(self.values[given]), self.memory.storages(given)
+        if storage is not None and storage not in before:
+            everywhere = before | self._closure(storage)
+            self.memory.note(given, everywhere, None)
+            self.memory.note_writes(node, {name: [] for name in everywhere})
 
     def _execute(self, node: fx.Node) -> _Trace | None:
         """Run one node; None if it could not be run and may have done anything to its inputs."""
@@ -249,29 +236,28 @@ class _Run:
             self.autocast.append(node.target(*node.args))
         elif node.target is torch.amp.autocast_mode._exit_autocast and self.autocast:
             self.autocast.pop().__exit__(None, None, None)
-        has_tensors = _has_tensor([value_of(n) for n in node.all_input_nodes] + [example])
+        has_tensors = tensors_in([value_of(n) for n in node.all_input_nodes] + [example])
         if node.op in ("placeholder", "get_attr", "output") or not has_tensors:
             self.values[node] = self._shell(example, frozenset(), over_example=True)
             return _Trace()
-        if not self._can_run(node, example):
+        trace = self._try(node, example) if self._can_run(node, example) else None
+        if trace is None:
             self.values[node] = self._shell(example, self._given(node))
-            return None
+        return trace
+
+    def _try(self, node: fx.Node, example: Any) -> _Trace | None:
+        """Run one node; None if that fails, or gives something else than the graph says."""
         self.watch.trace = trace = _Trace()
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         try:
             with _as_it_was(self.mode), self.watch:
-                if callable(node.target):
-                    result = node.target(*args, **kwargs)
-                else:
-                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                result = call(node, args, kwargs)
         except Exception:
-            self.values[node] = self._shell(example, self._given(node))
             return None
         self.alive.append(result)
-        if not _is_like(result, example):
-            self.values[node] = self._shell(example, self._given(node))
+        if _kinds(result) != _kinds(example):
             return None
-        if not _has_tensor(result) or _is_unbacked(result):
+        if not tensors_in(result) or _is_unbacked(result):
             # Numbers, and sizes that depend on data, keep the names that the graph knows them by.
             result = self._shell(example, frozenset())
         self.values[node] = result
@@ -283,8 +269,7 @@ class _Run:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
         given = [self.values[n] for n in node.all_input_nodes]
-        leaves = [x for x in tree_leaves([given, example]) if isinstance(x, Tensor)]
-        return all(is_plain_fake(x) for x in leaves)
+        return all(map(is_plain_fake, tensors_in([given, example])))
 
     def _given(self, node: fx.Node) -> frozenset[int]:
         """The storages of all that a node reads."""
@@ -300,13 +285,13 @@ class _Run:
         """
 
         def stand_in(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not is_plain_fake(x):
+            if not is_plain_fake(x):
                 made = x
             elif over_example:
                 made = x.detach()
             else:
                 made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            storage = _storage(made) if isinstance(made, Tensor) else None
+            storage = _storage(made)
             if storage is not None and aliases:
                 self.may_alias[storage] = aliases
             self.alive.append(made)
@@ -336,66 +321,49 @@ def _as_it_was(mode: FakeTensorMode | None) -> Iterator[None]:
             shapes.pending_fresh_unbacked_symbols[:] = pending
 
 
-def _storage(x: Tensor) -> int | None:
+def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What the call of a node gives with these arguments in place of its own."""
+    if callable(node.target):
+        return node.target(*args, **kwargs)
+    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value: itself, or those in a tuple, list or dict."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _storage(x: Any) -> int | None:
     try:
         return int(x.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse tensors, functorch's wrappers
+    except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, sparse, functorch's
         return None
 
 
-def _geometry(x: Tensor) -> Geometry | None:
+def _geometry(x: Any) -> Geometry | None:
     try:
-        return Geometry(x.dtype, x.storage_offset(), tuple(x.shape), tuple(x.stride()))
-    except (NotImplementedError, RuntimeError):
+        return Geometry(x.dtype, (x.storage_offset(), *x.shape, *x.stride()))
+    except (AttributeError, NotImplementedError, RuntimeError):
         return None
 
 
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in tree_leaves(value))
+def _kinds(value: Any) -> list[tuple[torch.dtype, int]]:
+    return [(x.dtype, x.dim()) for x in tensors_in(value)]
 
 
-def _is_like(result: Any, example: Any) -> bool:
-    """Whether a run gave what the graph says: dtypes and ranks, tensor by tensor."""
-
-    def kinds(value: Any) -> list[tuple[torch.dtype, int]]:
-        return [(x.dtype, x.dim()) for x in tree_leaves(value) if isinstance(x, Tensor)]
-
-    return kinds(result) == kinds(example)
-
-
-def _is_special(x: Tensor) -> bool:
-    return _is_wrapped(x) or is_traceable_wrapper_subclass(x) or x.layout != torch.strided
-
-
-def is_plain_fake(x: Tensor) -> bool:
+def is_plain_fake(x: Any) -> bool:
     """Whether a value is an ordinary tensor, of no subclass and no transform."""
-    return isinstance(x, FakeTensor) and not _is_special(x)
+    if not isinstance(x, FakeTensor) or _is_wrapped(x):
+        return False
+    return x.layout is torch.strided and not is_traceable_wrapper_subclass(x)
 
 
 def _is_wrapped(value: Any) -> bool:
     """Whether a value belongs to a ``torch.func`` transform."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(isinstance(x, Tensor) and wrapped(x) for x in tree_leaves(value))
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_in(value)))
 
 
 def _is_unbacked(value: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    return any(isinstance(x, Tensor) and free_unbacked_symbols(x) for x in tree_leaves(value))
-
-
-def _fake_mode(value: Any) -> FakeTensorMode | None:
-    fakes = (x for x in tree_leaves(value) if isinstance(x, FakeTensor))
-    return next((x.fake_mode for x in fakes), None)
-
-
-def _grad_mode_after(node: fx.Node, before: bool) -> bool:
-    if node.target is torch._C._set_grad_enabled:
-        return bool(node.args[0])
-    return False if target_name(node) == "_enter_inference_mode" else before
-
-
-def _level_change(node: fx.Node) -> int:
-    """Whether a node of functorch or forward-mode AD opens (1) or closes (-1) a level."""
-    name = target_name(node)
-    return next((step for part, step in _LEVELS.items() if part in name), 0)
+    return any(map(free_unbacked_symbols, tensors_in(value)))
