@@ -251,9 +251,6 @@ def _may_be_number(arg: Any) -> bool:
 
 
 # -- readers: each answers a record or None ------------------------------------------------------
-#
-# A reader's parameters are those of what it reads, as far as it looks at them. It is called with a
-# node's arguments; as ``node`` it gets the node itself.
 
 Reader = Callable[..., Op | None]
 
@@ -261,20 +258,25 @@ Reader = Callable[..., Op | None]
 @cache
 def _parameters(reader: Reader) -> tuple[int | None, frozenset[str]]:
     """How many positional arguments a reader takes (None: all there are), and all the names."""
-    kinds = {name: p.kind for name, p in inspect.signature(reader).parameters.items()}
-    by_place = [k for k in kinds.values() if k is not inspect.Parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(reader).parameters.values()
+    by_place = [p.kind for p in parameters if p.kind is not p.KEYWORD_ONLY]
     takes_all = inspect.Parameter.VAR_POSITIONAL in by_place
-    return None if takes_all else len(by_place), frozenset(kinds)
+    return None if takes_all else len(by_place), frozenset(p.name for p in parameters)
 
 
 def _ask(reader: Reader, node: fx.Node) -> Op | None:
-    """What a reader answers about a node; it is given those arguments that it has a name for."""
+    """What a reader answers, given those arguments of a node that it has a parameter for.
+
+    The parameters have the names of what is read; ``node`` is the node, and ``x`` a tensor that is
+    read by its place only: rewriting may repeat such a call over another one.
+    """
     count, names = _parameters(reader)
     named = {"node": node, **node.kwargs}
     try:
-        return reader(*node.args[:count], **{k: v for k, v in named.items() if k in names})
+        op = reader(*node.args[:count], **{k: v for k, v in named.items() if k in names})
     except (IndexError, TypeError, ValueError):  # its tensor is given by keyword, or no tensor is
         return None
+    return None if isinstance(op, Unary) and not is_tensor(op.x) else op
 
 
 def _product(input: Any, other: Any = None, *, mat2: Any = None) -> Op | None:
@@ -365,15 +367,6 @@ def _kept_axis(node: fx.Node) -> int | None:
     return dim % len(shape_of(node)) if is_kept and shape_of(node) else None
 
 
-def _normalised(a: Any, b: Any) -> Op | None:
-    """``exp(x) / exp(x).sum(dim, keepdim=True)``: softmax, spelled out."""
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or target_name(a) != "exp":
-        return None
-    dim = _kept_axis(b) if target_name(b) == "sum" and b.args and b.args[0] is a else None
-    x: Any = a.args[0] if a.args else None
-    return Softmax(x, dim, inner=(a, b)) if dim is not None and is_tensor(x) else None
-
-
 def _multiply(input: Any, other: Any) -> Op | None:
     if is_tensor(input):
         return Scale(input, other)
@@ -381,9 +374,15 @@ def _multiply(input: Any, other: Any) -> Op | None:
 
 
 def _divide(input: Any, other: Any, *, rounding_mode: Any = None) -> Op | None:
+    """Also ``exp(x) / exp(x).sum(dim, keepdim=True)``: softmax, spelled out."""
     if not is_tensor(input) or rounding_mode is not None:
         return None
-    return _normalised(input, other) or Scale(input, other, divide=True)
+    is_sum = isinstance(other, fx.Node) and target_name(other) == "sum" and other.args
+    if target_name(input) == "exp" and input.args and is_sum and other.args[0] is input:
+        x, dim = input.args[0], _kept_axis(other)
+        if is_tensor(x) and dim is not None:
+            return Softmax(x, dim, inner=(input, other))
+    return Scale(input, other, divide=True)
 
 
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Op | None:
@@ -393,11 +392,11 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Op | None:
 
 
 def _subtract(input: Any, other: Any, *, alpha: Any = 1) -> Op | None:
-    return Add(input, other, -alpha) if is_tensor(input) else None  # a TypeError if alpha is a node
+    return Add(input, other, -alpha)  # a TypeError if alpha is a node
 
 
 def _masked_fill(input: Any, mask: Any, value: Any) -> Op | None:
-    return Fill(input, mask, value) if is_tensor(input) and is_tensor(mask) else None
+    return Fill(input, mask, value) if is_tensor(mask) else None
 
 
 def _where(condition: Any, input: Any, other: Any) -> Op | None:
@@ -410,22 +409,17 @@ def _where(condition: Any, input: Any, other: Any) -> Op | None:
     return None
 
 
-def _where_method(x: Any, condition: Any, /, other: Any) -> Op | None:
-    return _where(condition, x, other)
-
-
 def _setitem(x: Any, index: Any, value: Any, /) -> Op | None:
     """``x[condition] = value``, with a boolean mask of the very shape of x."""
     mask = tensor_of(index)
-    if not is_tensor(x) or mask is None or mask.dtype is not torch.bool:
-        return None
-    is_fill = _may_be_number(value) and same_shape(shape_of(index), shape_of(x))
+    is_mask = mask is not None and mask.dtype is torch.bool
+    is_fill = is_mask and same_shape(shape_of(index), shape_of(x)) and _may_be_number(value)
     return Fill(x, index, value) if is_fill else None
 
 
 def _clamp(x: Any, /, min: Any = None, max: Any = None) -> Op | None:
     is_read = all(bound is None or _may_be_number(bound) for bound in (min, max))
-    return Clamp(x, min, max) if is_tensor(x) and is_read else None
+    return Clamp(x, min, max) if is_read else None
 
 
 def _clamp_min(input: Any, other: Any = None, *, min: Any = None) -> Op | None:
@@ -439,7 +433,7 @@ def _clamp_max(input: Any, other: Any = None, *, max: Any = None) -> Op | None:
 
 
 def _tanh(input: Any) -> Op | None:
-    return Tanh(input) if is_tensor(input) else None
+    return Tanh(input)
 
 
 def _append(tensors: Any, dim: Any = None, *, axis: Any = 0, node: fx.Node) -> Op | None:
@@ -463,13 +457,8 @@ def _cast(x: Any, /, *, node: fx.Node) -> Op | None:
     return Cast(x) if source.dtype.is_floating_point and is_wide else None
 
 
-def _unary(record: type[Unary]) -> Reader:
-    return lambda x, /: record(x) if is_tensor(x) else None
-
-
 def _view(x: Any, /, dtype: Any = None) -> Op | None:
-    is_of_bits = isinstance(dtype, torch.dtype)
-    return Reshape(x) if is_tensor(x) and not is_of_bits else None
+    return None if isinstance(dtype, torch.dtype) else Reshape(x)  # else its bits, read anew
 
 
 def _permute(x: Any, /, *axes: Any, dims: Any = ()) -> Op | None:
@@ -490,31 +479,21 @@ def _transpose(input: Any, dim0: Any, dim1: Any) -> Op | None:
     return Permute(input, tuple(dims))
 
 
-def _matrix_transpose(x: Any, /) -> Op | None:
-    return _transpose(x, -2, -1) if len(shape_of(x)) >= 2 else None
-
-
-def _plain_t(x: Any, /) -> Op | None:
-    """``x.T`` reverses all axes; of a matrix it is the transpose."""
-    return _transpose(x, 0, 1) if len(shape_of(x)) == 2 else None
-
-
 def _getattr(x: Any, name: Any, /) -> Op | None:
-    """``x.mT`` and ``x.T``, as older torch spells them."""
-    return _matrix_transpose(x) if name == "mT" else _plain_t(x) if name == "T" else None
+    """``x.mT``, and ``x.T`` of a matrix: of others it reverses all axes."""
+    rank = len(shape_of(x))
+    is_transpose = (name == "mT" and rank >= 2) or (name == "T" and rank == 2)
+    return _transpose(x, -2, -1) if is_transpose else None
 
 
 def _getitem(x: Any, index: Any, /) -> Op | None:
     """Indexing that only inserts axes of size 1 (``x[:, None]``) or takes everything (``x[:]``)."""
     entries = index if isinstance(index, tuple) else (index,)
     whole = slice(None, None, None)
-    is_whole = all(e is None or e is Ellipsis or e == whole for e in entries)
-    return Reshape(x) if is_tensor(x) and is_whole else None
+    return Reshape(x) if all(e is None or e is Ellipsis or e == whole for e in entries) else None
 
 
 def _dropout(input: Any, p: Any = 0.5, training: Any = True) -> Op | None:
-    if not is_tensor(input):
-        return None
     is_idle = training is False or (isinstance(p, int | float) and p == 0)
     return Identity(input) if is_idle else Dropout(input, p)
 
@@ -534,7 +513,7 @@ _TABLE: tuple[tuple[Reader, str, str, str], ...] = (
     (_add, "add add_", "add iadd", ""),
     (_subtract, "sub sub_ subtract", "sub isub subtract", ""),
     (_masked_fill, "masked_fill masked_fill_", "masked_fill", ""),
-    (_where_method, "where", "", ""),
+    (lambda x, mask, /, other: _where(mask, x, other), "where", "", ""),
     (_where, "", "where", "where"),
     (_setitem, "", "setitem", ""),
     (_clamp, "clamp clamp_ clip", "clamp clip", ""),
@@ -543,16 +522,16 @@ _TABLE: tuple[tuple[Reader, str, str, str], ...] = (
     (_tanh, "tanh tanh_", "tanh tanh_", ""),
     (_append, "", "cat concat concatenate", "cat concat"),
     (_cast, "to type type_as float half bfloat16 double", "", "_to_copy"),
-    (_unary(Reshape), "reshape flatten unsqueeze squeeze", "reshape flatten unsqueeze squeeze", ""),
-    (_unary(Reshape), "unflatten view_as reshape_as", "", ""),
+    (Reshape, "reshape flatten unsqueeze squeeze", "reshape flatten unsqueeze squeeze", ""),
+    (Reshape, "unflatten view_as reshape_as", "", ""),
     (_view, "view", "", ""),
-    (_unary(Identity), "contiguous clone detach", "clone detach", "alias lift_fresh_copy"),
-    (_unary(Expand), "broadcast_to repeat_interleave", "broadcast_to repeat_interleave", ""),
-    (_unary(Expand), "expand expand_as repeat", "", ""),
+    (Identity, "contiguous clone detach", "clone detach", "alias lift_fresh_copy"),
+    (Expand, "broadcast_to repeat_interleave", "broadcast_to repeat_interleave", ""),
+    (Expand, "expand expand_as repeat", "", ""),
     (_permute, "permute", "permute", ""),
     (_transpose, "transpose swapaxes swapdims", "transpose swapaxes swapdims", ""),
-    (_matrix_transpose, "", "", "mT"),
-    (_plain_t, "", "", "t numpy_T"),
+    (lambda x, /: _getattr(x, "mT"), "", "", "mT"),
+    (lambda x, /: _getattr(x, "T"), "", "", "t numpy_T"),
     (_getitem, "", "getitem", ""),
     (_dropout, "", "dropout", "dropout"),
     (Sdpa, "", "scaled_dot_product_attention", "scaled_dot_product_attention"),
@@ -588,29 +567,26 @@ def read(node: Any) -> Op | None:
 # -- nodes that are attention, or may be, for the report ----------------------------------------
 
 _ANCHORS = {
-    **dict.fromkeys(("softmax", "_softmax", "special_softmax", "softmin"), "softmax"),
+    **dict.fromkeys("softmax _softmax special_softmax softmin".split(), "softmax"),
+    **dict.fromkeys("flex_attention flex_attention_hop".split(), "flex"),
     "scaled_dot_product_attention": "sdpa",
-    **dict.fromkeys(("flex_attention", "flex_attention_hop"), "flex"),
 }
 _MODULES = {
     F.multi_head_attention_forward: "mha",
     getattr(torch, "_transformer_encoder_layer_fwd", None): "encoder",
 }
-_SPELLED_OUT = frozenset({"exp", "div", "truediv", "divide", "true_divide"})
 
 
 def anchor_kind(node: fx.Node) -> str | None:
     """``"softmax"``, ``"sdpa"``, ``"mha"``, ``"encoder"`` or ``"flex"``: what a report counts."""
     name = target_name(node)
-    if name in _SPELLED_OUT:
+    if name in {"exp", "div", "truediv", "divide", "true_divide"}:
         return "softmax" if isinstance(read(node), Softmax) else None
     return _ANCHORS.get(name) or _MODULES.get(node.target)
 
 
-_SHAPE_READERS = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
-
-
 def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
-    is_reader = user.op == "call_method" and user.target in _SHAPE_READERS
+    readers = {"reshape_as", "view_as", "expand_as", "type_as"}
+    is_reader = user.op == "call_method" and user.target in readers
     return is_reader and user.args[0] is not node
