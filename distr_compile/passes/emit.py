@@ -13,6 +13,8 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from distr_compile.passes.memory import call
+
 STANDS_FOR = "distr_stands_for"
 """Key in the metadata of the node that took a site's place: the name of the site's output."""
 
@@ -130,6 +132,4 @@ def _example_value(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
     # The Python dispatcher, as in Dynamo: else SDPA's C++ parts make symbolic sizes constants.
     with modes[0], enable_python_dispatcher():
-        if callable(node.target):
-            return node.target(*args, **kwargs)
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return call(node, args, kwargs)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -38,15 +38,6 @@ class Geometry(NamedTuple):
     def same(self, other: Geometry) -> bool:
         """Whether both are the same elements in the same order, asked without a guard."""
         return self.dtype == other.dtype and same_shape(self.numbers, other.numbers)
-
-
-@dataclass
-class _Trace:
-    """What the dispatch mode saw while one node ran."""
-
-    written: dict[int, list[Geometry]] = field(default_factory=dict)
-    is_known: bool = True
-    """It called operations of ATen only, and none that draws random numbers."""
 
 
 class Memory:
@@ -132,30 +123,34 @@ class Memory:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what each ATen call writes, whatever the Python code that made it is called."""
+    """What ATen calls do while one node runs, whatever the Python code that makes them is called.
+
+    Attributes:
+        written: storage -> the elements that each write went to.
+        is_known: only operations of ATen were called, and none that draws random numbers.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace = _Trace()
+        self.written: dict[int, list[Geometry]] = {}
+        self.is_known = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
         is_ours = func.namespace in ("aten", "prims", "prim")
         if not is_ours or torch.Tag.nondeterministic_seeded in func.tags:
-            self.trace.is_known = False
-        for place, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+            self.is_known = False
+        for place, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for x in tensors_in(value):
+            for x in tensors_in(args[place] if place < len(args) else kwargs.get(argument.name)):
                 storage, geometry = _storage(x), _geometry(x)
                 if storage is not None and geometry is not None:
-                    self.trace.written.setdefault(storage, []).append(geometry)
+                    self.written.setdefault(storage, []).append(geometry)
         return func(*args, **kwargs)
 
 
@@ -171,7 +166,6 @@ class _Run:
         self.alive: list[Any] = []
         values = (x for node in graph.nodes for x in tensors_in(value_of(node)))
         self.mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
-        self.watch = _Watch()
         self.autocast: list[Any] = []
 
     def run(self) -> None:
@@ -203,18 +197,18 @@ class _Run:
 
     def _visit(self, node: fx.Node) -> None:
         memory = self.memory
-        trace = self._execute(node)
+        seen = self._execute(node)
         value = self.values[node]
         found = [s for x in tensors_in(value) if (s := _storage(x)) is not None]
         memory.note(node, frozenset().union(*map(self._closure, found)), _geometry(value))
         written: dict[int, list[Geometry]] = {}
-        if trace is None:
+        if seen is None:
             written = {storage: [] for storage in self._given(node)}
-        elif trace.is_known and node.op != "output":
+        elif seen.is_known and node.op != "output":
             memory.known.add(node)
-            if value is not None and not trace.written:
+            if value is not None and not seen.written:
                 memory.pure.add(node)
-        for storage, geometries in trace.written.items() if trace is not None else ():
+        for storage, geometries in seen.written.items() if seen is not None else ():
             for name in self._closure(storage):
                 written.setdefault(name, []).extend(geometries)
         memory.note_writes(node, written)
@@ -229,7 +223,7 @@ class _Run:
             self.memory.note(given, everywhere, None)
             self.memory.note_writes(node, {name: [] for name in everywhere})
 
-    def _execute(self, node: fx.Node) -> _Trace | None:
+    def _execute(self, node: fx.Node) -> _Watch | None:
         """Run one node; None if it could not be run and may have done anything to its inputs."""
         example = value_of(node)
         if node.target is torch.amp.autocast_mode._enter_autocast:
@@ -239,37 +233,34 @@ class _Run:
         has_tensors = tensors_in([value_of(n) for n in node.all_input_nodes] + [example])
         if node.op in ("placeholder", "get_attr", "output") or not has_tensors:
             self.values[node] = self._shell(example, frozenset(), over_example=True)
-            return _Trace()
-        trace = self._try(node, example) if self._can_run(node, example) else None
-        if trace is None:
+            return _Watch()
+        seen = self._try(node, example)
+        if seen is None:
             self.values[node] = self._shell(example, self._given(node))
-        return trace
+        return seen
 
-    def _try(self, node: fx.Node, example: Any) -> _Trace | None:
-        """Run one node; None if that fails, or gives something else than the graph says."""
-        self.watch.trace = trace = _Trace()
+    def _try(self, node: fx.Node, example: Any) -> _Watch | None:
+        """Run one node; None if that cannot be, or gives something else than the graph says."""
+        is_body = isinstance(node.target, torch._ops.HigherOrderOperator)
+        is_strange = is_body or node.op == "call_module" or node in self.memory.transformed
+        tensors = tensors_in([*(self.values[n] for n in node.all_input_nodes), example])
+        if is_strange or not all(map(is_plain_fake, tensors)):
+            return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        seen = _Watch()
         try:
-            with _as_it_was(self.mode), self.watch:
+            with _as_it_was(self.mode), seen:
                 result = call(node, args, kwargs)
         except Exception:
             return None
         self.alive.append(result)
         if _kinds(result) != _kinds(example):
             return None
-        if not tensors_in(result) or _is_unbacked(result):
+        if not tensors_in(result) or any(map(free_unbacked_symbols, tensors_in(result))):
             # Numbers, and sizes that depend on data, keep the names that the graph knows them by.
             result = self._shell(example, frozenset())
         self.values[node] = result
-        return trace
-
-    def _can_run(self, node: fx.Node, example: Any) -> bool:
-        if node in self.memory.transformed or node.op == "call_module":
-            return False
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return False
-        given = [self.values[n] for n in node.all_input_nodes]
-        return all(map(is_plain_fake, tensors_in([given, example])))
+        return seen
 
     def _given(self, node: fx.Node) -> frozenset[int]:
         """The storages of all that a node reads."""
@@ -361,9 +352,3 @@ def is_plain_fake(x: Any) -> bool:
 def _is_wrapped(value: Any) -> bool:
     """Whether a value belongs to a ``torch.func`` transform."""
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_in(value)))
-
-
-def _is_unbacked(value: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return any(map(free_unbacked_symbols, tensors_in(value)))
