@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -55,6 +55,9 @@ _POINTWISE = frozenset(
 or by positions that it compares with a number in the program."""
 
 
+_T = TypeVar("_T")
+
+
 class _NotConstantError(Exception):
     """The value hangs on more than constants, or costs too much to compute."""
 
@@ -86,14 +89,10 @@ class Constants:
             return None
         if not isinstance(arg, fx.Node):
             return float(arg)
-        values: set[Any] = set()
-        try:
-            for program in self._programs(arg, reader, ()):
-                x = self._timed(program, _Rows(0, 0, 0))
-                values |= {x.min().item(), x.max().item()} if x.numel() else {None, False}
-        except _NotConstantError:
-            return None
-        return float(values.pop()) if len(values) == 1 else None
+        tensors = (self._timed(p, _Rows(0, 0, 0)) for p in self._programs(arg, reader, ()))
+        ends = (f(x).item() for x in tensors if x.numel() for f in (torch.min, torch.max))
+        found = _agreed(ends)
+        return None if found is None else float(found)
 
     def causal_offset(
         self, node: fx.Node, reader: fx.Node, rows: Any, columns: Any, hidden: bool = False
@@ -110,18 +109,11 @@ class Constants:
         Returns:
             None for every other mask, and for one that shows everything.
         """
-        found: set[int] = set()
-        try:
-            for program in self._programs(node, reader, (rows, columns)):
-                shape = (program.size(rows), program.size(columns))
-                found.add(self._offset_at(program, shape, hidden))
-        except _NotConstantError:
-            return None
-        return found.pop() if len(found) == 1 else None
+        programs = self._programs(node, reader, (rows, columns))
+        return _agreed(self._offset_at(p, p.size(rows), p.size(columns), hidden) for p in programs)
 
-    def _offset_at(self, program: _Program, shape: tuple[int, int], hidden: bool) -> int:
+    def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> int:
         """The offset at one choice of sizes."""
-        rows, columns = shape
         offset: int | None = None
         keys = torch.arange(columns)
         for chunk in program.chunks(rows):
@@ -147,7 +139,7 @@ class Constants:
         finally:
             self._seconds -= time.thread_time() - start
 
-    def _programs(self, node: fx.Node, reader: fx.Node, sizes: tuple[Any, ...]) -> list[_Program]:
+    def _programs(self, node: fx.Node, reader: fx.Node, sizes: Any) -> Iterator[_Program]:
         """The program of a node at every choice of sizes, and of what fresh memory holds."""
         nodes = self._nodes(node, reader)
         leaves = tree_leaves([*map(value_of, nodes), *sizes])
@@ -158,10 +150,9 @@ class Constants:
         if symbols and (_has_narrow_positions(nodes) or not _goes_by_positions(nodes)):
             raise _NotConstantError
         fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
-        choices = list(_choices(symbols, nodes))
-        return [
-            _Program(nodes, node, values, filling) for values in choices for filling in fillings
-        ]
+        for values in _choices(symbols, nodes):
+            for filling in fillings:
+                yield _Program(nodes, node, values, filling)
 
     def _nodes(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         """All nodes that what ``reader`` reads of ``node`` hangs on, in program order.
@@ -277,6 +268,15 @@ class _Program:
 
 
 _SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _agreed(answers: Iterable[_T]) -> _T | None:
+    """The answer of all programs; None where they differ, or where one cannot be computed."""
+    try:
+        found = set(answers)
+    except _NotConstantError:
+        return None
+    return found.pop() if len(found) == 1 else None
 
 
 def _goes_by_positions(nodes: list[fx.Node]) -> bool:
