@@ -139,7 +139,7 @@ def take_scale(see: See, x: Operand) -> tuple[Operand, tuple[Factor, ...]]:
 
 def _goes_into_scale(op: voc.Scale) -> bool:
     value, factor = voc.tensor_of(op.x), op.factor
-    is_number = isinstance(factor, int | float) and factor > 0
+    is_number = isinstance(factor, int | float) and not factor <= 0
     is_symbol = isinstance(factor, fx.Node) and not voc.is_tensor(factor)
     return (is_number or is_symbol) and value is not None and value.dtype.is_floating_point
 
@@ -186,8 +186,8 @@ def unrepeated(see: See, x: Operand) -> tuple[Operand, Any] | None:
     source, repeats = base
     shape = (*x.shape[:-3], shape_of(source)[head], *x.shape[-2:])
     found = peel(see, source, x.dims)
-    same = same_shape(found.shape, shape)
-    return (found if same else Operand(source, x.dims, shape)), repeats
+    is_same = same_shape(found.shape, shape)
+    return (found if is_same else Operand(source, x.dims, shape)), repeats
 
 
 def _before_interleave(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | None:

@@ -81,12 +81,10 @@ class Flow:
         That is so where neither is written in place after the node, and the node is no write.
         """
         op, memory = self.read(node), self.memory
-        source = getattr(op, "x", None)
-        if source is None or memory.writes(node) or memory.writers(node, node, out):
+        if not isinstance(op, voc.Unary) or memory.writes(node) or self.cuts_gradient(node, out):
             return None
-        if self.cuts_gradient(node, out):
-            return None
-        return None if memory.writers(source, node, out) else op
+        is_changed = memory.writers(node, node, out) or memory.writers(op.x, node, out)
+        return None if is_changed else op
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node's values depend on the input or passed a layer."""
@@ -112,10 +110,10 @@ class Flow:
         return self.chained[made] if made is not None else _NOTHING
 
     def _visit(self, node: fx.Node) -> None:
-        op, memory = voc.read(node), self.memory
-        if target_name(node) == "linear":
-            op = voc.linear_product(node)
-            op = op if op is not None and self.is_scores(node, op) else None
+        is_linear, memory = target_name(node) == "linear", self.memory
+        op = voc.linear_product(node) if is_linear else voc.read(node)
+        if is_linear and not self.is_scores(node, op):
+            op = None
         inputs = node.all_input_nodes
         sources = [*inputs, *frozenset().union(*map(memory.storages, inputs))]
         self._ops[node] = op
@@ -257,8 +255,6 @@ def _previous_axis(node: fx.Node, axis: int, rank: int) -> tuple[Any, int] | Non
         return None if found is None else (node.args[0], found)
     if node.target is operator.getitem:
         return _indexed_axis(node, axis)
-    if name in {"chunk", "split", "unbind"}:  # seen through getitem only
-        return None
     if name in {"cat", "concat"}:
         tensors = [x for x in voc.argument(node, 0, "tensors") if len(shape_of(x)) == rank]
         widest = max(tensors, key=lambda t: hint(shape_of(t)[axis]), default=None)

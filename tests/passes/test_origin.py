@@ -216,3 +216,9 @@ def test_a_layer_ends_the_way_back_to_scores() -> None:
     qk = [n for n in graph.nodes if target_name(n) == "matmul"]
     assert flow.behind[first(graph, "sin")] == {qk[1]}
     assert not flow.chained[first(graph, "sin")]
+
+
+@pytest.mark.parametrize("name", ["chunk", "split", "unbind"])
+def test_several_tensors_have_no_axes(name: str) -> None:
+    graph = graph_of(lambda x: getattr(x, name)(*() if name == "unbind" else (1,))[0], TOKENS)
+    assert axis_origin(first(graph, name), 0, {}) is None
