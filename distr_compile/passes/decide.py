@@ -21,9 +21,9 @@ from distr_compile.estimators import (
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import break_even
-from distr_compile.passes.site import AttentionSite
+from distr_compile.passes.site import AttentionSite, count
 from distr_compile.passes.steps import AddStep, FillStep
-from distr_compile.passes.vocabulary import hint, same_size, shape_of
+from distr_compile.passes.vocabulary import same_size, shape_of
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -278,7 +278,5 @@ def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
 
 def flops(site: AttentionSite) -> int:
     """FLOPs of the exact attention, 2 B H N_q N_k (d + d_v); symbolic sizes by their hints."""
-    product: Any = 2
-    for size in (site.batch, site.num_heads, site.num_queries, site.num_keys):
-        product *= max(hint(size), 0)
-    return int(product * (max(hint(site.head_dim), 0) + max(hint(site.value_dim), 0)))
+    scores = count((site.batch, site.num_heads, site.num_queries, site.num_keys))
+    return 2 * scores * (count((site.head_dim,)) + count((site.value_dim,)))

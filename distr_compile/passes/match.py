@@ -8,6 +8,7 @@ whose last axis is the one the softmax runs over, and the product that contracts
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import fx
@@ -25,14 +26,16 @@ from distr_compile.passes.site import (
     RefusedError,
     Step,
     Unmatched,
+    count,
     refusal,
 )
 from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.passes.vocabulary import hint, read, same_shape, shape_of, target_name
-from distr_compile.passes.walk import Walk, count, open_site
+from distr_compile.passes.walk import Walk, open_site
 
 _TRANSFORM = "vmap, another transform of torch.func or forward-mode AD is around it"
 
+_BY_HAND = "exp of the scores, normalised in a way that is not read as a softmax"
 _EXPONENTIALS = frozenset({"exp", "exp_", "exp2"})
 
 
@@ -48,7 +51,10 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
         return [Unmatched(n, kind, why.code, str(why), why.attention) for n, kind in anchors]
     inner = {n for a, _ in anchors if isinstance(op := read(a), voc.Softmax) for n in op.inner}
     found = {node: _read_anchor(node, kind, flow) for node, kind in anchors}
-    found |= {n: _by_hand(n) for n in graph.nodes if n not in inner and _is_by_hand(n, flow)}
+    for node in graph.nodes:
+        if node not in inner and _is_by_hand(node, flow):
+            why, form = RefusedError("softmax-form", _BY_HAND), target_name(node).strip("_")
+            found[node] = Unmatched(node, "softmax", why.code, why.text, why.attention, form)
     return sorted(found.values(), key=lambda each: flow.memory.position[each.anchor])
 
 
@@ -58,12 +64,6 @@ def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
         return False
     scores = [n for n in node.all_input_nodes if voc.is_tensor(n)]
     return any(flow.is_scores(p) for n in scores for p in flow.chained[n])
-
-
-def _by_hand(node: fx.Node) -> Unmatched:
-    text = "exp of the scores, normalised in a way that is not read as a softmax"
-    why = RefusedError("softmax-form", text)
-    return Unmatched(node, "softmax", why.code, text, why.attention, target_name(node).strip("_"))
 
 
 def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
@@ -152,10 +152,7 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
     assert out is not None
     rank, width = len(out.shape), max(hint(shape_of(op.q)[-1]), 1)
     scale = 1.0 / math.sqrt(width) if op.scale is None else op.scale
-
-    def see(x: fx.Node) -> voc.Op | None:
-        return flow.through(x, node)
-
+    see = partial(flow.through, out=node)
     q, k, v = (operand(see, x, rank, transposed=False) for x in (op.q, op.k, op.v))
     q, k, compute_dtype = common_dtype(see, q, k, v, node, out)
     level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))

@@ -71,14 +71,10 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
         Whether it did. Fused calls are left alone, and sites that SDPA cannot say: with a soft cap,
         sinks, several dtypes, or a bias whose dtype is not that of Q.
     """
-    if not isinstance(site, OpenSite) or site.kind != "softmax" or site.softcap:
-        return False
-    if site.sinks is not None or site.compute_dtype is not None:
-        return False
     if site.causal is not None and site.causal.step and site.causal.offset:
         # SDPA's is_causal knows no offset.
         site = replace(site, causal=None, steps=(*site.steps, site.causal.step))
-    if not _sdpa_means_the_same(site):
+    if not isinstance(site, OpenSite) or not _sdpa_means_the_same(site):
         return False
 
     def attend(
@@ -125,7 +121,9 @@ def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
 
 
 def _sdpa_means_the_same(site: OpenSite) -> bool:
-    """SDPA takes a float mask in Q's dtype only, and a number as scale."""
+    """SDPA knows no soft cap and no sinks, and takes a float mask in Q's dtype only."""
+    if site.kind != "softmax" or site.softcap or site.sinks or site.compute_dtype:
+        return False
     dtype = dtype_of(site.q.node)
     if any(dtype_of(s.tensor) != dtype for s in site.steps if isinstance(s, AddStep)):
         return False
@@ -271,10 +269,8 @@ class _Layout:
         lead, full, call = shape[:-2], level.lead, Level((*target, 1, 1))
         if not lead:
             return term
-        if same_shape(full, target):
-            return self._four_axes(term, lead, level)
         if _fits(full, target):
-            return self._four_axes(term, lead, call)
+            return self._four_axes(term, lead, level if same_shape(full, target) else call)
         if target and same_size(full[-1], target[-1]):
             if len(lead) == 1:
                 return term
@@ -333,14 +329,12 @@ def _all_ones(lead: tuple[Any, ...]) -> bool:
 
 def _fits(lead: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     """Same number of axes, each equal, broadcast, or (the heads) a divisor."""
-    if len(lead) != len(target):
-        return False
-    *batch, heads = zip(lead, target, strict=True) if lead else [(1, 1)]
-    return all(same_size(a, b) or same_size(a, 1) for a, b in batch) and (
-        same_size(heads[0], heads[1])
-        or same_size(heads[0], 1)
-        or (all(isinstance(h, int) for h in heads) and heads[1] % heads[0] == 0)
-    )
+    if not lead or len(lead) != len(target):
+        return len(lead) == len(target)
+    fits = [same_size(a, b) or same_size(a, 1) for a, b in zip(lead, target, strict=True)]
+    heads = (*lead[-1:], *target[-1:])
+    divides = all(isinstance(size, int) for size in heads) and heads[1] % heads[0] == 0
+    return all(fits[:-1]) and (fits[-1] or divides)
 
 
 def _widest(sizes: tuple[Any, ...]) -> Any:

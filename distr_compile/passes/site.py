@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from distr_compile.passes.vocabulary import Scalar
+from distr_compile.passes.vocabulary import Scalar, hint
+
+
+def count(shape: tuple[Any, ...]) -> int:
+    """The number of elements; symbolic sizes count by their hints."""
+    return math.prod(max(hint(size), 0) for size in shape)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ NO_CLAMP = 1.0e4
 
 @dataclass
 class Way:
-    """The way back from a softmax to its product, as far as it was walked.
+    """The way from a softmax back to its product, and what happens to the scores on it.
 
     Attributes:
         flow: of the graph.
@@ -39,6 +39,10 @@ class Way:
         dim: which of these the softmax runs over.
         capped: a tanh was met.
         sink: the column of sinks that was met.
+        levels: of the events gone over forwards: the shapes that the scores take.
+        steps: likewise: what the call must be told of.
+        softcap: likewise; 0 for none.
+        width: that of scores and sinks together, once the sinks stand beside the scores.
     """
 
     flow: Flow
@@ -48,6 +52,10 @@ class Way:
     dim: int = 0
     capped: bool = False
     sink: voc.Append | None = None
+    levels: list[Level] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    softcap: float = 0.0
+    width: Any = None
 
     def refuse_shift(self) -> None:
         """One number added to all scores: softmax ignores it, tanh or a sink beside them do not."""
@@ -69,25 +77,6 @@ class Way:
         if isinstance(other, fx.Node) and flow.behind[other] - flow.before(scores, reader):
             raise RefusedError("two-products", "a second product of activations is in the scores")
         return scores, other
-
-
-@dataclass
-class Replay:
-    """The events gone over forwards, from the product.
-
-    Attributes:
-        flow: of the graph.
-        levels: the shapes that the scores take, the product's first.
-        steps: what the call must be told of.
-        softcap: 0 for none.
-        width: that of scores and sinks together, once the sinks stand beside the scores.
-    """
-
-    flow: Flow
-    levels: list[Level]
-    steps: list[Step] = field(default_factory=list)
-    softcap: float = 0.0
-    width: Any = None
 
     @property
     def level(self) -> Level:
@@ -190,8 +179,8 @@ def _tanh_back(way: Way, op: voc.Tanh, node: fx.Node) -> fx.Node:
     return _keep(way, op, node)
 
 
-def _tanh_forth(replay: Replay, op: voc.Tanh, node: fx.Node) -> None:
-    replay.softcap = 1.0
+def _tanh_forth(way: Way, op: voc.Tanh, node: fx.Node) -> None:
+    way.softcap = 1.0
 
 
 def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
@@ -232,12 +221,12 @@ def _scale_back(way: Way, op: voc.Scale, node: fx.Node) -> fx.Node:
     return _keep(way, voc.Scale(scores, factor, op.divide), node)
 
 
-def _scale_forth(replay: Replay, op: voc.Scale, node: fx.Node) -> None:
+def _scale_forth(way: Way, op: voc.Scale, node: fx.Node) -> None:
     factor: Any = op.factor
     tensor = factor if voc.is_tensor(factor) else None
     if tensor is not None:
         shape = shape_of(tensor)
-        if not same_shape(replay.level.shape[-2:], replay.levels[0].shape[-2:]):
+        if not same_shape(way.level.shape[-2:], way.levels[0].shape[-2:]):
             raise RefusedError("layout", "scores of split axes are scaled by a tensor")
         if shape and not same_size(shape[-1], 1):
             raise RefusedError("scores-edited", "the scores are scaled key by key")
@@ -245,16 +234,16 @@ def _scale_forth(replay: Replay, op: voc.Scale, node: fx.Node) -> None:
             raise RefusedError("scores-edited", "the scores are scaled by integers")
     elif not isinstance(factor, int | float | fx.Node):
         raise RefusedError("scores-edited", "the scale is not a number")
-    hidden = [step.value for step in replay.steps if isinstance(step, FillStep)]
+    hidden = [step.value for step in way.steps if isinstance(step, FillStep)]
     if hidden and not (isinstance(factor, int | float) and factor > 0):
         raise RefusedError("scores-edited", "masked scores are scaled by a tensor")
     for value in hidden:
         if (value / factor if op.divide else value * factor) > voc.HIDDEN:
             raise RefusedError("scores-edited", "masked scores are scaled until seen again")
-    replay.steps.append(ScaleStep(tensor, replay.level, node, factor, op.divide))
-    if replay.softcap:
+    way.steps.append(ScaleStep(tensor, way.level, node, factor, op.divide))
+    if way.softcap:
         number = _cap_factor(factor)
-        replay.softcap = replay.softcap / number if op.divide else replay.softcap * number
+        way.softcap = way.softcap / number if op.divide else way.softcap * number
 
 
 def _cap_factor(given: Scalar) -> float:
@@ -310,11 +299,11 @@ def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
     return _keep(way, voc.Add(scores, term, op.alpha), node)
 
 
-def _add_forth(replay: Replay, op: Any, node: fx.Node) -> None:
+def _add_forth(way: Way, op: Any, node: fx.Node) -> None:
     term = voc.tensor_of(op.y)
     if term is None or term.dtype.is_complex:
         raise RefusedError("scores-edited", "a complex tensor is added")
-    replay.steps.append(AddStep(op.y, replay.level, node, op.alpha))
+    way.steps.append(AddStep(op.y, way.level, node, op.alpha))
 
 
 def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
@@ -379,8 +368,8 @@ def _fill_back(way: Way, op: voc.Fill, node: fx.Node) -> fx.Node:
     return _keep(way, op, node)
 
 
-def _fill_forth(replay: Replay, op: voc.Fill, node: fx.Node) -> None:
-    value = replay.flow.constants.number(op.value, node)
+def _fill_forth(way: Way, op: voc.Fill, node: fx.Node) -> None:
+    value = way.flow.constants.number(op.value, node)
     if value is None:
         raise RefusedError("scores-edited", "the mask's fill value is not a constant")
     if value > voc.HIDING:
@@ -391,7 +380,7 @@ def _fill_forth(replay: Replay, op: voc.Fill, node: fx.Node) -> None:
     if value != voc.INFINITE and scores is not None and scores.dtype is torch.float16:
         raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
     dtype = dtype_of(op.x if voc.tensor_of(node) is None else node)
-    replay.steps.append(FillStep(op.condition, replay.level, node, value, op.keep, dtype))
+    way.steps.append(FillStep(op.condition, way.level, node, value, op.keep, dtype))
 
 
 class Kind(NamedTuple):
@@ -399,7 +388,7 @@ class Kind(NamedTuple):
 
     back: Callable[[Way, Any, fx.Node], fx.Node]
     """Goes through a node and returns the scores that it reads."""
-    forth: Callable[[Replay, Any, fx.Node], None] | None = None
+    forth: Callable[[Way, Any, fx.Node], None] | None = None
     """Adds what an event comes to, besides a shape."""
 
 
@@ -418,33 +407,29 @@ KINDS: dict[type, Kind] = {
 """All that the walk passes through between the softmax and the product."""
 
 
-def replay(way: Way, scores: Level, product: fx.Node, op: voc.Product, is_plain: bool) -> Replay:
-    """Go over the events forwards.
+def replay(way: Way, scores: Level, product: fx.Node, op: voc.Product, is_plain: bool) -> None:
+    """Go over the events forwards, from the product and its scores.
 
     As long as the axes are not (lead..., query, key), only numbers may happen to the scores.
     """
-    found, permuted = (
-        Replay(way.flow, [scores]),
-        "the axes of the scores are permuted around a bias",
-    )
+    way.levels, permuted = [scores], "the axes of the scores are permuted around a bias"
     permutes = sum(isinstance(event, voc.Permute) for event, _ in way.events)
     if op.addend is not None:
         if permutes or not is_plain:
             raise RefusedError("layout", permuted)
         if not isinstance(op.beta, int | float):
             raise RefusedError("scores-edited", "baddbmm's beta is not a number")
-        found.steps.append(AddStep(op.addend, scores, product, op.beta))
+        way.steps.append(AddStep(op.addend, scores, product, op.beta))
     for event, node in reversed(way.events):
         permutes -= isinstance(event, voc.Permute)
         in_order = is_plain and permutes == 0 and not isinstance(event, voc.Permute)
-        found.go_to(event, node, in_order)
+        way.go_to(event, node, in_order)
         if forth := KINDS[type(event)].forth:
-            forth(found, event, node)
-        has_tensors = any(step.tensor is not None for step in found.steps)
-        if not in_order and (len(found.levels) > 1 or has_tensors):
+            forth(way, event, node)
+        has_tensors = any(step.tensor is not None for step in way.steps)
+        if not in_order and (len(way.levels) > 1 or has_tensors):
             raise RefusedError("layout", permuted)
-    found.softcap = abs(found.softcap)  # b tanh(a s) is odd in both: |b| tanh(a b s / |b|)
-    return found
+    way.softcap = abs(way.softcap)  # b tanh(a s) is odd in both: |b| tanh(a b s / |b|)
 
 
 def mask_of(
@@ -474,16 +459,11 @@ def drops_sink(user: fx.Node, sink: voc.Append) -> bool:
         return False
     if target_name(user) != "getitem" or not isinstance(user.args[1], tuple):
         return False
-    *others, last = user.args[1]
-    reaches_last = Ellipsis in others or len(others) == len(shape_of(user)) - 1
+    *others, last = user.args[1]  # last of the axes, too: it is the one that became shorter
+    if not all(other is Ellipsis or other == whole for other in others):
+        return False
     starts = (1,) if sink.front else (None, 0)
-    return (
-        reaches_last
-        and all(other is Ellipsis or other == whole for other in others)
-        and isinstance(last, slice)
-        and last.start in starts
-        and last.step in (None, 1)
-    )
+    return isinstance(last, slice) and last.start in starts and last.step in (None, 1)
 
 
 def _reshape_args(node: fx.Node) -> tuple[Any, ...] | None:

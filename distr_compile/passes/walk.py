@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from distr_compile.passes.operands import (
 )
 from distr_compile.passes.origin import BATCH, TOKEN, Flow, axis_origin
 from distr_compile.passes.output import order_to_copy
-from distr_compile.passes.site import Factor, Level, OpenSite, Operand, RefusedError, Step
+from distr_compile.passes.site import Factor, Level, OpenSite, Operand, RefusedError, Step, count
 from distr_compile.passes.steps import KINDS, Way, drops_sink, mask_of, replay
-from distr_compile.passes.vocabulary import hint, read, same_shape, same_size, shape_of, target_name
+from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
 UNARY = voc.Fill | voc.Clamp | voc.Cast | voc.Reshape | voc.Permute | voc.Identity | voc.Dropout
 ON_SCORES = UNARY | voc.Tanh | voc.Append
@@ -33,11 +34,6 @@ ON_SCORES = UNARY | voc.Tanh | voc.Append
 
 def _no_product(text: str = "the softmax is not fed by a product QK^T") -> RefusedError:
     return RefusedError("no-qk-product", text, attention=False)
-
-
-def count(shape: tuple[Any, ...]) -> int:
-    """The number of elements; symbolic sizes count by their hints."""
-    return math.prod(max(hint(size), 0) for size in shape)
 
 
 @dataclass
@@ -87,12 +83,12 @@ class Walk(Way):
                 raise RefusedError("softmax-axis", text) from refused
             raise
         scores = Level((*lead, q.shape[-2], k.shape[-2]))
-        found = replay(self, scores, product, product_op, is_plain)
-        canonical = _canonical(found.levels, out_level, q, k, v)
+        replay(self, scores, product, product_op, is_plain)
+        canonical = _canonical(self.levels, out_level, q, k, v)
         q, k, factors, dtype = self._scaled(product, product_op, out, (q, k, v))
         for x, reader in ((q, product), (k, product), (v, out)):
             self._check_writes(x.node, reader, out)
-        for step in found.steps:
+        for step in self.steps:
             if step.tensor is not None:
                 self._check_writes(step.tensor, step.reader, out)
         sinks = self._sinks(canonical, out)
@@ -102,13 +98,13 @@ class Walk(Way):
             out,
             (q, k, v),
             (scores, canonical, out_level),
-            found.steps,
+            self.steps,
             kind="softmax",
             anchor=node,
             form=self.form(),
             compute_dtype=dtype,
             factors=factors,
-            softcap=found.softcap,
+            softcap=self.softcap,
             sinks=sinks,
             output_dims=output_dims,
             interior=tuple(dict.fromkeys(self.interior)),
@@ -152,8 +148,9 @@ class Walk(Way):
         """The axes before a reshape, which only scores whose last axis is the keys' may have."""
         places, dim = self.places, self.dim
         if dim != len(places) - 1:
-            text = f"the softmax runs over axis {dim} of reshaped scores"
-            raise RefusedError("softmax-axis", text)
+            raise RefusedError(
+                "softmax-axis", f"the softmax runs over axis {dim} of reshaped scores"
+            )
         if places != tuple(range(len(places))):
             raise RefusedError("layout", "the scores are reshaped and their axes permuted")
         self.places, self.dim = tuple(range(rank)), rank - 1
@@ -214,7 +211,7 @@ class Walk(Way):
         is_mixed = not flow.is_scores(node) or target_name(node) == "linear"
         if is_mixed and any(map(flow.is_scores, before)):
             raise RefusedError("cross-head-mix", f"{target_name(node)} mixes the scores' heads")
-        rank, see = len(places), self._see(node)
+        rank, see = len(places), partial(flow.through, out=node)
         if op.equation is not None:
             query, key = einsum_axes(op, places[dim])[-2:]
         else:
@@ -242,9 +239,6 @@ class Walk(Way):
                 text = "channel attention: the product contracts over tokens, not over width"
                 raise RefusedError("channel-attention", text)
         return q, k, axes
-
-    def _see(self, out: fx.Node) -> See:
-        return lambda node: self.flow.through(node, out)
 
     # -- forward to PV ---------------------------------------------------------------------------
 
@@ -290,7 +284,7 @@ class Walk(Way):
             raise RefusedError("dead", "nothing reads the result of this attention")
         if any(_scatters(reader, user) for reader in user.users):
             raise RefusedError("in-place-write", "the output is written to rows chosen by a tensor")
-        see = self._see(user)
+        see = partial(self.flow.through, out=user)
         lead = tuple(shape[axis] for axis in axes[:-2])
         matrix = tuple(shape[axis] for axis in axes[-2:])
         output_axes = tuple(range(len(shape_of(user))))
@@ -338,7 +332,7 @@ class Walk(Way):
         operands: tuple[Operand, Operand, Operand],
     ) -> tuple[Operand, Operand, tuple[Factor, ...], torch.dtype | None]:
         """Q and K without their upcasts and factors, these, and the dtype to compute in."""
-        (q, k, v), see = operands, self._see(out)
+        (q, k, v), see = operands, partial(self.flow.through, out=out)
         value = voc.tensor_of(out)
         assert value is not None
         q, k, _ = common_dtype(see, q, k, v, product, value)
@@ -367,7 +361,7 @@ class Walk(Way):
         if self.sink is None:
             return None
         self._check_writes(self.sink.column, self.sink.column, out)
-        sinks = per_head(self._see(out), self.sink.column)
+        sinks = per_head(partial(self.flow.through, out=out), self.sink.column)
         value = voc.tensor_of(sinks)
         heads = shape_of(self.sink.x)[-3:-2]
         if sinks is None or value is None or not value.dtype.is_floating_point:
@@ -410,23 +404,20 @@ def open_site(
     compute_dtype: torch.dtype | None,
     **rest: Any,
 ) -> OpenSite:
-    """A site whose Q, K and V are nodes of the graph.
+    """A site with the operands Q, K and V, and with the levels of product, call and output.
 
     Args:
         flow: of the graph.
         output: the node that the rewrite replaces.
-        operands: Q, K and V.
-        levels: those of the product, of the rewritten call and of the output.
-        steps: what happens to the scores.
+        operands, levels, steps: of the site.
         is_causal: later keys are hidden, besides what the steps hide.
         share_heads: repeated heads of K and V are looked for.
-        compute_dtype: the dtype that Q, K and V are brought to, where they have several.
-        **rest: further fields of the site.
+        compute_dtype, **rest: fields of the site.
     """
     q, k, v = operands
     scores, canonical, out = levels
     mask_kind, causal, left = mask_of(flow, scores, steps, is_causal)
-    shared = _shared_heads(lambda node: flow.through(node, output), k, v) if share_heads else None
+    shared = _shared_heads(partial(flow.through, out=output), k, v) if share_heads else None
     key, level = shared[0] if shared else k, canonical.shape
     heads = level[-3] if len(level) > 2 else 1
     value = voc.tensor_of(output)
