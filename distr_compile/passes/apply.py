@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,17 +105,11 @@ def _bodies(
     for node in module.graph.nodes:
         if node.op == "get_attr":
             references.setdefault(str(node.target), []).extend(node.users)
+    bodies = dict(module.named_modules(remove_duplicate=False))
     for target, callers in references.items():
-        body = _attribute(module, target)
+        body = bodies.get(target)
         if isinstance(body, fx.GraphModule):
             yield from _bodies(body, tuple(callers))
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def apply(
@@ -133,139 +128,128 @@ def apply(
         change: False leaves the graphs as they are and reports what would be done.
     """
     # Choices first: a rewrite takes out the nodes that tell the layer.
-    choices = [choose(place) for place in placed]
-    site_names = _site_names(placed, choices)
-    numbers, count = [], 0
-    for place, choice in zip(placed, choices, strict=True):
-        numbers.append(count)
-        is_row = isinstance(place.found, AttentionSite) or place.found.attention
-        count += (1 + len(choice.repeats)) * is_row
-    named = {
-        number: name
-        for number, place, name in zip(numbers, placed, site_names, strict=True)
-        if isinstance(place.found, AttentionSite)
-    }
-    stands = [(place.graph, place.output.name) for place in placed]
-    decided: dict[int, tuple[Decision, bool]] = {}
-    pairs: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-    for index, (place, choice) in enumerate(zip(placed, choices, strict=True)):
-        found = place.found
+    choices = [(place, choose(place)) for place in placed]
+    layers = [choice.name for place, choice in choices if isinstance(place.found, AttentionSite)]
+    sites: list[_Site] = []
+    rows: list[Callable[[int], SiteRow]] = []
+    others: list[NotAttention] = []
+    outputs: list[tuple[fx.Graph, str]] = []
+    for place, choice in choices:
+        found, names = place.found, (choice.name, *choice.repeats)
         if isinstance(found, AttentionSite):
+            name = site_name(
+                choice.name, layers[: len(sites)].count(choice.name), layers.count(choice.name)
+            )
             decision = decide(found, choice.plan, choice.extra)
-            decided[index], pairs[index] = (decision, False), None
+            site = _Site(found, place.graph, name, len(rows), decision)
             if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
                 sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
-                pairs[index] = bases(site_names[index], rank=decision.rank, **sizes)
-    for index in _from_the_end(placed) if change else ():
-        place, found = placed[index], placed[index].found
-        if isinstance(found, AttentionSite):
-            decision, _ = decided[index]
-            args = (place.graph, found, decision, numbers[index], pairs[index])
-            decided[index] = _rewrite(*args)
-    rows: list[SiteRow] = []
-    others: list[NotAttention] = []
-    outputs: dict[int, tuple[fx.Graph, str]] = {}
-    for index, (place, choice) in enumerate(zip(placed, choices, strict=True)):
-        found = place.found
-        for name in (choice.name, *choice.repeats):
-            if isinstance(found, Unmatched) and not found.attention:
-                others.append(_not_attention(found, name))
-                continue
-            outputs[len(rows)] = stands[index]
-            if isinstance(found, Unmatched):
-                rows.append(_unmatched_row(found, name, choice.extra, len(rows)))
-            else:
-                rows.append(_row(found, name, *decided[index], len(rows)))
-    decides_at_run_time = any(
-        decision.is_distr
-        and (decision.min_seq_len > 0 or not isinstance(placed[index].found.num_queries, int))  # type: ignore[union-attr]
-        for index, (decision, _) in decided.items()
+                site.bases = bases(name, rank=decision.rank, **sizes)
+            sites.append(site)
+            rows += [partial(site.row, layer) for layer in names]
+        elif found.attention:
+            rows += [partial(_unmatched_row, found, choice.extra, layer) for layer in names]
+        else:
+            others += [_not_attention(found, layer) for layer in names]
+            continue
+        outputs += [(place.graph, place.output.name)] * len(names)
+    for site in _from_the_end(sites) if change else ():
+        site.rewrite()
+    return Outcome(
+        rows=tuple(row(number) for number, row in enumerate(rows)),
+        not_attention=tuple(others),
+        decides_at_run_time=any(site.decides_at_run_time for site in sites),
+        names={site.number: site.name for site in sites},
+        outputs=dict(enumerate(outputs)),
     )
-    return Outcome(tuple(rows), tuple(others), decides_at_run_time, named, outputs)
 
 
-def _from_the_end(placed: list[Placed]) -> list[int]:
-    """Indices, last output first: an operand may be the output of an attention before it."""
-    position = {n: i for graph in {p.graph for p in placed} for i, n in enumerate(graph.nodes)}
-    return sorted(range(len(placed)), key=lambda i: position[placed[i].output], reverse=True)
+@dataclass
+class _Site:
+    """A site on its way through the pass.
 
+    Attributes:
+        found, graph: the site and where it stands.
+        name: among the bases; those of one layer are numbered in graph order.
+        number: that of its first row.
+        decision: may become exact when it is rewritten.
+        bases: A and B, for an estimator that needs them.
+        is_sdpa: it was exact and became SDPA.
+    """
 
-def _site_names(placed: list[Placed], choices: list[LayerChoice]) -> list[str]:
-    """The name of each find among the bases; those of one layer are numbered in graph order."""
-    layers = [
-        choice.name if isinstance(place.found, AttentionSite) else None
-        for place, choice in zip(placed, choices, strict=True)
-    ]
-    return [
-        site_name(layer or "", layers[:i].count(layer), layers.count(layer))
-        for i, layer in enumerate(layers)
-    ]
+    found: AttentionSite
+    graph: fx.Graph
+    name: str
+    number: int
+    decision: Decision
+    bases: tuple[torch.Tensor, torch.Tensor] | None = None
+    is_sdpa: bool = False
 
+    @property
+    def decides_at_run_time(self) -> bool:
+        """Whether the op itself has the last word on the length."""
+        is_symbolic = not isinstance(self.found.num_queries, int)
+        return self.decision.is_distr and (self.decision.min_seq_len > 0 or is_symbolic)
 
-def _rewrite(
-    graph: fx.Graph,
-    site: AttentionSite,
-    decision: Decision,
-    number: int,
-    bases: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[Decision, bool]:
-    if decision.is_distr:
+    def rewrite(self) -> None:
+        """Put a call in the site's place, or leave it, with the reason."""
+        found, decision = self.found, self.decision
+        if not decision.is_distr:
+            self.is_sdpa = decision.plan.exact == "sdpa" and rewrite_exact(self.graph, found)
+            return
         try:
+            bases = self.bases
             if bases is not None:
-                bases = _on_device(bases, site.device)
-            rewrite(graph, site, decision, number, bases)
+                # Tensors that outlive the call must serve autograd too.
+                with torch.inference_mode(False):
+                    A, B = (basis.contiguous().to(found.device) for basis in bases)
+                    bases = A, B
+            rewrite(self.graph, found, decision, self.number, bases)
         except RefusedError as refused:
             reason = Reason(refused.code, refused.text)
-            return Decision("exact", (reason,), decision.rank, 0, decision.plan), False
-        return decision, False
-    is_sdpa = decision.plan.exact == "sdpa" and rewrite_exact(graph, site)
-    return decision, is_sdpa
+            self.decision = Decision("exact", (reason,), decision.rank, 0, decision.plan)
+
+    def row(self, layer: str, number: int) -> SiteRow:
+        """The row of a layer that it stands in."""
+        found, decision = self.found, self.decision
+        approximation: dict[str, Any] = {}
+        if decision.is_distr:
+            plan, is_whole = decision.plan, found.head_dim % decision.rank == 0
+            approximation = {
+                "group_size": found.head_dim // decision.rank if is_whole else None,
+                "rank": decision.rank,
+                "estimator": plan.estimator,
+                "rounds": plan.rounds,
+                "sees": decision.sees,
+                "grouping_block": plan.grouping_block,
+            }
+        keys = (found.batch, found.num_key_heads, found.num_keys)
+        return SiteRow(
+            layer=layer,
+            form=found.form,
+            shapes={
+                "q": _shape((found.batch, found.num_heads, found.num_queries, found.head_dim)),
+                "k": _shape((*keys, found.head_dim)),
+                "v": _shape((*keys, found.value_dim)),
+            },
+            dtype=str(found.dtype).removeprefix("torch."),
+            mask=found.mask_kind,
+            decision=decision.decision,
+            **approximation,
+            reasons=decision.reasons,
+            flops=decisions.flops(found),
+            site=number,
+            sdpa=self.is_sdpa,
+        )
 
 
-def _on_device(
-    bases: tuple[torch.Tensor, torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Tensors that outlive the call must serve autograd too.
-    with torch.inference_mode(False):
-        A, B = (basis.contiguous().to(device) for basis in bases)
-        return A, B
+def _from_the_end(sites: list[_Site]) -> list[_Site]:
+    """Last output first: an operand may be the output of an attention before it."""
+    position = {n: i for graph in {s.graph for s in sites} for i, n in enumerate(graph.nodes)}
+    return sorted(sites, key=lambda site: position[site.found.output], reverse=True)
 
 
-def _row(
-    site: AttentionSite, layer: str, decision: Decision, is_sdpa: bool, number: int
-) -> SiteRow:
-    shapes = {
-        "q": _shape((site.batch, site.num_heads, site.num_queries, site.head_dim)),
-        "k": _shape((site.batch, site.num_key_heads, site.num_keys, site.head_dim)),
-        "v": _shape((site.batch, site.num_key_heads, site.num_keys, site.value_dim)),
-    }
-    approximation: dict[str, Any] = {}
-    if decision.is_distr:
-        plan, groups_are_whole = decision.plan, site.head_dim % decision.rank == 0
-        approximation = {
-            "group_size": site.head_dim // decision.rank if groups_are_whole else None,
-            "rank": decision.rank,
-            "estimator": plan.estimator,
-            "rounds": plan.rounds,
-            "sees": decision.sees,
-            "grouping_block": plan.grouping_block,
-        }
-    return SiteRow(
-        layer=layer,
-        form=site.form,
-        shapes=shapes,
-        dtype=str(site.dtype).removeprefix("torch."),
-        mask=site.mask_kind,
-        decision=decision.decision,
-        **approximation,
-        reasons=decision.reasons,
-        flops=decisions.flops(site),
-        site=number,
-        sdpa=is_sdpa,
-    )
-
-
-def _unmatched_row(found: Unmatched, layer: str, extra: tuple[Reason, ...], number: int) -> SiteRow:
+def _unmatched_row(found: Unmatched, extra: tuple[Reason, ...], layer: str, number: int) -> SiteRow:
     value = voc.tensor_of(found.anchor)
     return SiteRow(
         layer=layer,

@@ -21,8 +21,9 @@ from distr_compile.estimators import (
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import break_even
-from distr_compile.passes.site import AddStep, AttentionSite, FillStep
-from distr_compile.passes.vocabulary import hint, same_size, shape_of
+from distr_compile.passes.site import AttentionSite, count
+from distr_compile.passes.steps import AddStep, FillStep
+from distr_compile.passes.vocabulary import same_size, shape_of
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -224,18 +225,13 @@ def _rank_fault(width: int, plan: LayerPlan) -> str | None:
 
 def _may_be_causal(call: AttentionSite | Shape) -> bool:
     """Whether a mask of unknown content could hide later keys: it has a row for each query."""
-    if isinstance(call, AttentionSite) and call.kind in {"mha", "encoder"}:
-        return call.mask_kind != "none"  # their masks are merged inside the node
-    return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in _mask_shapes(call))
-
-
-def _mask_shapes(call: AttentionSite | Shape) -> list[tuple[Any, ...]]:
     if isinstance(call, Shape):
-        return [] if call.mask is None else [call.mask[0]]
-    masks = [call.mask]
-    masks += [s.term for s in call.steps if isinstance(s, AddStep)]
-    masks += [s.condition for s in call.steps if isinstance(s, FillStep)]
-    return [shape_of(mask) for mask in masks if mask is not None]
+        shapes: list[tuple[Any, ...]] = [] if call.mask is None else [call.mask[0]]
+    elif call.kind in {"mha", "encoder"}:
+        return call.mask_kind != "none"  # their masks are merged inside the node
+    else:
+        shapes = [shape_of(s.tensor) for s in call.steps if isinstance(s, AddStep | FillStep)]
+    return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
 
 
 def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
@@ -282,7 +278,5 @@ def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
 
 def flops(site: AttentionSite) -> int:
     """FLOPs of the exact attention, 2 B H N_q N_k (d + d_v); symbolic sizes by their hints."""
-    product: Any = 2
-    for size in (site.batch, site.num_heads, site.num_queries, site.num_keys):
-        product *= max(hint(size), 0)
-    return int(product * (max(hint(site.head_dim), 0) + max(hint(site.value_dim), 0)))
+    scores = count((site.batch, site.num_heads, site.num_queries, site.num_keys))
+    return 2 * scores * (count((site.head_dim,)) + count((site.value_dim,)))

@@ -14,9 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from distr_compile.passes.memory import call
+from distr_compile.passes.vocabulary import tensor_of
 
 STANDS_FOR = "distr_stands_for"
 """Key in the metadata of the node that took a site's place: the name of the site's output."""
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a node that is a tensor."""
+    value = tensor_of(node)
+    assert value is not None
+    return value.dtype
 
 
 def erase_idle(graph: fx.Graph, node: fx.Node) -> None:
@@ -49,15 +57,17 @@ class Emitter:
 
     def function(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node."""
-        with self.graph.inserting_before(self._anchor):
-            node = self.graph.call_function(target, args, kwargs)
-        return self._keep(node)
+        return self._call("call_function", target, args, kwargs)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_method`` node."""
-        with self.graph.inserting_before(self._anchor):
-            node = self.graph.call_method(name, args, kwargs)
-        return self._keep(node)
+        return self._call("call_method", name, args, kwargs)
+
+    def leading(self, node: fx.Node, count: int) -> fx.Node:
+        """``count`` more leading axes of size 1, or so many fewer."""
+        for _ in range(abs(count)):
+            node = self.method("unsqueeze" if count > 0 else "squeeze", node, 0)
+        return node
 
     def again(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """``node`` once more, over another first argument; a view as a reshape, if it has to be."""
@@ -108,6 +118,10 @@ class Emitter:
             if node.op == "get_attr":
                 delattr(self.graph.owning_module, str(node.target))
         self._made.clear()
+
+    def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self._anchor):
+            return self._keep(self.graph.create_node(kind, target, args, kwargs))
 
     def _keep(self, node: fx.Node) -> fx.Node:
         node.meta.update(self._meta)

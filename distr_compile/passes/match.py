@@ -7,6 +7,9 @@ whose last axis is the one the softmax runs over, and the product that contracts
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -15,22 +18,24 @@ from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.memory import is_plain_fake
 from distr_compile.passes.operands import common_dtype, operand
 from distr_compile.passes.origin import Flow
-from distr_compile.passes.output import order_to_copy
-from distr_compile.passes.replay import count, shared_heads, sizes_of
 from distr_compile.passes.site import (
     AttentionSite,
-    Causal,
     Factor,
     Level,
+    OpenSite,
     RefusedError,
+    Step,
     Unmatched,
+    count,
     refusal,
 )
+from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.passes.vocabulary import hint, read, same_shape, shape_of, target_name
-from distr_compile.passes.walk import Walk
+from distr_compile.passes.walk import Walk, open_site
 
 _TRANSFORM = "vmap, another transform of torch.func or forward-mode AD is around it"
 
+_BY_HAND = "exp of the scores, normalised in a way that is not read as a softmax"
 _EXPONENTIALS = frozenset({"exp", "exp_", "exp2"})
 
 
@@ -46,7 +51,10 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
         return [Unmatched(n, kind, why.code, str(why), why.attention) for n, kind in anchors]
     inner = {n for a, _ in anchors if isinstance(op := read(a), voc.Softmax) for n in op.inner}
     found = {node: _read_anchor(node, kind, flow) for node, kind in anchors}
-    found |= {n: _by_hand(n) for n in graph.nodes if n not in inner and _is_by_hand(n, flow)}
+    for node in graph.nodes:
+        if node not in inner and _is_by_hand(node, flow):
+            why, form = RefusedError("softmax-form", _BY_HAND), target_name(node).strip("_")
+            found[node] = Unmatched(node, "softmax", why.code, why.text, why.attention, form)
     return sorted(found.values(), key=lambda each: flow.memory.position[each.anchor])
 
 
@@ -58,14 +66,9 @@ def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
     return any(flow.is_scores(p) for n in scores for p in flow.chained[n])
 
 
-def _by_hand(node: fx.Node) -> Unmatched:
-    text = "exp of the scores, normalised in a way that is not read as a softmax"
-    why = RefusedError("softmax-form", text)
-    return Unmatched(node, "softmax", why.code, text, why.attention, target_name(node).strip("_"))
-
-
 def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
     walk = Walk(flow)
+    site: AttentionSite
     try:
         if kind == "softmax":
             site = walk.softmax(node)
@@ -133,9 +136,9 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
     return 4 * count(shape) * hint(shape[axis]) if len(shape) > 1 else 0
 
 
-def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
+def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
     """A call of ``F.scaled_dot_product_attention``."""
-    op = read(node)
+    op, out = read(node), voc.tensor_of(node)
     if not isinstance(op, voc.Sdpa) or not all(map(voc.is_tensor, (op.query, op.key, op.value))):
         raise RefusedError("scores-edited", "the arguments of SDPA are not known")
     if not node.users:
@@ -146,54 +149,37 @@ def _sdpa(node: fx.Node, flow: Flow) -> AttentionSite:
         raise RefusedError("scores-edited", "is_causal or enable_gqa is not a constant")
     if voc.is_tensor(op.scale):
         raise RefusedError("scores-edited", "the scale is a tensor")
-    out = voc.tensor_of(node)
     assert out is not None
-    rank = len(out.shape)
-
-    def see(x: fx.Node) -> voc.Op | None:
-        return flow.through(x, node)
-
+    rank, width = len(out.shape), max(hint(shape_of(op.query)[-1]), 1)
+    scale = 1.0 / math.sqrt(width) if op.scale is None else op.scale
+    see = partial(flow.through, out=node)
     q, k, v = (operand(see, x, rank, transposed=False) for x in (op.query, op.key, op.value))
     q, k, compute_dtype = common_dtype(see, q, k, v, node, out)
-    is_causal, mask, mask_kind = op.is_causal, op.attn_mask, "none"
-    offset: int | None = 0 if is_causal else None
-    if mask is not None:
-        value = voc.tensor_of(mask)
-        if value is None:
-            raise RefusedError("scores-edited", "SDPA's mask is not a tensor")
-        mask_kind = "bool" if value.dtype is torch.bool else "float"
-        if not is_causal:
-            offset = flow.constants.causal_offset(mask, node, q.shape[-2], k.shape[-2])
-        if not is_causal and offset is not None:
-            is_causal, mask, mask_kind = True, None, "none"
-    kinds = [kind for kind, is_there in (("causal", is_causal), (mask_kind, mask)) if is_there]
     level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))
+    steps: list[Step] = []
+    if op.attn_mask is not None:
+        mask = voc.tensor_of(op.attn_mask)
+        if mask is None:
+            raise RefusedError("scores-edited", "SDPA's mask is not a tensor")
+        if mask.dtype is torch.bool:
+            steps = [FillStep(op.attn_mask, level, node, voc.INFINITE, True, out.dtype)]
+        else:
+            steps = [AddStep(op.attn_mask, level, node, 1)]
     if op.enable_gqa and not same_shape(k.shape[-3:-2], v.shape[-3:-2]):
         raise RefusedError("layout", "K and V have different numbers of heads")
-    shared = None if op.enable_gqa else shared_heads(see, k, v)
-    return AttentionSite(
+    return open_site(
+        flow,
+        node,
+        (q, k, v),
+        (level, level, level),
+        steps,
+        is_causal=op.is_causal,
+        share_heads=not op.enable_gqa,
+        compute_dtype=compute_dtype,
         kind="sdpa",
         anchor=node,
         form="scaled_dot_product_attention",
-        output=node,
-        dtype=compute_dtype or out.dtype,
-        device=out.device,
-        **sizes_of(level, q, shared[0] if shared else k, v),
-        q=q,
-        k=k,
-        v=v,
-        shared_k=shared[0] if shared else None,
-        shared_v=shared[1] if shared else None,
-        factors=() if op.scale is None else (Factor(op.scale),),
-        scores=level,
-        canonical=level,
-        out=level,
+        factors=(Factor(scale),),
         output_dims=tuple(range(rank)),
-        mask=mask,
-        mask_kind="+".join(kinds) or "none",
-        causal=None if offset is None else Causal(offset),
-        compute_dtype=compute_dtype,
         interior=(node,),
-        copy_order=order_to_copy(flow.memory, node),
-        requires_grad=out.requires_grad,
     )

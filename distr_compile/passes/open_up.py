@@ -10,6 +10,7 @@ is left alone.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.emit import STANDS_FOR, Emitter, erase_idle
+from distr_compile.passes.emit import Emitter, dtype_of, erase_idle
 from distr_compile.passes.memory import Memory
 from distr_compile.passes.site import AttentionSite, Causal, RefusedError
-from distr_compile.passes.vocabulary import shape_of
+from distr_compile.passes.vocabulary import shape_of, target_name
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
 _ENCODER_ARGS = (
@@ -31,8 +32,8 @@ _ENCODER_ARGS = (
     "ffn_bias_2 mask mask_type"
 ).split()
 
-Attend = Callable[[fx.Node, fx.Node, fx.Node, fx.Node | None, bool], fx.Node]
-"""(q, k, v, mask, is_causal) -> output, all (B, H, N, d): writes the attention itself."""
+Attend = Callable[[Emitter, Any, Any, Any, Any, bool, Any], fx.Node]
+"""(emit, q, k, v, mask, is_causal, scale) -> output, all (B, H, N, d): writes the attention."""
 
 
 def _mha_arguments(node: fx.Node) -> dict[str, Any]:
@@ -65,36 +66,14 @@ def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
     query, key = shape_of(a["query"]), shape_of(a["key"])
     if len(query) not in (2, 3) or not all(map(voc.is_tensor, (a["query"], a["key"], a["value"]))):
         raise RefusedError("layout", "the query is not (N, E) or (N, B, E)")
-    heads = a["num_heads"]
-    batch = query[1] if len(query) == 3 else 1
-    masks = [a[name] for name in ("attn_mask", "key_padding_mask") if a[name] is not None]
-    kinds = ["bool" if voc.tensor_of(m).dtype is torch.bool else "float" for m in masks]  # type: ignore[union-attr]
+    masks = _masks(a)
     is_causal = bool(a["is_causal"]) and a["key_padding_mask"] is None and not a["need_weights"]
-    mask_kind = (
-        "causal" if is_causal else "float" if "float" in kinds else "bool" if kinds else "none"
-    )
-    result = outputs[0]
-    out = voc.tensor_of(result)
-    assert out is not None
-    return AttentionSite(
-        kind="mha",
-        anchor=node,
-        form="multi_head_attention_forward",
-        output=node,
-        dtype=out.dtype,
-        device=out.device,
-        batch=batch,
-        num_heads=heads,
-        num_key_heads=heads,
-        num_queries=query[0],
-        num_keys=key[0],
-        head_dim=query[-1] // heads,
-        value_dim=query[-1] // heads,
-        mask_kind=mask_kind,
-        causal=Causal(0) if is_causal else None,
-        interior=(node,),
-        requires_grad=out.requires_grad,
-    )
+    kind = "bool" if all(dtype_of(mask) is torch.bool for mask in masks) else "float"
+    kind = "causal" if is_causal else kind if masks else "none"
+    batch = query[1] if len(query) == 3 else 1
+    sizes = (batch, a["num_heads"], query[0], key[0], query[-1])
+    causal = Causal(0) if is_causal else None
+    return _site(node, "mha", outputs[0], sizes, mask_kind=kind, causal=causal)
 
 
 def encoder_layer_site(node: fx.Node) -> AttentionSite:
@@ -105,36 +84,47 @@ def encoder_layer_site(node: fx.Node) -> AttentionSite:
         raise RefusedError("layout", "the input is not (B, N, E)")
     if a["mask"] is not None and a["mask_type"] not in (0, 1, 2):
         raise RefusedError("layout", f"mask_type {a['mask_type']} is not known")
-    heads, width = a["num_heads"], a["embed_dim"]
+    sizes = (shape[0], a["num_heads"], shape[1], shape[1], a["embed_dim"])
+    return _site(node, "encoder", node, sizes, mask_kind="none" if a["mask"] is None else "bool")
+
+
+def _site(
+    node: fx.Node, kind: str, result: fx.Node, sizes: tuple[Any, ...], **rest: Any
+) -> AttentionSite:
+    """The site of a module; ``sizes``: batch, heads, queries, keys, width of all heads."""
+    batch, heads, queries, keys, width = sizes
+    out = voc.tensor_of(result)
+    assert out is not None
     return AttentionSite(
-        kind="encoder",
+        kind=kind,
         anchor=node,
-        form="transformer_encoder_layer_fwd",
+        form=target_name(node).strip("_"),
         output=node,
         dtype=out.dtype,
         device=out.device,
-        batch=shape[0],
+        requires_grad=out.requires_grad,
+        batch=batch,
         num_heads=heads,
         num_key_heads=heads,
-        num_queries=shape[1],
-        num_keys=shape[1],
+        num_queries=queries,
+        num_keys=keys,
         head_dim=width // heads,
         value_dim=width // heads,
-        mask_kind="none" if a["mask"] is None else "bool",
         interior=(node,),
-        requires_grad=out.requires_grad,
+        **rest,
     )
 
 
-def spell_out(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
-    """Write the module's arithmetic as plain calls around ``attend`` and replace its node."""
-    if site.kind == "mha":
-        _spell_out_multi_head(site, emit, attend)
-    else:
-        _spell_out_encoder(site, emit, attend)
+def spell_out(site: AttentionSite, emit: Emitter, attend: Attend) -> fx.Node:
+    """Write the module's arithmetic as plain calls around ``attend``; what it comes to."""
+    spell = _spell_out_multi_head if site.kind == "mha" else _spell_out_encoder
+    scale = 1.0 / math.sqrt(site.head_dim)
+    return spell(
+        site, emit, lambda q, k, v, mask, causal: attend(emit, q, k, v, mask, causal, scale)
+    )
 
 
-def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
+def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Any) -> fx.Node:
     a = _mha_arguments(site.anchor)
     heads, is_batched = site.num_heads, len(shape_of(a["query"])) == 3
     weights = [a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"]]
@@ -158,11 +148,15 @@ def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Attend) ->
     if not is_batched:
         out = emit.method("squeeze", out, 1)
     out = emit.function(F.linear, out, a["out_proj_weight"], a["out_proj_bias"])
-    out.meta[STANDS_FOR] = site.output.name
     for user in list(site.anchor.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
         erase_idle(emit.graph, user)
+    return out
+
+
+def _masks(a: dict[str, Any]) -> list[fx.Node]:
+    return [a[name] for name in ("attn_mask", "key_padding_mask") if a[name] is not None]
 
 
 def _merged_mask(a: dict[str, Any], emit: Emitter, heads: int) -> fx.Node | None:
@@ -171,25 +165,20 @@ def _merged_mask(a: dict[str, Any], emit: Emitter, heads: int) -> fx.Node | None
     if mask is not None and len(shape_of(mask)) == 3:  # (B * H, N_q, N_k)
         mask = emit.method("unflatten", mask, 0, (-1, heads))
     if padding is not None and len(shape_of(padding)) == 2:  # (B, N_k); else (N_k,)
-        padding = emit.method("unsqueeze", padding, 1)
-        padding = emit.method("unsqueeze", padding, 1)
+        padding = emit.method("unsqueeze", emit.method("unsqueeze", padding, 1), 1)
     masks = [m for m in (mask, padding) if m is not None]
     if not masks:
         return None
-    is_bool = [
-        voc.tensor_of(original).dtype is torch.bool  # type: ignore[union-attr]
-        for original in (a["attn_mask"], a["key_padding_mask"])
-        if original is not None
-    ]
+    is_bool = [dtype_of(m) is torch.bool for m in _masks(a)]
     if all(is_bool):
         hidden = masks[0] if len(masks) == 1 else emit.method("logical_or", *masks)
         return emit.method("logical_not", hidden)
-    dtype = voc.tensor_of(a["query"]).dtype  # type: ignore[union-attr]
+    dtype = dtype_of(a["query"])
     terms = [emit.additive(m, dtype) if b else m for m, b in zip(masks, is_bool, strict=True)]
     return terms[0] if len(terms) == 1 else emit.function(torch.add, *terms)
 
 
-def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Attend) -> None:
+def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Any) -> fx.Node:
     a = _encoder_arguments(site.anchor)
     heads, width = site.num_heads, a["embed_dim"]
 
@@ -219,7 +208,7 @@ def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Attend) -> No
     else:
         x = norm(emit.function(torch.add, x, self_attention(x)), 1)
         x = norm(emit.function(torch.add, x, feed_forward(x)), 2)
-    emit.stand_for(site.output, x)
+    return x
 
 
 def _encoder_mask(a: dict[str, Any], emit: Emitter) -> fx.Node | None:

@@ -8,7 +8,6 @@ that the model itself made. Where that does not suffice the site stays as it is,
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +19,11 @@ from distr_compile.lowering.call import Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
-from distr_compile.passes.emit import Emitter
-from distr_compile.passes.site import (
-    AddStep,
-    AttentionSite,
-    Factor,
-    FillStep,
-    Level,
-    Operand,
-    RefusedError,
-    ScaleStep,
-    refusal,
-)
-from distr_compile.passes.vocabulary import same_shape, same_size, shape_of
+from distr_compile.passes.emit import Emitter, dtype_of
+from distr_compile.passes.open_up import Attend
+from distr_compile.passes.site import AttentionSite, Level, OpenSite, Operand, RefusedError, refusal
+from distr_compile.passes.steps import AddStep, FillStep, Written
+from distr_compile.passes.vocabulary import hint, same_shape, same_size, shape_of
 
 
 def rewrite(
@@ -70,18 +61,6 @@ def rewrite(
         op = torch.ops.distr.attention.default
         return emit.function(op, q, k, v, mask, *rest, **arguments)
 
-    if site.kind in {"mha", "encoder"}:
-        scale = 1.0 / math.sqrt(site.head_dim)
-        emit = Emitter(graph, site.anchor)
-        try:
-            open_up.spell_out(
-                site, emit, lambda q, k, v, mask, causal: attend(emit, q, k, v, mask, causal, scale)
-            )
-        except Exception as error:
-            emit.undo()
-            raise refusal(error) from error
-        graph.erase_node(site.anchor)
-        return
     _replace(graph, site, attend, share_heads=True)
 
 
@@ -92,29 +71,17 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
         Whether it did. Fused calls are left alone, and sites that SDPA cannot say: with a soft cap,
         sinks, several dtypes, or a bias whose dtype is not that of Q.
     """
-    if site.kind != "softmax" or site.softcap or site.sinks is not None:
-        return False
-    if site.compute_dtype is not None:
-        return False
-    if site.causal is not None and site.causal.offset:  # SDPA's is_causal knows no offset
-        assert site.causal.step is not None
+    if site.causal is not None and site.causal.step and site.causal.offset:
+        # SDPA's is_causal knows no offset.
         site = replace(site, causal=None, steps=(*site.steps, site.causal.step))
-    if not _sdpa_means_the_same(site):
+    if not isinstance(site, OpenSite) or not _sdpa_means_the_same(site):
         return False
 
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
     ) -> fx.Node:
-        return emit.function(
-            F.scaled_dot_product_attention,
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=0.0,
-            is_causal=is_causal,
-            scale=scale,
-        )
+        options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": is_causal, "scale": scale}
+        return emit.function(F.scaled_dot_product_attention, q, k, v, **options)
 
     try:
         _replace(graph, site, attend, share_heads=False)
@@ -153,34 +120,48 @@ def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
         reader.replace_input_with(weights, emit.method("transpose", x, dim, -1))
 
 
-def _sdpa_means_the_same(site: AttentionSite) -> bool:
-    """SDPA takes a float mask in Q's dtype only, and a number as scale."""
-    assert site.q is not None
-    q = voc.tensor_of(site.q.node)
-    biases = [voc.tensor_of(s.term) for s in site.steps if isinstance(s, AddStep)]
-    if q is None or any(b is None or b.dtype != q.dtype for b in biases):
+def _sdpa_means_the_same(site: OpenSite) -> bool:
+    """SDPA knows no soft cap and no sinks, and takes a float mask in Q's dtype only."""
+    if site.kind != "softmax" or site.softcap or site.sinks or site.compute_dtype:
+        return False
+    dtype = dtype_of(site.q.node)
+    if any(dtype_of(s.tensor) != dtype for s in site.steps if isinstance(s, AddStep)):
         return False
     fills = [s for s in site.steps if isinstance(s, FillStep) and s.value != voc.INFINITE]
-    return all(s.dtype in {q.dtype, site.dtype} for s in fills)
+    return all(s.dtype in {dtype, site.dtype} for s in fills)
 
 
-def _replace(graph: fx.Graph, site: AttentionSite, attend: Any, *, share_heads: bool) -> None:
+def _replace(graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool) -> None:
     readers = _shape_readers(site)
     emit = Emitter(graph, site.output)
     try:
-        layout = _Layout(emit, site, share_heads)
-        q, k, v = layout.operands()
-        mask, scale, q = layout.mask_and_scale(q)
-        out = attend(emit, q, k, v, mask, site.is_causal, scale)
-        out = layout.output(out)
+        if isinstance(site, OpenSite):
+            out = _write(site, emit, attend, share_heads)
+        else:
+            out = open_up.spell_out(site, emit, attend)
     except Exception as error:  # what is written is tried on fake tensors: anything may be raised
         emit.undo()
         raise refusal(error) from error
     emit.stand_for(site.output, out)
     for reader, node in readers:
-        _read_sizes(graph, reader, node)
+        _read_sizes(reader, node)
     for node in sorted(site.interior, reverse=True):
         graph.erase_node(node)
+
+
+def _write(site: OpenSite, emit: Emitter, attend: Attend, share_heads: bool) -> fx.Node:
+    layout = _Layout(emit, site)
+    q, k, v = layout.operands(share_heads)
+    call = Written(emit, layout.term, site.dtype, q)
+    for factor in site.factors:
+        call.times(factor)
+    for step in site.steps:
+        step.write(call)
+    mask = call.mask()
+    if isinstance(call.scale, fx.Node):
+        # As an argument of the call a symbolic float would be specialised; here it is not.
+        call.q, call.scale = emit.method("mul", call.q, call.scale), 1.0
+    return layout.output(attend(emit, call.q, k, v, mask, site.is_causal, call.scale))
 
 
 def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
@@ -198,13 +179,11 @@ def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _read_sizes(graph: fx.Graph, reader: fx.Node, node: fx.Node) -> None:
+def _read_sizes(reader: fx.Node, node: fx.Node) -> None:
     """Give a shape reader the sizes, or the dtype, themselves."""
-    value = voc.tensor_of(node)
-    assert value is not None
     is_cast = reader.target == "type_as"
     name = "to" if is_cast else str(reader.target).removesuffix("_as")
-    arguments = (value.dtype,) if is_cast else tuple(value.shape)
+    arguments = (dtype_of(node),) if is_cast else shape_of(node)
     # The node stays: another attention may have it as a term.
     reader.target, reader.args = name, (reader.args[0], *arguments)
 
@@ -214,41 +193,23 @@ class _Layout:
     """Brings a site's tensors to (B, H, N, d) and back."""
 
     emit: Emitter
-    site: AttentionSite
-    share_heads: bool
+    site: OpenSite
 
     # -- Q, K, V ---------------------------------------------------------------------------------
 
-    def operands(self) -> tuple[fx.Node, fx.Node, fx.Node]:
-        site = self.site
-        assert site.q is not None
-        assert site.k is not None
-        assert site.v is not None
-        assert site.scores is not None
-        assert site.out is not None
-        assert site.canonical is not None
-        k, v = site.k, site.v
-        if self.share_heads and site.shared_k is not None and site.shared_v is not None:
-            k, v = site.shared_k, site.shared_v
-        nodes = [
-            self._operand(x, level)
-            for x, level in ((site.q, site.scores), (k, site.scores), (v, site.out))
-        ]
-        leads = [lead for _, lead in nodes]
-        canonical = site.canonical.lead
-        leads.append((_product(canonical[:-1]), canonical[-1] if canonical else 1))
-        full = [self._widest([lead[i] for lead in leads]) for i in range(2)]
-        kv_heads = self._widest([leads[1][1], leads[2][1]])
-        q = self._expand(nodes[0], (full[0], full[1]))
-        key = self._expand(nodes[1], (leads[1][0], kv_heads))
-        value = self._expand(nodes[2], (leads[2][0], kv_heads))
-        return self._in_one_dtype(q), self._in_one_dtype(key), self._in_one_dtype(value)
+    def operands(self, share_heads: bool) -> list[fx.Node]:
+        site, lead = self.site, self.site.canonical.lead
+        k, v = site.shared if share_heads and site.shared else (site.k, site.v)
+        nodes, leads = zip(*map(self._operand, (site.q, k, v)), strict=True)
+        call = (math.prod(lead[:-1]), lead[-1] if lead else 1)
+        batch, heads = map(_widest, zip(*leads, call, strict=True))
+        key_heads = _widest((leads[1][1], leads[2][1]))
+        wanted = [(batch, heads), (leads[1][0], key_heads), (leads[2][0], key_heads)]
+        found = list(map(self._expand, nodes, leads, wanted))
+        dtype = site.compute_dtype
+        return found if dtype is None else [self.emit.method("to", x, dtype) for x in found]
 
-    def _in_one_dtype(self, x: fx.Node) -> fx.Node:
-        dtype = self.site.compute_dtype
-        return x if dtype is None else self.emit.method("to", x, dtype)
-
-    def _operand(self, x: Operand, level: Level) -> tuple[fx.Node, tuple[Any, Any]]:
+    def _operand(self, x: Operand) -> tuple[fx.Node, tuple[Any, Any]]:
         """An operand as four axes, and its (batch, heads)."""
         emit, node = self.emit, x.node
         for view in x.replay:
@@ -262,161 +223,67 @@ class _Layout:
         for position, d in enumerate(x.dims):
             if d < 0:
                 node = emit.method("unsqueeze", node, position)
-        return self._to_canonical(node, x.shape[:-2])
-
-    def _to_canonical(
-        self, node: fx.Node, lead: tuple[Any, ...]
-    ) -> tuple[fx.Node, tuple[Any, Any]]:
-        """(lead..., a, b) -> (batch, heads, a, b)."""
-        canonical = self.site.canonical
-        assert canonical is not None
-        target = canonical.lead
-        while len(lead) < len(target) and _fits((1,) * (len(target) - len(lead)) + lead, target):
-            node, lead = self.emit.method("unsqueeze", node, 0), (1, *lead)
+        lead, target = x.shape[:-2], self.site.canonical.lead
+        added = (1,) * (len(target) - len(lead))
+        if added and _fits((*added, *lead), target):
+            node, lead = emit.leading(node, len(added)), (*added, *lead)
         if not _fits(lead, target):
-            node = _regroup(self.emit, node, lead, target, canonical.args)
-            lead = target if not _all_ones(lead) else (1,) * len(target)
-        if len(target) > 2:
-            merged, heads = lead[:-1], lead[-1]
-            if not same_shape(merged, target[:-1]) and not _all_ones(merged):
-                raise RefusedError("layout", "an operand is broadcast over some leading axes")
-            node = self.emit.method("flatten", node, 0, len(target) - 2)
-            return node, (1 if _all_ones(merged) else _product(merged), heads)
-        for _ in range(2 - len(target)):
-            node = self.emit.method("unsqueeze", node, 0)
-        padded = (*(1,) * (2 - len(target)), *lead)
-        return node, (padded[0], padded[1])
+            node = _regroup(emit, node, lead, target, self.site.canonical.args)
+            lead = (1,) * len(target) if _all_ones(lead) else target
+        if len(target) <= 2:
+            added = (1,) * (2 - len(target))
+            return emit.leading(node, len(added)), (*added, *lead)  # type: ignore[return-value]
+        merged, heads = lead[:-1], lead[-1]
+        if not same_shape(merged, target[:-1]) and not _all_ones(merged):
+            raise RefusedError("layout", "an operand is broadcast over some leading axes")
+        node = emit.method("flatten", node, 0, len(target) - 2)
+        return node, (1 if _all_ones(merged) else math.prod(merged), heads)
 
-    @staticmethod
-    def _widest(sizes: list[Any]) -> Any:
-        return next((s for s in sizes if not same_size(s, 1)), 1)
-
-    def _expand(self, x: tuple[fx.Node, tuple[Any, Any]], lead: tuple[Any, Any]) -> fx.Node:
-        node, own = x
+    def _expand(self, node: fx.Node, own: tuple[Any, Any], wanted: tuple[Any, Any]) -> fx.Node:
         sizes = []
-        for mine, wanted in zip(own, lead, strict=True):
-            grows = same_size(mine, 1) and not same_size(wanted, 1)
-            if grows and not isinstance(wanted, int):
+        for mine, full in zip(own, wanted, strict=True):
+            grows = same_size(mine, 1) and not same_size(full, 1)
+            if grows and not isinstance(full, int):
                 raise RefusedError("layout", "an operand is broadcast to a symbolic size")
-            sizes.append(wanted if grows else -1)
-        if sizes == [-1, -1]:
-            return node
-        return self.emit.method("expand", node, *sizes, -1, -1)
+            sizes.append(full if grows else -1)
+        return node if sizes == [-1, -1] else self.emit.method("expand", node, *sizes, -1, -1)
 
-    # -- scale and mask --------------------------------------------------------------------------
+    # -- masks -----------------------------------------------------------------------------------
 
-    def mask_and_scale(self, q: fx.Node) -> tuple[fx.Node | None, Any, fx.Node]:
-        """One mask (bool or additive), one scale, and Q times the factors that are tensors."""
-        site, emit = self.site, self.emit
-        scale: Any = self._scale(site)
-        bias: fx.Node | None = None
-        seen: fx.Node | None = None
-        for step in site.steps:
-            if isinstance(step, ScaleStep):
-                factor: Any = step.factor
-                if voc.is_tensor(factor):
-                    factor, dtype = self._term(factor, step.level), voc.tensor_of(q).dtype  # type: ignore[union-attr]
-                    q = emit.method("div" if step.divide else "mul", q, factor)
-                    q = q if voc.tensor_of(q).dtype == dtype else emit.method("to", q, dtype)  # type: ignore[union-attr]
-                else:
-                    scale = self._times(scale, Factor(factor, step.divide))
-                if bias is not None:
-                    bias = emit.method("div" if step.divide else "mul", bias, factor)
-            elif isinstance(step, AddStep):
-                term = self._term(step.term, step.level)
-                if not voc.tensor_of(step.term).dtype.is_floating_point:  # type: ignore[union-attr]
-                    term = emit.method("to", term, torch.promote_types(site.dtype, torch.float32))
-                if step.alpha != 1:
-                    term = emit.method("mul", term, step.alpha)
-                bias = term if bias is None else emit.method("add", bias, term)
-            else:
-                bias, seen = self._fill(step, bias, seen)
-        if bias is not None and seen is not None:
-            hidden = emit.method("logical_not", seen)
-            bias, seen = emit.method("masked_fill", bias, hidden, voc.INFINITE), None
-        mask = bias if bias is not None else seen
-        if isinstance(scale, fx.Node):
-            # As an argument of the call a symbolic float would be specialised; here it is not.
-            q, scale = emit.method("mul", q, scale), 1.0
-        if site.mask is not None:
-            mask = self._term(site.mask, site.scores)  # type: ignore[arg-type]
-        return mask, scale, q
-
-    def _fill(
-        self, step: FillStep, bias: fx.Node | None, seen: fx.Node | None
-    ) -> tuple[fx.Node | None, fx.Node | None]:
-        emit = self.emit
-        condition = self._term(step.condition, step.level)
-        if step.value == voc.INFINITE:
-            keep = condition if step.keep else emit.method("logical_not", condition)
-            return bias, keep if seen is None else emit.method("logical_and", seen, keep)
-        hidden = emit.method("logical_not", condition) if step.keep else condition
-        # The model replaces scores, the mask is added: it must be so low that they vanish.
-        value, dtype = min(step.value, voc.ABSORBING), step.dtype
-        if bias is None:
-            return emit.additive(hidden, dtype, value), seen
-        if dtype != self.site.dtype:  # scores upcast first: the number may not fit the bias's dtype
-            bias = emit.method("to", bias, dtype)
-        return emit.method("masked_fill", bias, hidden, value), seen
-
-    def _scale(self, site: AttentionSite) -> Any:
-        if site.kind == "sdpa" and not site.factors:
-            width = site.head_dim
-            return 1.0 / math.sqrt(width)
-        scale: Any = 1.0
-        for factor in site.factors:
-            scale = self._times(scale, factor)
-        return scale
-
-    def _times(self, scale: Any, factor: Factor) -> Any:
-        if isinstance(scale, fx.Node) or isinstance(factor.value, fx.Node):
-            if scale == 1.0 and not factor.divide:
-                return factor.value
-            op = operator.truediv if factor.divide else operator.mul
-            return self.emit.function(op, scale, factor.value)
-        return scale / factor.value if factor.divide else scale * factor.value
-
-    def _term(self, term: fx.Node, level: Level) -> fx.Node:
+    def term(self, term: fx.Node, level: Level) -> fx.Node:
         """A tensor that broadcasts at ``level``, made to broadcast against (B, H, N_q, N_k)."""
-        emit, site = self.emit, self.site
-        assert site.canonical is not None
-        assert site.scores is not None
-        target = site.canonical.lead
+        emit, target, matrix = self.emit, self.site.canonical.lead, self.site.scores.shape[-2:]
         shape = shape_of(term)
-        while len(shape) < 2:
-            term, shape = emit.method("unsqueeze", term, 0), (1, *shape)
-        if not same_shape(level.shape[-2:], site.scores.shape[-2:]):
+        added = (1,) * (2 - len(shape))
+        term, shape = emit.leading(term, len(added)), (*added, *shape)
+        if not same_shape(level.shape[-2:], matrix):
             # A bias over split axes (query rows and columns of an image): no broadcast survives.
             whole = emit.method("expand", term, *_sizes(level))
-            matrix = _sizes(Level(site.scores.shape[-2:]))
-            front = len(level.shape) - _tail_length(level, site.scores)
-            node = emit.method("flatten", whole, front)
-            node = emit.method("unflatten", node, front, tuple(matrix))
-            shape, term = (*level.shape[:front], *site.scores.shape[-2:]), node
+            sizes = tuple(_sizes(Level(matrix)))
+            front = len(level.shape) - _tail_length(level, matrix)
+            term = emit.method("unflatten", emit.method("flatten", whole, front), front, sizes)
+            shape = (*level.shape[:front], *matrix)
             level = Level(shape, (*level.args[:front], -1, -1) if level.args else None)
         while len(shape) > 2 and same_size(shape[0], 1):
-            term, shape = emit.method("squeeze", term, 0), shape[1:]
-        lead, full = shape[:-2], level.lead
+            term, shape = emit.leading(term, -1), shape[1:]
+        lead, full, call = shape[:-2], level.lead, Level((*target, 1, 1))
         if not lead:
             return term
-        if same_shape(full, target):
-            return self._four_axes(term, lead, level)
         if _fits(full, target):
-            return self._four_axes(term, lead, Level((*target, 1, 1)))
-        keeps_heads = same_size(full[-1], target[-1]) if target else False
-        if keeps_heads and len(lead) == 1:
-            return term
-        if keeps_heads:
+            return self._four_axes(term, lead, level if same_shape(full, target) else call)
+        if target and same_size(full[-1], target[-1]):
+            if len(lead) == 1:
+                return term
             grown = emit.method("expand", term, *_sizes(level)[:-3], -1, -1, -1)
             grown = emit.method("flatten", grown, 0, len(full) - 2)
             if len(target) == 2:
                 return grown
             grown = emit.method("unflatten", grown, 0, _unflat(target[:-1], None))
-            return self._four_axes(grown, (*target[:-1], lead[-1]), Level((*target, 1, 1)))
+            return self._four_axes(grown, (*target[:-1], lead[-1]), call)
         if not same_shape(lead, full):
             term = emit.method("expand", term, *_sizes(level)[:-2], -1, -1)
-        term = _regroup(emit, term, full, target, site.canonical.args)
-        return self._four_axes(term, target, Level((*target, 1, 1)))
+        term = _regroup(emit, term, full, target, self.site.canonical.args)
+        return self._four_axes(term, target, call)
 
     def _four_axes(self, term: fx.Node, lead: tuple[Any, ...], level: Level) -> fx.Node:
         """Merge all leading axes but the heads, for scores of more than four axes."""
@@ -432,21 +299,17 @@ class _Layout:
     def output(self, out: fx.Node) -> fx.Node:
         """(B, H, N_q, d_v) -> the shape and axis order of the output the model had."""
         emit, site = self.emit, self.site
-        assert site.canonical is not None
-        assert site.out is not None
         canonical, lead = site.canonical.lead, site.out.lead
         if len(canonical) > 2:
             out = emit.method("unflatten", out, 0, _unflat(canonical[:-1], None))
-        for _ in range(2 - len(canonical)):
-            out = emit.method("squeeze", out, 0)
+        out = emit.leading(out, min(len(canonical) - 2, 0))
         if not same_shape(canonical, lead):
             out = _regroup(emit, out, canonical, lead, site.out.args)
         axes = site.output_dims
         if axes != tuple(range(len(axes))):
             out = emit.method("permute", out, *axes)
-        value = voc.tensor_of(site.output)
-        if value is not None and value.dtype != site.dtype:
-            out = emit.method("to", out, value.dtype)
+        if (dtype := dtype_of(site.output)) != site.dtype:
+            out = emit.method("to", out, dtype)
         return out if site.copy_order is None else self._ordered(out, site.copy_order)
 
     def _ordered(self, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
@@ -466,21 +329,16 @@ def _all_ones(lead: tuple[Any, ...]) -> bool:
 
 def _fits(lead: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     """Same number of axes, each equal, broadcast, or (the heads) a divisor."""
-    if len(lead) != len(target):
-        return False
-    *batch, heads = zip(lead, target, strict=True) if lead else [(1, 1)]
-    return all(same_size(a, b) or same_size(a, 1) for a, b in batch) and (
-        same_size(heads[0], heads[1])
-        or same_size(heads[0], 1)
-        or (all(isinstance(h, int) for h in heads) and heads[1] % heads[0] == 0)
-    )
+    if not lead or len(lead) != len(target):
+        return len(lead) == len(target)
+    fits = [same_size(a, b) or same_size(a, 1) for a, b in zip(lead, target, strict=True)]
+    heads = (*lead[-1:], *target[-1:])
+    divides = all(isinstance(size, int) for size in heads) and heads[1] % heads[0] == 0
+    return all(fits[:-1]) and (fits[-1] or divides)
 
 
-def _product(sizes: tuple[Any, ...]) -> Any:
-    result: Any = 1
-    for size in sizes:
-        result = result * size
-    return result
+def _widest(sizes: tuple[Any, ...]) -> Any:
+    return next((size for size in sizes if not same_size(size, 1)), 1)
 
 
 def _sizes(level: Level) -> list[Any]:
@@ -517,29 +375,23 @@ def _regroup(
 ) -> fx.Node:
     """(lead..., a, b) -> (target..., a, b): the same elements under other leading axes."""
     if _all_ones(lead):
-        for _ in range(len(lead) - len(target)):
-            node = emit.method("squeeze", node, 0)
-        for _ in range(len(target) - len(lead)):
-            node = emit.method("unsqueeze", node, 0)
-        return node
-    total, wanted = _product(lead), _product(target)
-    if not same_size(total, wanted):
+        return emit.leading(node, len(target) - len(lead))
+    if not same_size(math.prod(lead), math.prod(target)):
         raise RefusedError("layout", "an operand is broadcast over leading axes that are merged")
     if len(lead) > 1:
         node = emit.method("flatten", node, 0, len(lead) - 1)
     if not target:
-        return emit.method("squeeze", node, 0)
+        return emit.leading(node, -1)
     if len(target) > 1:
         node = emit.method("unflatten", node, 0, _unflat(target, args))
     return node
 
 
-def _tail_length(level: Level, scores: Level) -> int:
+def _tail_length(level: Level, matrix: tuple[Any, ...]) -> int:
     """How many trailing axes of ``level`` make up (N_q, N_k)."""
-    area = voc.hint(scores.shape[-2]) * voc.hint(scores.shape[-1])
-    product = 1
+    area, product = math.prod(map(hint, matrix)), 1
     for count, size in enumerate(reversed(level.shape), start=1):
-        product *= voc.hint(size)
+        product *= hint(size)
         if product == area:
             return count
     raise RefusedError("layout", "a bias is added to scores of an unknown shape")

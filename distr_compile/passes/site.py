@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from distr_compile.passes.vocabulary import Scalar
+from distr_compile.passes.vocabulary import Scalar, hint
+
+
+def count(shape: tuple[Any, ...]) -> int:
+    """The number of elements; symbolic sizes count by their hints."""
+    return math.prod(max(hint(size), 0) for size in shape)
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,6 @@ class Operand:
     shape: tuple[Any, ...]
     replay: tuple[fx.Node, ...] = ()
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the node already has that layout."""
-        return self.dims == tuple(range(len(self.dims)))
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -62,40 +63,22 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class ScaleStep:
-    """The scores are multiplied (or divided) by a number, a symbolic number or a tensor."""
+class Step:
+    """What happens to the scores at one point of the chain; the kinds are in :mod:`.steps`.
 
-    factor: Scalar
-    divide: bool
+    Attributes:
+        tensor: that is brought to the scores, if one is.
+        level: the shape of the scores there.
+        reader: the node that does it.
+    """
+
+    tensor: fx.Node | None
     level: Level
     reader: fx.Node
 
-
-@dataclass(frozen=True)
-class AddStep:
-    """``alpha`` times a tensor is added to the scores."""
-
-    term: fx.Node
-    alpha: Scalar
-    level: Level
-    reader: fx.Node
-
-
-@dataclass(frozen=True)
-class FillStep:
-    """The scores become ``value`` where ``condition`` holds (with ``keep``: where it does not)."""
-
-    condition: fx.Node
-    value: float
-    keep: bool
-    level: Level
-    reader: fx.Node
-    dtype: torch.dtype
-    """Of the scores at that point: ``value`` fits it."""
-
-
-Step = ScaleStep | AddStep | FillStep
-"""Each knows the shape of the scores at that point and the node that does it (``reader``)."""
+    def write(self, call: Any) -> None:
+        """Write it on the rewritten call, a :class:`.steps.Written`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -103,41 +86,42 @@ class Causal:
     """The graph says that query i sees the keys ``j <= i + offset``, by ``step`` if by a mask."""
 
     offset: int
-    step: AddStep | FillStep | None = None
+    step: Step | None = None
 
 
-@dataclass(frozen=True)
-class AttentionSite:
-    """One ``softmax(Q K^T ...) V`` in a graph.
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Ints or SymInts; ``batch`` is the product of all leading sizes but the heads."""
+
+    batch: Any
+    num_heads: Any
+    num_key_heads: Any
+    num_queries: Any
+    num_keys: Any
+    head_dim: Any
+    value_dim: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Sizes):
+    """One ``softmax(Q K^T ...) V`` in a graph: what the report and the decision ask of it.
 
     Attributes:
-        kind: ``"softmax"`` (spelled out), ``"sdpa"``, ``"mha"`` or ``"encoder"``.
+        kind: ``"softmax"`` (spelled out), ``"sdpa"``, ``"mha"`` or ``"encoder"``. The first two are
+            an :class:`OpenSite`; the projections, and masks, of the others are inside the node.
         anchor: the node the report counts: the softmax, or the fused call.
         form: the spelling, as names of operations from the product to the output.
         output: the node that the rewrite replaces.
-        dtype, device: of the output.
-        batch, num_heads, num_key_heads, num_queries, num_keys, head_dim, value_dim: sizes, ints or
-            SymInts; ``batch`` is the product of all leading sizes but the heads.
-        q, k, v: operands; ``None`` for ``mha`` and ``encoder``, whose projections are inside the
-            node.
-        shared_k, shared_v: K and V before their heads were repeated (``repeat_kv``), where they
-            were.
-        factors: the scale of the product. Empty for an ``sdpa`` call without one: 1 / sqrt(d).
+        dtype, device, requires_grad: of the output; whether a gradient is recorded for it.
         steps: what happens to the scores between the product and the softmax, in order.
+        mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
+        causal: the graph says that query i sees keys j <= i + offset only.
         softcap: c > 0 where the scaled scores s become ``c * tanh(s / c)``, before every bias and
             mask; the scale then is that of all factors and steps together, on both sides of tanh.
         sinks: one number per query head, ``(H,)`` when flattened, that stands in the softmax as the
             score of one more key, whose weight is dropped.
-        scores, canonical, out: the levels of the product, of the rewritten call and of the output.
-        output_dims: the output's axes, as a permutation of (lead..., query, width).
-        mask: of an ``sdpa`` call, its mask node; ``None`` too where the mask only says "causal".
-        mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
-        causal: the graph says that query i sees keys j <= i + offset only.
-        compute_dtype: the dtype that Q, K and V are brought to, where they have several.
-        copy_order: the output's axes, outermost first, if the model relies on that memory order.
         interior: the nodes from the product to the output, which nothing else reads, and what is
             dead around them.
-        requires_grad: a gradient is recorded for the output.
     """
 
     kind: str
@@ -146,38 +130,45 @@ class AttentionSite:
     output: fx.Node
     dtype: torch.dtype
     device: torch.device
-    batch: Any
-    num_heads: Any
-    num_key_heads: Any
-    num_queries: Any
-    num_keys: Any
-    head_dim: Any
-    value_dim: Any
-    q: Operand | None = None
-    k: Operand | None = None
-    v: Operand | None = None
-    shared_k: Operand | None = None
-    shared_v: Operand | None = None
-    factors: tuple[Factor, ...] = ()
+    requires_grad: bool = False
     steps: tuple[Step, ...] = ()
-    softcap: float = 0.0
-    sinks: fx.Node | None = None
-    scores: Level | None = None
-    canonical: Level | None = None
-    out: Level | None = None
-    output_dims: tuple[int, ...] = ()
-    mask: fx.Node | None = None
     mask_kind: str = "none"
     causal: Causal | None = None
-    compute_dtype: torch.dtype | None = None
-    copy_order: tuple[int, ...] | None = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
     interior: tuple[fx.Node, ...] = ()
-    requires_grad: bool = False
 
     @property
     def is_causal(self) -> bool:
         """Whether later keys are hidden, and nothing else by a mask of the graph's."""
         return self.causal is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSite(AttentionSite):
+    """A site whose Q, K and V are nodes of the graph.
+
+    Attributes:
+        q, k, v: operands.
+        shared: K and V before their heads were repeated (``repeat_kv``), where they were.
+        factors: the scale of the product.
+        scores, canonical, out: the levels of the product, of the rewritten call and of the output.
+        output_dims: the output's axes, as a permutation of (lead..., query, width).
+        compute_dtype: the dtype that Q, K and V are brought to, where they have several.
+        copy_order: the output's axes, outermost first, if the model relies on that memory order.
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    shared: tuple[Operand, Operand] | None
+    factors: tuple[Factor, ...]
+    scores: Level
+    canonical: Level
+    out: Level
+    output_dims: tuple[int, ...]
+    compute_dtype: torch.dtype | None
+    copy_order: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.dispatch import BreakEven
 from distr_compile.passes import decide as decisions
 from distr_compile.passes.decide import DTYPES, decide, decide_bare, flops
-from distr_compile.passes.site import AddStep, AttentionSite, Causal, FillStep, Level
+from distr_compile.passes.site import AttentionSite, Causal, Level
+from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import Reason
 
@@ -28,6 +29,8 @@ def site(**fields: Any) -> AttentionSite:
     """2 x 4 heads x 128 tokens x width 64 in float32 on the CPU."""
     node = fx.Graph().placeholder("softmax")
     sizes = {"batch": 2, "num_heads": 4, "num_key_heads": 4, "num_queries": 128, "num_keys": 128}
+    if (given := fields.pop("mask", None)) is not None:  # that of an SDPA call
+        fields["steps"] = (AddStep(given, Level((2, 4, 128, 128)), node, 1),)
     return AttentionSite(
         anchor=node,
         form="matmul softmax matmul",
@@ -176,9 +179,9 @@ def test_strict_causality_with_a_mask_of_unknown_content(
     """A mask with a row per query may be a causal one that came in as an input."""
     node, level = mask(*shape), Level((2, 4, 128, 128))
     given = site(kind="sdpa", mask=node, mask_kind="float")
-    added = site(steps=(AddStep(node, 1, level, node),), mask_kind="float")
+    added = site(steps=(AddStep(node, level, node, 1),), mask_kind="float")
     filled = site(
-        steps=(FillStep(node, -1e9, False, level, node, torch.float32),), mask_kind="bool"
+        steps=(FillStep(node, level, node, -1e9, False, torch.float32),), mask_kind="bool"
     )
     for found in (given, added, filled):
         assert codes(found, FORCED) == []
@@ -204,7 +207,7 @@ def test_the_strict_form_behind_a_mask_needs_as_many_keys_as_queries() -> None:
         assert codes(found, strict) == expected
         assert codes(found, PROJECTION) == []
         # Where the graph itself says causal, it says with which offset.
-        causal = replace(found, mask=None, causal=Causal(0), mask_kind="causal")
+        causal = replace(found, steps=(), causal=Causal(0), mask_kind="causal")
         assert codes(causal, strict) == []
 
 

@@ -1,0 +1,476 @@
+"""What may happen to the scores between the product and the softmax: a table of kinds of steps.
+
+Of each kind it says how the walk goes back through a node (``back``) and, once the axes of the
+scores are known, what that comes to (``forth``). What the rewritten call must be told of becomes a
+:class:`.site.Step`, which says how it is written there (``write``).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.emit import Emitter, dtype_of
+from distr_compile.passes.origin import Flow
+from distr_compile.passes.site import Causal, Factor, Level, RefusedError, Step
+from distr_compile.passes.vocabulary import Scalar, same_shape, same_size, shape_of, target_name
+
+NO_CLAMP = 1.0e4
+"""Bounds at least this far out guard against overflow; they do not change ordinary scores."""
+
+
+@dataclass
+class Way:
+    """The way from a softmax back to its product, and what happens to the scores on it.
+
+    Attributes:
+        flow: of the graph.
+        interior: the nodes met, which nobody else may read.
+        events: what happens to the scores, (record, node), last one first.
+        places: where each axis of the softmax is among those of the scores here. Where they are
+            reshaped on the way, the axes before the first reshape stand for the softmax's.
+        dim: which of these the softmax runs over.
+        capped: a tanh was met.
+        sink: the column of sinks that was met.
+        levels: of the events gone over forwards: the shapes that the scores take.
+        steps: likewise: what the call must be told of.
+        softcap: likewise; 0 for none.
+        width: that of scores and sinks together, once the sinks stand beside the scores.
+    """
+
+    flow: Flow
+    interior: list[fx.Node] = field(default_factory=list)
+    events: list[tuple[voc.Op, fx.Node]] = field(default_factory=list)
+    places: tuple[int, ...] = ()
+    dim: int = 0
+    capped: bool = False
+    sink: voc.Append | None = None
+    levels: list[Level] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    softcap: float = 0.0
+    width: Any = None
+
+    def refuse_shift(self) -> None:
+        """One number added to all scores: softmax ignores it, tanh or a sink beside them do not."""
+        if self.capped:
+            raise RefusedError("soft-cap", "a term is added to the scores inside the cap's tanh")
+        if self.sink is not None:
+            raise RefusedError("sinks", "the scores are shifted before the sinks stand beside them")
+
+    def scores_side(self, reader: fx.Node, a: Any, b: Any) -> tuple[fx.Node, Any]:
+        """(scores, other): of two operands the one with a product of two activations is first."""
+        flow = self.flow
+        chains = [flow.before(x, reader) if isinstance(x, fx.Node) else set() for x in (a, b)]
+        carries = [bool(chain) for chain in chains]
+        if carries[0] == carries[1]:
+            carries = [any(flow.is_scores(p) for p in chain) for chain in chains]
+        if carries[0] == carries[1]:
+            raise RefusedError("two-products", "the scores are a sum of two products")
+        scores, other = (a, b) if carries[0] else (b, a)
+        if isinstance(other, fx.Node) and flow.behind[other] - flow.before(scores, reader):
+            raise RefusedError("two-products", "a second product of activations is in the scores")
+        return scores, other
+
+    @property
+    def level(self) -> Level:
+        """The shape of the scores here; of the keys' scores, where sinks stand beside them."""
+        return self.levels[-1]
+
+    def go_to(self, event: Any, node: fx.Node, in_order: bool) -> None:
+        """Take the shape that an event gives the scores."""
+        shape, level = shape_of(node) or shape_of(event.x), self.level  # setitem returns nothing
+        if isinstance(event, voc.Append):
+            self.width = shape[-1]
+        if self.width is not None:
+            if not same_size(shape[-1], self.width):
+                raise RefusedError("layout", "the softmax runs over reshaped keys")
+            shape = (*shape[:-1], level.shape[-1])
+        if isinstance(event, voc.Reshape):
+            self.levels.append(Level(shape, _reshape_args(node)))
+        elif in_order and not same_shape(shape[-2:], level.shape[-2:]):
+            raise RefusedError("layout", "a bias or mask broadcasts the scores over rows or keys")
+        elif in_order and not same_shape(shape[:-2], level.lead):  # the bias has a batch of its own
+            self.levels.append(Level((*shape[:-2], *level.shape[-2:])))
+
+
+@dataclass
+class Written:
+    """What the steps come to on the rewritten call: Q, one scale, and one mask in two parts.
+
+    Attributes:
+        emit: writes nodes.
+        term: makes a tensor that broadcasts at a level broadcast against (B, H, N_q, N_k).
+        dtype: of the site.
+        q: Q times the factors that are tensors.
+        scale: a number or the node of a symbolic one.
+        bias: an additive mask.
+        seen: a boolean mask, True attends.
+    """
+
+    emit: Emitter
+    term: Callable[[fx.Node, Level], fx.Node]
+    dtype: torch.dtype
+    q: fx.Node
+    scale: Any = 1.0
+    bias: fx.Node | None = None
+    seen: fx.Node | None = None
+
+    def times(self, factor: Factor) -> None:
+        """Take a factor into the scale."""
+        scale, value = self.scale, factor.value
+        if not isinstance(scale, fx.Node) and not isinstance(value, fx.Node):
+            self.scale = scale / value if factor.divide else scale * value
+        elif scale == 1.0 and not factor.divide:
+            self.scale = value
+        else:
+            op = operator.truediv if factor.divide else operator.mul
+            self.scale = self.emit.function(op, scale, value)
+
+    def mask(self) -> fx.Node | None:
+        """Both parts of the mask as one."""
+        if self.bias is None or self.seen is None:
+            return self.bias if self.seen is None else self.seen
+        hidden = self.emit.method("logical_not", self.seen)
+        return self.emit.method("masked_fill", self.bias, hidden, voc.INFINITE)
+
+
+# -- the kinds: the way back through each, what it comes to, how it is written ------------------
+
+
+def _keep(way: Way, op: Any, node: fx.Node) -> fx.Node:
+    """Keep what a node does to the scores, and go on to the scores that it reads."""
+    way.events.append((op, node))
+    scores: fx.Node = op.x
+    return scores
+
+
+def _pass(way: Way, op: Any, node: fx.Node) -> fx.Node:
+    """A cast or copy: go on."""
+    scores: fx.Node = op.x
+    return scores
+
+
+def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
+    low, high = (
+        default if bound is None else way.flow.constants.number(bound, node)
+        for bound, default in ((op.low, -math.inf), (op.high, math.inf))
+    )
+    if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
+        raise RefusedError("scores-edited", "the scores are clamped")
+    return op.x
+
+
+def _permute_back(way: Way, op: voc.Permute, node: fx.Node) -> fx.Node:
+    way.places = tuple(op.dims[place] for place in way.places)
+    return _keep(way, op, node)
+
+
+def _tanh_back(way: Way, op: voc.Tanh, node: fx.Node) -> fx.Node:
+    if way.capped:
+        raise RefusedError("soft-cap", "the scores pass through tanh twice")
+    way.capped = True
+    return _keep(way, op, node)
+
+
+def _tanh_forth(way: Way, op: voc.Tanh, node: fx.Node) -> None:
+    way.softcap = 1.0
+
+
+def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
+    if way.sink is not None:
+        raise RefusedError("sinks", "more than one sink column is concatenated to the scores")
+    if way.flow.behind[op.column] or way.flow.chained[op.column]:
+        raise RefusedError("concat-scores", "one softmax runs over several score matrices")
+    if not all(isinstance(event, voc.Reshape) for event, _ in way.events):
+        raise RefusedError("sinks", "scores and sinks are changed after they are concatenated")
+    way.sink = op
+    return _keep(way, op, node)
+
+
+@dataclass(frozen=True)
+class ScaleStep(Step):
+    """The scores are multiplied (or divided) by a number, a symbolic number or a tensor."""
+
+    factor: Scalar
+    divide: bool
+
+    def write(self, call: Written) -> None:
+        """Into the scale, or into Q where it is a tensor; and into the bias before it."""
+        emit, name, factor = call.emit, "div" if self.divide else "mul", self.factor
+        if self.tensor is None:
+            call.times(Factor(factor, self.divide))
+        else:
+            dtype, factor = dtype_of(call.q), call.term(self.tensor, self.level)
+            call.q = emit.method(name, call.q, factor)
+            call.q = call.q if dtype_of(call.q) == dtype else emit.method("to", call.q, dtype)
+        if call.bias is not None:
+            call.bias = emit.method(name, call.bias, factor)
+
+
+def _scale_back(way: Way, op: voc.Scale, node: fx.Node) -> fx.Node:
+    scores, factor = way.scores_side(node, op.x, op.factor)
+    if op.divide and scores is not op.x:
+        raise RefusedError("scores-edited", "a tensor is divided by the scores")
+    return _keep(way, voc.Scale(scores, factor, op.divide), node)
+
+
+def _scale_forth(way: Way, op: voc.Scale, node: fx.Node) -> None:
+    factor: Any = op.factor
+    tensor = factor if voc.is_tensor(factor) else None
+    if tensor is not None:
+        shape = shape_of(tensor)
+        if not same_shape(way.level.shape[-2:], way.levels[0].shape[-2:]):
+            raise RefusedError("layout", "scores of split axes are scaled by a tensor")
+        if shape and not same_size(shape[-1], 1):
+            raise RefusedError("scores-edited", "the scores are scaled key by key")
+        if not dtype_of(tensor).is_floating_point:
+            raise RefusedError("scores-edited", "the scores are scaled by integers")
+    elif not isinstance(factor, int | float | fx.Node):
+        raise RefusedError("scores-edited", "the scale is not a number")
+    hidden = [step.value for step in way.steps if isinstance(step, FillStep)]
+    if hidden and not (isinstance(factor, int | float) and factor > 0):
+        raise RefusedError("scores-edited", "masked scores are scaled by a tensor")
+    for value in hidden:
+        if (value / factor if op.divide else value * factor) > voc.HIDDEN:
+            raise RefusedError("scores-edited", "masked scores are scaled until seen again")
+    way.steps.append(ScaleStep(tensor, way.level, node, factor, op.divide))
+    if way.softcap:
+        number = _cap_factor(factor)
+        way.softcap = way.softcap / number if op.divide else way.softcap * number
+
+
+def _cap_factor(given: Scalar) -> float:
+    """A factor of the soft cap; of a symbolic one it fixes the value, by a guard."""
+    factor: Any = voc.value_of(given)
+    if isinstance(factor, torch.SymFloat | torch.SymInt):
+        factor = float(factor)
+    if not isinstance(factor, int | float):
+        raise RefusedError("soft-cap", "the soft cap is a tensor")
+    if factor == 0 or not math.isfinite(factor):
+        raise RefusedError("soft-cap", f"the soft cap's factor is {factor}")
+    return factor
+
+
+@dataclass(frozen=True)
+class AddStep(Step):
+    """``alpha`` times a tensor is added to the scores."""
+
+    tensor: fx.Node
+    alpha: Scalar
+
+    def write(self, call: Written) -> None:
+        """Into the bias."""
+        emit, term = call.emit, call.term(self.tensor, self.level)
+        if not dtype_of(self.tensor).is_floating_point:
+            term = emit.method("to", term, torch.promote_types(call.dtype, torch.float32))
+        if self.alpha != 1:
+            term = emit.method("mul", term, self.alpha)
+        call.bias = term if call.bias is None else emit.method("add", call.bias, term)
+
+    def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
+        """The offset, where it is added as it is (floats, not scaled later) and is causal."""
+        is_scaled = self.alpha != 1 or any(isinstance(step, ScaleStep) for step in later)
+        if is_scaled or not dtype_of(self.tensor).is_floating_point:
+            return None
+        return flow.constants.causal_offset(self.tensor, self.reader, *self.level.shape[-2:])
+
+
+def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
+    if maximum := _row_maximum(op, node):
+        made, others = way.flow.now(op.x, node), maximum - {node}
+        if any(way.flow.memory.writers(made, n, node) for n in others):
+            raise RefusedError("in-place-write", "the scores are written in place")
+        way.refuse_shift()
+        way.interior.extend(others)
+        return made
+    scores, term = way.scores_side(node, op.x, op.y)
+    if scores is not op.x and op.alpha != 1:
+        raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
+    if way.capped or not voc.is_tensor(term):
+        way.refuse_shift()
+        return scores
+    return _keep(way, voc.Add(scores, term, op.alpha), node)
+
+
+def _add_forth(way: Way, op: Any, node: fx.Node) -> None:
+    term = voc.tensor_of(op.y)
+    if term is None or term.dtype.is_complex:
+        raise RefusedError("scores-edited", "a complex tensor is added")
+    way.steps.append(AddStep(op.y, way.level, node, op.alpha))
+
+
+def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
+    """``x - amax(x, -1)`` shifts rows, which softmax ignores: the nodes that read x for it."""
+    node: Any = op.y
+    if op.alpha != -1 or not same_shape(shape_of(node), (*shape_of(op.x)[:-1], 1)):
+        return set()
+    readers = {node}
+    while target_name(node) in {"unsqueeze", "getitem", "detach"}:
+        node = node.args[0]
+        if not isinstance(node, fx.Node):
+            return set()
+        readers.add(node)
+    if target_name(node) not in {"amax", "max"} or node.args[0] is not op.x:
+        return set()
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    rank = len(shape_of(op.x))
+    if not isinstance(dim, int) or dim % rank != rank - 1:
+        return set()
+    is_ours = all(user in readers or user is reader for n in readers for user in n.users)
+    return readers if is_ours else set()
+
+
+@dataclass(frozen=True)
+class FillStep(Step):
+    """The scores become ``value`` where ``tensor`` holds (with ``keep``: where it does not).
+
+    ``dtype`` is that of the scores at that point: ``value`` fits it.
+    """
+
+    tensor: fx.Node
+    value: float
+    keep: bool
+    dtype: torch.dtype
+
+    def write(self, call: Written) -> None:
+        """Into what is seen, or, where the value is finite, into the bias."""
+        emit, condition = call.emit, call.term(self.tensor, self.level)
+        if self.value == voc.INFINITE:
+            keep = condition if self.keep else emit.method("logical_not", condition)
+            call.seen = keep if call.seen is None else emit.method("logical_and", call.seen, keep)
+            return
+        hidden = emit.method("logical_not", condition) if self.keep else condition
+        # The model replaces scores, the mask is added: it must be so low that they vanish.
+        value, dtype = min(self.value, voc.ABSORBING), self.dtype
+        if call.bias is None:
+            call.bias = emit.additive(hidden, dtype, value)
+            return
+        if dtype != call.dtype:  # scores upcast first: the number may not fit the bias's dtype
+            call.bias = emit.method("to", call.bias, dtype)
+        call.bias = emit.method("masked_fill", call.bias, hidden, value)
+
+    def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
+        """The offset, where the condition is causal."""
+        (rows, keys), hidden = self.level.shape[-2:], not self.keep
+        return flow.constants.causal_offset(self.tensor, self.reader, rows, keys, hidden)
+
+
+def _fill_back(way: Way, op: voc.Fill, node: fx.Node) -> fx.Node:
+    if way.capped:
+        raise RefusedError("soft-cap", "the scores are masked inside the soft cap's tanh")
+    return _keep(way, op, node)
+
+
+def _fill_forth(way: Way, op: voc.Fill, node: fx.Node) -> None:
+    value = way.flow.constants.number(op.value, node)
+    if value is None:
+        raise RefusedError("scores-edited", "the mask's fill value is not a constant")
+    if value > voc.HIDING:
+        raise RefusedError("scores-edited", f"scores are replaced by {value:g}: hides nothing")
+    condition, scores = voc.tensor_of(op.condition), voc.tensor_of(op.x)
+    if condition is None or condition.dtype is not torch.bool:
+        raise RefusedError("scores-edited", "the mask's condition is not boolean")
+    if value != voc.INFINITE and scores is not None and scores.dtype is torch.float16:
+        raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
+    dtype = dtype_of(op.x if voc.tensor_of(node) is None else node)
+    way.steps.append(FillStep(op.condition, way.level, node, value, op.keep, dtype))
+
+
+class Kind(NamedTuple):
+    """What is to be known of a kind of step; how it is written is said by what ``forth`` adds."""
+
+    back: Callable[[Way, Any, fx.Node], fx.Node]
+    """Goes through a node and returns the scores that it reads."""
+    forth: Callable[[Way, Any, fx.Node], None] | None = None
+    """Adds what an event comes to, besides a shape."""
+
+
+KINDS: dict[type, Kind] = {
+    voc.Scale: Kind(_scale_back, _scale_forth),
+    voc.Add: Kind(_add_back, _add_forth),
+    voc.Fill: Kind(_fill_back, _fill_forth),
+    voc.Clamp: Kind(_clamp_back),
+    voc.Tanh: Kind(_tanh_back, _tanh_forth),
+    voc.Append: Kind(_sink_back),
+    voc.Permute: Kind(_permute_back),
+    voc.Reshape: Kind(_keep),
+    voc.Cast: Kind(_pass),
+    voc.Identity: Kind(_pass),
+}
+"""All that the walk passes through between the softmax and the product."""
+
+
+def replay(way: Way, scores: Level, product: fx.Node, op: voc.Product, is_plain: bool) -> None:
+    """Go over the events forwards, from the product and its scores.
+
+    As long as the axes are not (lead..., query, key), only numbers may happen to the scores.
+    """
+    way.levels, permuted = [scores], "the axes of the scores are permuted around a bias"
+    permutes = sum(isinstance(event, voc.Permute) for event, _ in way.events)
+    if op.addend is not None:
+        if permutes or not is_plain:
+            raise RefusedError("layout", permuted)
+        if not isinstance(op.beta, int | float):
+            raise RefusedError("scores-edited", "baddbmm's beta is not a number")
+        way.steps.append(AddStep(op.addend, scores, product, op.beta))
+    for event, node in reversed(way.events):
+        permutes -= isinstance(event, voc.Permute)
+        in_order = is_plain and permutes == 0 and not isinstance(event, voc.Permute)
+        way.go_to(event, node, in_order)
+        if forth := KINDS[type(event)].forth:
+            forth(way, event, node)
+        has_tensors = any(step.tensor is not None for step in way.steps)
+        if not in_order and (len(way.levels) > 1 or has_tensors):
+            raise RefusedError("layout", permuted)
+    way.softcap = abs(way.softcap)  # b tanh(a s) is odd in both: |b| tanh(a b s / |b|)
+
+
+def mask_of(
+    flow: Flow, scores: Level, steps: list[Step], is_causal: bool = False
+) -> tuple[str, Causal | None, tuple[Step, ...]]:
+    """What hides or biases keys, for the report; whether that is "causal"; the steps left.
+
+    ``is_causal``: later keys are hidden, besides what the steps hide.
+    """
+    masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
+    if len(masks) == 1 and not is_causal:
+        only, offset = masks[0], None
+        if same_shape(only.level.shape[-2:], scores.shape[-2:]):  # no axis is split in two there
+            offset = only.causal_offset(flow, steps[steps.index(only) + 1 :])
+        if offset is not None:
+            return "causal", Causal(offset, only), tuple(s for s in steps if s is not only)
+    is_bool = all(isinstance(s, FillStep) and s.value == voc.INFINITE for s in masks)
+    kinds = ["causal"] * is_causal + ["bool" if is_bool else "float"] * bool(masks)
+    return "+".join(kinds) or "none", Causal(0) if is_causal else None, tuple(steps)
+
+
+def drops_sink(user: fx.Node, sink: voc.Append) -> bool:
+    """Whether a slice takes the keys' weights and leaves out the sink's."""
+    whole, keys = slice(None, None, None), shape_of(sink.x)[-1]
+    weights: Any = user.args[0]
+    if not same_shape(shape_of(user), (*shape_of(weights)[:-1], keys)):
+        return False
+    if target_name(user) != "getitem" or not isinstance(user.args[1], tuple):
+        return False
+    *others, last = user.args[1]  # last of the axes, too: it is the one that became shorter
+    if not all(other is Ellipsis or other == whole for other in others):
+        return False
+    starts = (1,) if sink.front else (None, 0)
+    return isinstance(last, slice) and last.start in starts and last.step in (None, 1)
+
+
+def _reshape_args(node: fx.Node) -> tuple[Any, ...] | None:
+    """The sizes a ``view`` or ``reshape`` was called with."""
+    if target_name(node) not in {"view", "reshape"}:
+        return None
+    args = node.args[1:]
+    if len(args) == 1 and isinstance(args[0], list | tuple):
+        args = tuple(args[0])
+    return tuple(args) if len(args) == len(shape_of(node)) else None
