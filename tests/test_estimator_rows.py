@@ -26,7 +26,8 @@ from distr_compile.estimators import (
     arithmetic,
     auto_grouping_block,
 )
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import cpu as fused_kernel
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cpu, cpu_fused, cuda
 from distr_compile.lowering import op as op_module
 from distr_compile.tuning import calibrate
@@ -206,7 +207,7 @@ def test_bases_that_nothing_makes_are_not_calibrated(monkeypatch: pytest.MonkeyP
 
 def test_a_function_that_a_module_lacks_is_named() -> None:
     options = OPTIONS | {"estimator": "calibrated", "out": torch.empty(1, 2, 50, 24)}
-    with pytest.raises(NoArithmeticError, match=r"lowering.fixed, its 'gpu', has no prologue;"):
+    with pytest.raises(NoArithmeticError, match=r"calibrated.launch, its 'gpu', has no prologue;"):
         cuda.attention(*inputs(), **options)
 
 
@@ -247,7 +248,7 @@ def first_columns() -> ModuleType:
     vars(module).update(
         COMPUTES=("toy",), ONE_BLOCK=True, READS_PANELS=False, factors=factors, bases=bases,
         elements=lambda head_dim, rank: 2 * head_dim * rank, counted=lambda *_: (None, None),
-        groups=lambda *args: cpu_fused.stacked(bases(*args)), prologue=prologue,
+        groups=lambda *args: fused_kernel.stacked(bases(*args)), prologue=prologue,
     )  # fmt: skip
     return module
 

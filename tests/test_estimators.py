@@ -12,7 +12,7 @@ from distr_compile.estimators import (
     NUM_PROJECTIONS,
     auto_grouping_block,
 )
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 
 
 def test_every_entry_is_whole() -> None:

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import distr_compile
 from distr_compile import estimators
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels import projection, reference
-from distr_compile.kernels.projection import projection_factors
-from distr_compile.kernels.reference_projection import counted_before, prefix_edge
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.projection import launch as projection
+from distr_compile.kernels.projection.launch import projection_factors
+from distr_compile.kernels.projection.reference import counted_before, prefix_edge
 from distr_compile.lowering import cpu, cuda
 from distr_compile.lowering import op as op_module
 

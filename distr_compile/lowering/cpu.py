@@ -1,11 +1,12 @@
 """DistrAttention in bounded memory: on CPUs by the fused kernel, else in plain PyTorch calls.
 
 A and B come from the module that the table of estimators names for the estimator; what it has to
-have is in ``cpu_estimator.py``. Qhat = Q A, Khat = K B and attention on them are the fused kernel's
+have is in ``kernels/roles.py``. Qhat = Q A, Khat = K B and attention on them are the fused kernel's
 where it runs (``cpu_fused.py``), and otherwise PyTorch's, on any device: the rest of this text.
 
-The same function as ``kernels/reference.py`` in the order of FlashAttention: heads in chunks, query
-rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M scores exists.
+The same function as ``kernels/attention/reference.py`` in the order of FlashAttention: heads in
+chunks, query rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M
+scores exists.
 
 PyTorch's own CPU flash kernel is not used: it refuses Q and K narrower than V, and padding Qhat and
 Khat back to the width of V costs what exact attention costs. Measured by ``python
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.kernels.projection.reference import prefix_edge
+from distr_compile.kernels.roles import Asked, stack, working
 from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked, stack, working
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -44,7 +45,7 @@ WORKSPACE_MIB = 24
 
 
 FUNCTIONS = ("ONE_BLOCK", "READS_PANELS", "elements", "counted", "bases", "groups")
-"""What ``attention`` asks of the module of an estimator; ``cpu_estimator.py`` says what each is."""
+"""What ``attention`` asks of the module of an estimator; ``kernels/roles.py`` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def attention(
     fused: bool | None = None,
     out: Tensor,
 ) -> Tensor:
-    """Approximate attention; arguments and result as in ``kernels.reference.attention``.
+    """Approximate attention; arguments and result as in ``kernels.attention.reference.attention``.
 
     Every tensor may have any strides; those of batch or head size 1 and masks are read where they
     are broadcast, never expanded. Inputs are trusted: the op has checked them.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.kernels.projection.reference import prefix_edge
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
@@ -57,7 +57,7 @@ def attention(
     out: Tensor,
     workspace: int = WORKSPACE_MIB << 20,
 ) -> Tensor:
-    """Arguments and result as in ``kernels.reference.attention``; ``rank == d`` is exact.
+    """Arguments and result as in ``kernels.attention.reference.attention``; ``rank == d`` is exact.
 
     Args:
         q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides; k, v alike.
@@ -158,7 +158,7 @@ def _attend(
     workspace: int,
 ) -> None:
     # Here, not above: without Triton that is one more kernel that failed.
-    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
     num_queries, num_keys, value_dim = q.shape[2], *v.shape[2:]
@@ -231,7 +231,7 @@ def _attend_strictly(
 
     They share a softmax, whose two halves are put together by their denominators.
     """
-    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
     num_keys, value_dim = v.shape[2:]

@@ -1,4 +1,4 @@
-"""The LSH estimators on a GPU: what ``cuda.py`` asks of ``kernels/lsh.py``."""
+"""The LSH estimators on a GPU: what ``cuda.py`` asks of ``kernels/lsh/triton.py``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from functools import partial
 
 from torch import Tensor
 
-from distr_compile.kernels.reference_lsh import COMPUTES as COMPUTES
+from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.lowering.cuda import Asked, Prologue
 
 
 def prologue(q: Tensor, k: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
     """What makes Qhat and Khat of a chunk: it asks for no memory of its own, and for no mask."""
-    from distr_compile.kernels.lsh import lsh_factors
+    from distr_compile.kernels.lsh.triton import lsh_factors
 
     return Prologue(
         partial(

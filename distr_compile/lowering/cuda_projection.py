@@ -1,4 +1,4 @@
-"""The estimator ``projection`` on a GPU: what ``cuda.py`` asks of ``kernels/projection.py``."""
+"""The estimator ``projection`` on a GPU: ``kernels/projection/launch.py``, asked by ``cuda.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from distr_compile.kernels.reference_projection import counted_before, counted_rows
+from distr_compile.kernels.projection.reference import counted_before, counted_rows
 from distr_compile.lowering.cuda import Asked, Prologue
 
 COMPUTES = ("projection",)
@@ -14,7 +14,7 @@ COMPUTES = ("projection",)
 
 def prologue(q: Tensor, k: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
     """What makes Qhat and Khat of a chunk, and which rows of the call count for it by the mask."""
-    from distr_compile.kernels.projection import projection_factors, workspace_bytes
+    from distr_compile.kernels.projection.launch import projection_factors, workspace_bytes
 
     _, heads, num_queries, head_dim = q.shape
     key_heads, num_keys = k.shape[1:3]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import lsh, reference
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.lsh import triton as lsh
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import reference
-from distr_compile.kernels import reference_projection as projection
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.projection import reference as projection
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

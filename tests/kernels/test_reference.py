@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 
 
 def naive_order(rows: np.ndarray, P: np.ndarray, signed: bool) -> tuple[list[int], np.ndarray]:

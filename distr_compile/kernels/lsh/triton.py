@@ -1,6 +1,6 @@
 """The LSH estimators on a GPU: Qhat and Khat of every grouping block, in three Triton launches.
 
-The definition is ``kernels/reference.py`` (arXiv 2507.17245, section 3.2 and eq. 2).
+The definition is ``kernels/lsh/reference.py`` (arXiv 2507.17245, section 3.2 and eq. 2).
 
 1. ``_project_kernel``: N' = 16 random projections of every column of Q, as partial sums over chunks
    of rows. The projection matrix is made in registers from a hash of (row, projection, seed).
@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
-from distr_compile.kernels.reference_lsh import variant_of
+from distr_compile.kernels.lsh.reference import variant_of
 
 CHUNK_ROWS = 512
 """Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""

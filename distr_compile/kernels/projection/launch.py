@@ -1,6 +1,6 @@
 """The estimator ``projection`` on a GPU: Qhat = Q A and Khat = K B, in four Triton launches.
 
-The definition is ``kernels/reference_projection.py``; A and B of d x r belong to a key head and a
+The definition is ``kernels/projection/reference.py``; A and B of d x r belong to a key head and a
 grouping block.
 
 1. ``_gram_kernel``: partial Gram matrices X^T X over chunks of ``CHUNK_ROWS`` rows of Q and of K,
@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distr_compile.kernels.lsh import BLOCKS_PER_PROGRAM, _random_numbers, _seed_offset
-from distr_compile.kernels.reference_projection import RIDGE
+from distr_compile.kernels.lsh.triton import BLOCKS_PER_PROGRAM, _random_numbers, _seed_offset
+from distr_compile.kernels.projection.reference import RIDGE
 
 MAX_HEAD_DIM = 256
 
@@ -370,7 +370,7 @@ def _block_of(X, first_row, first_column, STRIDE: tl.constexpr, R: tl.constexpr,
 
 @triton.jit
 def _scales_of_grams(Cq, Ck, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RIDGE: tl.constexpr):
-    """What makes of the sums the matrices of ``reference_projection.gram``.
+    """What makes of the sums the matrices of ``gram`` in ``reference.py``.
 
     Returns for each: factor, what is added to the diagonal, exponent; then the sum of the entries
     of Cq * Ck.
@@ -590,7 +590,7 @@ def _solve_kernel(
     )
     _apply_gram(Cq, q_factor, q_ridge, X, Y, WIDTH, RANKS, COLUMNS, PRECISION)
 
-    # See reference_projection.balance.
+    # See balance in reference.py.
     rows = (earlier + i) * block if STRICT else min(block, num_rows - i * block)
     rows = (rows * rep).to(tl.float32)
     energy = tl.abs(energy) * (rows / (tl.maximum(seen, 1) * RANK).to(tl.float32))
@@ -814,7 +814,7 @@ def projection_factors(
             last block may be short.
         K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
             A and B.
-        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``reference_projection.counted_rows``: the
+        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``reference.counted_rows``: the
             rows of Q that influence A and B. None, for both this and ``keys``: all.
         keys: bool ``(B or 1, H_k or 1, M)``, the rows of K that do.
         rank: r, from 1 to d.

@@ -1,4 +1,4 @@
-"""What ``cpu.py`` asks of the module that makes A and B of an estimator; what such modules share.
+"""What ``lowering/cpu.py`` asks of the module that makes A and B; what such modules share.
 
 The table of estimators names the module (``Estimator.cpu``). It has, besides ``COMPUTES``:
 
@@ -10,8 +10,8 @@ The table of estimators names the module (``Estimator.cpu``). It has, besides ``
 - ``bases(Q, K, queries, keys, asked)``: A and B ``(b h, d, r)`` of each grouping block in turn, of
   Q ``(b, h, rep, N, d)`` and K ``(b or 1, h, M, d)``, some heads of the call, with what ``counted``
   gave for them.
-- ``groups``, of the same arguments: the same for the fused kernel, see ``cpu_fused.Group``;
-  ``cpu_fused.stacked`` makes it of ``bases``.
+- ``groups``, of the same arguments: the same for the fused kernel, see ``Group`` in
+  ``kernels/attention/cpu.py``; ``stacked`` there makes it of ``bases``.
 """
 
 from __future__ import annotations

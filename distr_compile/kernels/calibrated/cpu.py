@@ -1,4 +1,4 @@
-"""A and B of the estimator ``calibrated``, which are given; see ``cpu_estimator.py``."""
+"""A and B of the estimator ``calibrated``, which are given; see ``kernels/roles.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked
+from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.roles import Asked
 
 COMPUTES = ("calibrated",)
 ONE_BLOCK = True
@@ -17,7 +17,7 @@ READS_PANELS = False
 
 
 def elements(head_dim: int, rank: int) -> int:
-    """A and B; see ``cpu_estimator.py``."""
+    """A and B; see ``kernels/roles.py``."""
     return 2 * head_dim * rank
 
 
@@ -38,6 +38,6 @@ def bases(
 
 def groups(
     Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
-) -> Iterator[cpu_fused.Group]:
+) -> Iterator[attention.Group]:
     """The same for the fused kernel."""
-    return cpu_fused.stacked(bases(Q, K, queries, keys, asked))
+    return attention.stacked(bases(Q, K, queries, keys, asked))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.reference import Asked, Block
-from distr_compile.kernels.reference_projection import saturate
+from distr_compile.kernels.attention.reference import Asked, Block
+from distr_compile.kernels.projection.reference import saturate
 
 COMPUTES = ("calibrated",)
 

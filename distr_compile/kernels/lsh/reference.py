@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distr_compile.kernels.reference import Asked, Block, group_columns
+from distr_compile.kernels.attention.reference import Asked, Block, group_columns
 
 
 class Variant(NamedTuple):
@@ -37,7 +37,7 @@ def variant_of(estimator: str) -> Variant:
     if estimator not in COMPUTES:
         raise ValueError(
             f"estimator: got {estimator!r}; must be one of {', '.join(COMPUTES)}: add a variant to "
-            "COMPUTES of distr_compile/kernels/reference_lsh.py, or call what computes this one"
+            "COMPUTES of distr_compile/kernels/lsh/reference.py, or call what computes this one"
         )
     return COMPUTES[estimator]
 

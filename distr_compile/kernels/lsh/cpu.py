@@ -1,6 +1,6 @@
-"""A and B of the LSH estimators in plain PyTorch calls; see ``cpu_estimator.py``.
+"""A and B of the LSH estimators in plain PyTorch calls; see ``kernels/roles.py``.
 
-The definition is ``kernels/reference_lsh.py``, which gathers columns where this multiplies.
+The definition is ``kernels/lsh/reference.py``, which gathers columns where this multiplies.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
-from distr_compile.kernels.reference import order_of_projected, projections
-from distr_compile.kernels.reference_lsh import COMPUTES as COMPUTES
-from distr_compile.kernels.reference_lsh import variant_of
-from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked, stack
+from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.attention.reference import order_of_projected, projections
+from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
+from distr_compile.kernels.lsh.reference import variant_of
+from distr_compile.kernels.roles import Asked, stack
 
 ONE_BLOCK = False
 READS_PANELS = True
 
 
 def elements(head_dim: int, rank: int) -> int:
-    """A and B; see ``cpu_estimator.py``."""
+    """A and B; see ``kernels/roles.py``."""
     return 2 * head_dim * rank
 
 
@@ -36,16 +36,16 @@ def counted(*_: Any) -> tuple[None, None]:
 def bases(
     Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A and B of each grouping block in turn; see ``cpu_estimator.py``."""
+    """A and B of each grouping block in turn; see ``kernels/roles.py``."""
     for block in Q.split(asked.block, dim=3):
         yield _group_bases(block, asked.rank, asked.estimator, asked.seed, asked.panel)
 
 
 def groups(
     Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
-) -> Iterator[cpu_fused.Group]:
+) -> Iterator[attention.Group]:
     """The same for the fused kernel."""
-    return cpu_fused.stacked(bases(Q, K, queries, keys, asked))
+    return attention.stacked(bases(Q, K, queries, keys, asked))
 
 
 @lru_cache(maxsize=64)

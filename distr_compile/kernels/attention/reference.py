@@ -10,9 +10,9 @@ A call goes through four steps:
 1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
 2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
-   K becomes Khat (eq. 2): ``reference_lsh.py``. The estimators ``projection`` and ``calibrated``,
-   which are not the paper's, replace steps 2 and 3: ``reference_projection.py`` and
-   ``reference_calibrated.py``. The table of estimators says which module computes which.
+   K becomes Khat (eq. 2): ``kernels/lsh/reference.py``. The estimators ``projection`` and
+   ``calibrated``, which are not the paper's, replace steps 2 and 3: ``reference.py`` in the folders
+   of their names. The table of estimators says which module computes which.
 4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
    has them.
 
@@ -208,10 +208,10 @@ def estimate(
     and Khat the sum of the group's columns of K. ``lsh-signed``: likewise with the mean, of columns
     of Q and K that ``group_columns`` has turned, which changes no product of Q and K.
 
-    ``projection``: Qhat = Q A and Khat = K B with the bases of
-    ``reference_projection.projection_bases``. The query heads of a key head share them. Keys and
-    queries that ``counted_rows`` leaves out, and with ``is_causal`` keys that no row of the block
-    sees, do not influence them; all rows are multiplied all the same.
+    ``projection``: Qhat = Q A and Khat = K B with the bases of ``projection_bases`` in
+    ``kernels/projection/reference.py``. The query heads of a key head share them. Keys and queries
+    that ``counted_rows`` leaves out, and with ``is_causal`` keys that no row of the block sees, do
+    not influence them; all rows are multiplied all the same.
 
     ``calibrated``: Qhat = Q A and Khat = K B with bases that are given, all rows in one block.
 
