@@ -1,4 +1,4 @@
-"""The LSH estimators on a GPU: what ``cuda.py`` asks of ``kernels/lsh/triton.py``."""
+"""The LSH estimators on a GPU: what ``cuda.py`` asks of ``kernels/lsh/launch.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distr_compile.lowering.cuda import Asked, Prologue
 
 def prologue(q: Tensor, k: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
     """What makes Qhat and Khat of a chunk: it asks for no memory of its own, and for no mask."""
-    from distr_compile.kernels.lsh.triton import lsh_factors
+    from distr_compile.kernels.lsh.launch import lsh_factors
 
     return Prologue(
         partial(

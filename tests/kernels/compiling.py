@@ -228,7 +228,7 @@ def _attention(architecture: str, case: Case, tile: Any) -> Any:
 def _lsh(architecture: str, case: Case, tile: Any) -> Any:
     import torch
 
-    from distr_compile.kernels.lsh.triton import lsh_factors
+    from distr_compile.kernels.lsh.launch import lsh_factors
 
     Q = torch.empty(2, 8, 4096, case.value_dim, dtype=getattr(torch, case.dtype), device="meta")
     lsh_factors(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
 from distr_compile.kernels.attention import cpu as attention
-from distr_compile.kernels.attention.reference import order_of_projected, projections
 from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
-from distr_compile.kernels.lsh.reference import variant_of
+from distr_compile.kernels.lsh.reference import order_of_projected, variant_of
+from distr_compile.kernels.random import projections
 from distr_compile.kernels.roles import Asked, stack
 
 ONE_BLOCK = False

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as attention
-from distr_compile.kernels.attention.reference import start_columns
 from distr_compile.kernels.projection import library
 from distr_compile.kernels.projection import reference as projection
+from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import Asked
 
 COMPUTES = ("projection",)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.attention.reference import Asked, Block, start_columns
+from distr_compile.kernels.attention.reference import Asked, Block
+from distr_compile.kernels.random import start_columns
 
 RIDGE = 2.0**-18
 """Added to the diagonal of Cq, relative to its Frobenius norm: well above the rounding of fp32.
