@@ -55,6 +55,8 @@ SOURCES = (
     "distr_compile/kernels/attention/reference.py",
     "distr_compile/kernels/lsh/reference.py",
     "distr_compile/kernels/projection/reference.py",
+    "distr_compile/kernels/random.py",
+    "distr_compile/kernels/rows.py",
 )
 
 GROUP_SIZES, MIN_RANK = (2, 4, 8), 8

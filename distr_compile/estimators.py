@@ -70,13 +70,12 @@ class Estimator:
             -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
             block, rounds, query heads per key head, bytes of an element of Q and K.
         auto_block: N query rows -> rows per grouping block, where the policy says "auto".
-        definition: dotted name of the module that defines the estimator, with ``factors`` as in
-            ``kernels/lsh/reference.py``. Each of the three modules lists in ``COMPUTES`` the
-            estimators it computes; where a name is empty, calls of this estimator raise.
-        cpu: of the one that makes A and B in PyTorch and for the CPU kernel, as
-            ``kernels/lsh/cpu.py`` does.
-        gpu: of the one that launches kernels, with ``prologue`` as in ``lowering/cuda_lsh.py``, or
-            if it needs bases with ``factors`` as in ``kernels/calibrated/launch.py``.
+        definition: dotted name of the module that defines the estimator, ``reference.py`` in its
+            folder; ``kernels/roles.py`` says what each of the three modules has. Each lists in
+            ``COMPUTES`` the estimators it computes; where a name is empty, calls of this estimator
+            raise.
+        cpu: of the one that makes A and B in PyTorch and for the CPU kernel, ``cpu.py``.
+        gpu: of the one that launches kernels, ``launch.py``.
         prefix_sees: as ``sees``, of the prefix form.
         prefix_cost: as ``cost``, of the prefix form in a causal call of offset 0, what its exact
             scores cost more than those of width r counted in.
@@ -235,7 +234,7 @@ ESTIMATORS: dict[str, Estimator] = {
             auto_block=_lsh_block,
             definition="distr_compile.kernels.lsh.reference",
             cpu="distr_compile.kernels.lsh.cpu",
-            gpu="distr_compile.lowering.cuda_lsh",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="lsh-mean",
@@ -249,7 +248,7 @@ ESTIMATORS: dict[str, Estimator] = {
             auto_block=_lsh_block,
             definition="distr_compile.kernels.lsh.reference",
             cpu="distr_compile.kernels.lsh.cpu",
-            gpu="distr_compile.lowering.cuda_lsh",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="lsh-signed",
@@ -263,7 +262,7 @@ ESTIMATORS: dict[str, Estimator] = {
             auto_block=_lsh_block,
             definition="distr_compile.kernels.lsh.reference",
             cpu="distr_compile.kernels.lsh.cpu",
-            gpu="distr_compile.lowering.cuda_lsh",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="projection",
@@ -278,7 +277,7 @@ ESTIMATORS: dict[str, Estimator] = {
             auto_block=_projection_block,
             definition="distr_compile.kernels.projection.reference",
             cpu="distr_compile.kernels.projection.cpu",
-            gpu="distr_compile.lowering.cuda_projection",
+            gpu="distr_compile.kernels.projection.launch",
             rounds=(1, 2),
             strict="prefix",
             prefix_sees="earlier rows and keys only",

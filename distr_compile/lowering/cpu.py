@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.projection.reference import prefix_edge
-from distr_compile.kernels.roles import Asked, stack, working
+from distr_compile.kernels.roles import Asked, prefix_edge
+from distr_compile.kernels.rows import stack, working
 from distr_compile.lowering import cpu_fused
 
 CHUNK = 1 << 20
@@ -162,7 +162,7 @@ def attention(
             )
             queries, keys = (None if rows is None else _cut(rows, *some) for rows in counts)
             if fixed is not None:
-                asked = replace(asked, fixed=(fixed[0][some[1]], fixed[1][some[1]]))
+                asked = replace(asked, bases=(fixed[0][some[1]], fixed[1][some[1]]))
             if fused:
                 wide = (some[0], slice(h * rep, (h + per_batch) * rep))
                 cpu_fused.attend(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.projection.reference import prefix_edge
+from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
@@ -104,7 +104,7 @@ def attention(
         raise KernelFailed(_failed[variant])
     block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
     block = max(1, min(block, q.shape[2]))
-    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None)
+    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None, strict)
     options: dict[str, Any] = {
         "scale": scale,
         "rank": rank,
@@ -190,7 +190,7 @@ def _attend(
             Qhat, Khat = prologue.factors(
                 Q,
                 K,
-                *prologue.counted_in(chunk, seen),
+                *_counted_in(prologue, chunk, seen),
                 is_causal=causal_offset is not None,
                 causal_offset=offset,
             )
@@ -260,7 +260,7 @@ def _attend_strictly(
             Qhat, Khat = prologue.factors(
                 Q[:, :, so_far.rows],
                 K[:, :, :num_known],
-                *prologue.counted_in(so_far, num_known),
+                *_counted_in(prologue, so_far, num_known),
                 causal_offset=causal_offset,
                 earlier=earlier,
             )
@@ -340,53 +340,14 @@ class _Chunk:
     rows: slice
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How ``prologue`` of the module of an estimator (``Estimator.gpu``) is to make Qhat and Khat.
-
-    It is called as ``prologue(q, k, mask, asked)`` with the tensors of the whole call, returns a
-    ``Prologue``, and imports Triton only when it is called.
-
-    Attributes:
-        estimator: a name that the module lists in ``COMPUTES``.
-        rank: r.
-        block: query rows per grouping block.
-        rounds: how often the estimator refines its basis.
-        seed: names the random numbers of the estimator.
-        strict_offset: the causal offset of the prefix form; None where it is not asked for.
-    """
-
-    estimator: str
-    rank: int
-    block: int
-    rounds: int
-    seed: int
-    strict_offset: int | None = None
-
-
-@dataclass(frozen=True)
-class Prologue:
-    """What makes Qhat and Khat of a chunk.
-
-    Attributes:
-        factors: ``(Q, K, *counted, is_causal=, causal_offset=)`` -> Qhat, Khat; in the prefix form
-            ``earlier=``, the grouping blocks of Q that are not wanted, instead of ``is_causal``.
-        own_bytes: its memory beside its results, for a key head once and for each grouping block.
-        counted: which rows of all queries, and of all keys, it looks at; empty if it does not ask.
-    """
-
-    factors: Callable[..., tuple[Tensor, Tensor]]
-    own_bytes: tuple[int, int] = (0, 0)
-    counted: tuple[Tensor | None, ...] = ()
-
-    def counted_in(self, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
-        """``counted`` of the chunk's queries, and of its keys of which it sees the first."""
-        for rows, place in zip(self.counted, (chunk.rows, slice(seen)), strict=False):
-            if rows is None:
-                yield None
-            else:
-                within = (slice(None),) * (rows.dim() - 3)
-                yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
+def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
+    """``counted`` of the chunk's queries, and of its keys, of which it sees the first ``seen``."""
+    for rows, place in zip(prologue.counted, (chunk.rows, slice(seen)), strict=False):
+        if rows is None:
+            yield None
+        else:
+            within = (slice(None),) * (rows.dim() - 3)
+            yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
 
 
 def _chunks(

@@ -33,6 +33,7 @@ from distr_compile.estimators import (
     estimator_named,
 )
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.roles import Asked
 from distr_compile.lowering import cpu, cuda, exactly
 
 SCHEMA = (
@@ -190,8 +191,9 @@ def attention(
         try:
             Qhat, Khat = q, k
             if bases is not None:  # of them its module makes Qhat and Khat of the whole call
-                module = arithmetic(estimator, "gpu", "factors")
-                Qhat, Khat = module.factors(q, k, *bases)
+                module = arithmetic(estimator, "gpu", "prologue")
+                asked = Asked(estimator, rank, q.shape[2], bases=bases)
+                Qhat, Khat = module.prologue(q, k, mask, asked).factors(q, k)
             return cuda.attention(Qhat, Khat, v, mask, **softmax, **grouping, out=out)
         except cuda.KernelFailed as failure:
             _tell_exact(site, str(failure))

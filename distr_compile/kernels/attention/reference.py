@@ -7,8 +7,10 @@ width.
 
 A call goes through four steps:
 
-1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
-2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
+1. ``projections`` in ``kernels/random.py``: the fixed random matrix that turns a column of Q into
+   N' = 16 numbers (3.2).
+2. ``group_columns`` in ``kernels/lsh/reference.py``: hash the d columns of one block of Q and sort
+   them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
    K becomes Khat (eq. 2): ``kernels/lsh/reference.py``. The estimators ``projection`` and
    ``calibrated``, which are not the paper's, replace steps 2 and 3: ``reference.py`` in the folders
@@ -22,57 +24,11 @@ the hash in at least fp32, so that a low precision does not change which columns
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_named
-
-
-@dataclass(frozen=True)
-class Block:
-    """The two thin factors for query rows ``start`` to ``stop``: S is about Qhat Khat^T there.
-
-    Attributes:
-        start: first query row of the grouping block.
-        stop: one past its last row.
-        Qhat: ``(B, H, stop - start, r)``.
-        Khat: ``(B, H_k, m, r)``, of the first m keys: all M, but with ``strict`` those before the
-            block. The scores of the other keys are exact.
-    """
-
-    start: int
-    stop: int
-    Qhat: Tensor
-    Khat: Tensor
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options of ``estimate`` as the module of an estimator is given them.
-
-    Attributes:
-        estimator: a name that the module lists in ``COMPUTES``.
-        rank: r.
-        block: l, query rows per grouping block, at least 1.
-        rounds: one that the estimator takes.
-        seed: names the random numbers.
-        is_causal: see ``estimate``.
-        causal_offset: see ``estimate``.
-        bases: A and B where the estimator needs them, else None.
-        strict: see ``estimate``.
-    """
-
-    estimator: str
-    rank: int
-    block: int
-    rounds: int
-    seed: int
-    is_causal: bool
-    causal_offset: int
-    bases: tuple[Tensor, Tensor] | None
-    strict: bool
+from distr_compile.kernels.roles import Asked, Block
 
 
 def estimate(
@@ -135,8 +91,7 @@ def estimate(
         block=grouping_block or auto_grouping_block(num_queries, estimator, strict),
         rounds=rounds,
         seed=seed,
-        is_causal=is_causal,
-        causal_offset=causal_offset,
+        causal_offset=causal_offset if is_causal or strict else None,
         bases=bases,
         strict=strict,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from distr_compile.kernels.attention import cpu as attention
 from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.kernels.lsh.reference import order_of_projected, variant_of
 from distr_compile.kernels.random import projections
-from distr_compile.kernels.roles import Asked, stack
+from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.rows import stack
 
 ONE_BLOCK = False
 READS_PANELS = True
@@ -28,13 +28,15 @@ def elements(head_dim: int, rank: int) -> int:
     return 2 * head_dim * rank
 
 
-def counted(*_: Any) -> tuple[None, None]:
+def counted(
+    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
+) -> tuple[Tensor | None, Tensor | None]:
     """All rows of Q count, masked or not, and K has no part in A and B."""
     return None, None
 
 
 def bases(
-    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+    Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A and B of each grouping block in turn; see ``kernels/roles.py``."""
     for block in Q.split(asked.block, dim=3):
@@ -42,7 +44,7 @@ def bases(
 
 
 def groups(
-    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+    Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
 ) -> Iterator[attention.Group]:
     """The same for the fused kernel."""
     return attention.stacked(bases(Q, K, queries, keys, asked))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
+from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.kernels.lsh.reference import variant_of
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
 from distr_compile.kernels.random import seed_offset
+from distr_compile.kernels.roles import Asked, Prologue
 
 CHUNK_ROWS = 512
 """Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""
@@ -26,6 +29,19 @@ MAX_CHUNKS = 32
 
 LEAST_WIDTH = 16
 """Of a tile: the least that tensor cores take."""
+
+
+def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
+    """What makes Qhat and Khat of a chunk: it asks for no memory of its own, and for no mask."""
+    return Prologue(
+        partial(
+            lsh_factors,
+            rank=asked.rank,
+            estimator=asked.estimator,
+            grouping_block=asked.block,
+            seed=asked.seed,
+        )
+    )
 
 
 def lsh_factors(

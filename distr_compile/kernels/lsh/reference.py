@@ -1,4 +1,7 @@
-"""The LSH estimators of ``reference.py``: columns of Q that are alike, grouped (eq. 2)."""
+"""The definition of the LSH estimators: columns of Q that are alike, grouped (eq. 2).
+
+See ``kernels/attention/reference.py``, which calls ``factors``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
-from distr_compile.kernels.attention.reference import Asked, Block
 from distr_compile.kernels.random import projections
+from distr_compile.kernels.roles import Asked, Block
 
 
 class Variant(NamedTuple):

@@ -16,7 +16,7 @@ from distr_compile.kernels.attention import cpu as attention
 from distr_compile.kernels.projection import library
 from distr_compile.kernels.projection import reference as projection
 from distr_compile.kernels.random import start_columns
-from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.roles import Asked, prefix_edge
 
 COMPUTES = ("projection",)
 ONE_BLOCK = False
@@ -69,7 +69,7 @@ def bases(
         stop = min(start + block, num_queries)
         if strict:  # to the rows of earlier blocks come those of the last one
             new_rows, num_rows = range(max(start - block, 0), start, panel), start
-            seen = projection.prefix_edge(start, num_keys, causal_offset or 0)
+            seen = prefix_edge(start, num_keys, causal_offset or 0)
         else:
             new_rows, num_rows = range(start, stop, panel), stop - start
             sum_q = _GramSum(Q)

@@ -25,13 +25,17 @@ are no atomics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
-from distr_compile.kernels.projection.reference import RIDGE
+from distr_compile.kernels.projection.reference import RIDGE, counted_before, counted_rows
 from distr_compile.kernels.random import seed_offset
+from distr_compile.kernels.roles import Asked, Prologue
+
+COMPUTES = ("projection",)
 
 MAX_HEAD_DIM = 256
 
@@ -54,6 +58,30 @@ TINY = 2.0**-126
 
 LEAST_WIDTH = 32
 """Of a tile: the least depth of a product of matrices."""
+
+
+def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
+    """What makes Qhat and Khat of a chunk, and which rows of the call count for it by the mask."""
+    _, heads, num_queries, head_dim = Q.shape
+    key_heads, num_keys = K.shape[1:3]
+    rep, block = heads // key_heads, asked.block
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if asked.strict:
+        blocks, offset = cdiv(num_queries, block), asked.causal_offset or 0
+        counted = counted_before(mask, *sizes, block=block, causal_offset=offset)
+    else:
+        blocks, counted = 0, counted_rows(mask, *sizes)
+    return Prologue(
+        partial(
+            projection_factors,
+            rank=asked.rank,
+            rounds=asked.rounds,
+            grouping_block=block,
+            seed=asked.seed,
+        ),
+        workspace_bytes(block, num_keys, head_dim, asked.rank, rep, Q.element_size(), blocks),
+        counted,
+    )
 
 
 def projection_factors(
