@@ -183,8 +183,7 @@ def _attend(
             offset = causal_offset + rows.start
             seen = max(0, min(num_keys, rows.stop + causal_offset))
         Q = q[chunk.batch, chunk.heads, rows]
-        K = k[chunk.batch if k.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
-        V = v[chunk.batch if v.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
+        K, V = (_of_key_heads(t, chunk)[:, :, :seen] for t in (k, v))
         Qhat, Khat = Q, K[:, :, None]
         if prologue:
             Qhat, Khat = prologue.factors(
@@ -231,10 +230,9 @@ def _attend_strictly(
 
     They share a softmax, whose two halves are put together by their denominators.
     """
-    from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
-    num_keys, value_dim = v.shape[2:]
+    value_dim = v.shape[3]
     tile_of_width = partial(
         tile_for,
         architecture(q.device),
@@ -244,75 +242,120 @@ def _attend_strictly(
     )
     known_tile = tile_of_width(rank=rank, is_causal=False)
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
+    softmax = {"scale": scale, "softcap": softcap}
+    call = _Strict(
+        q, k, v, mask, sinks, prologue, is_causal, causal_offset, block, out,
+        known=softmax | {"tile": known_tile},
+        others=softmax | {"tile": exact_tile, "is_causal": is_causal},
+    )  # fmt: skip
     head_bytes, block_bytes = prologue.own_bytes
     # The second part and its sum with the first, in fp32, and the denominators.
     head_bytes += q.shape[1] // k.shape[1] * block * (value_dim * (q.element_size() + 8) + 20)
-
-    def attend(chunk: _Chunk) -> None:
-        Q, O = (t[chunk.batch, chunk.heads] for t in (q, out))  # noqa: E741
-        K, V = (t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads] for t in (k, v))
-        some_sinks = None if sinks is None else sinks[chunk.heads]
-        earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
-        if chunk.rows.stop > earlier * block:
-            last = (chunk.rows.stop - 1) // block * block
-            num_known = prefix_edge(last, num_keys, causal_offset)
-            so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
-            Qhat, Khat = prologue.factors(
-                Q[:, :, so_far.rows],
-                K[:, :, :num_known],
-                *_counted_in(prologue, so_far, num_known),
-                causal_offset=causal_offset,
-                earlier=earlier,
-            )
-
-        def part(Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any) -> None:
-            some_mask = None if mask is None else _cut(mask, chunk.batch, chunk.heads, rows, keys)
-            attention_fwd(
-                Q, K, V[:, :, keys], some_mask,
-                scale=scale, softcap=softcap, grouping_block=block, **options,
-            )  # fmt: skip
-
-        O_others = torch.empty_like(O[:, :, :block])
-        lse, lse_others = q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
-        for start in range(chunk.rows.start, chunk.rows.stop, block):
-            rows = slice(start, min(start + block, chunk.rows.stop))
-            edge = prefix_edge(start, num_keys, causal_offset)
-            end = max(0, min(num_keys, rows.stop + causal_offset)) if is_causal else num_keys
-            out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
-            others = partial(
-                part,
-                Q[:, :, rows],
-                K[:, :, None, edge:end],
-                rows,
-                slice(edge, end),
-                is_causal=is_causal,
-                causal_offset=start + causal_offset - edge,
-                tile=exact_tile,
-                sinks=some_sinks,
-            )
-            if not edge:
-                others(out=out_rows)
-                continue
-            place = start // block - earlier
-            known = partial(
-                part,
-                Qhat[:, :, place * block :][:, :, here],
-                Khat[:, :, place : place + 1, :edge],
-                rows,
-                slice(edge),
-                tile=known_tile,
-            )
-            if edge >= end:
-                known(sinks=some_sinks, out=out_rows)
-                continue
-            known(out=out_rows, lse=lse[:, :, here])
-            others(out=O_others[:, :, here], lse=lse_others[:, :, here])
-            _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
-
     for chunk in _chunks(
         q.shape, k.shape, block, rank * q.element_size(), workspace, head_bytes, block_bytes
     ):
-        attend(chunk)
+        _attend_chunk(call, chunk)
+
+
+@dataclass(frozen=True)
+class _Strict:
+    """A call in the strict form.
+
+    ``known`` has the options of the attention kernel for keys before a block, ``others`` those for
+    the block's own keys and later ones.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    prologue: Prologue
+    is_causal: bool
+    causal_offset: int
+    block: int
+    out: Tensor
+    known: dict[str, Any]
+    others: dict[str, Any]
+
+    def keys_of(self, rows: slice) -> tuple[int, int]:
+        """Keys of a block that are approximated, and those that it sees at all."""
+        num_keys = self.k.shape[2]
+        end = max(0, min(num_keys, rows.stop + self.causal_offset)) if self.is_causal else num_keys
+        return prefix_edge(rows.start, num_keys, self.causal_offset), end
+
+    def attend(
+        self, chunk: _Chunk, Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any
+    ) -> None:
+        """Attention of some rows of a chunk to some keys."""
+        from distr_compile.kernels.attention.triton_fwd import attention_fwd
+
+        V, mask = _of_key_heads(self.v, chunk)[:, :, keys], self.mask
+        if mask is not None:
+            mask = _cut(mask, chunk.batch, chunk.heads, rows, keys)
+        attention_fwd(Q, K, V, mask, grouping_block=self.block, **options)
+
+
+def _attend_chunk(call: _Strict, chunk: _Chunk) -> None:
+    block = call.block
+    Q, O = (t[chunk.batch, chunk.heads] for t in (call.q, call.out))  # noqa: E741
+    K = _of_key_heads(call.k, chunk)
+    sinks = None if call.sinks is None else call.sinks[chunk.heads]
+    earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
+    if chunk.rows.stop > earlier * block:
+        Qhat, Khat = _factors_of_chunk(call, chunk, Q, K, earlier)
+    O_others = torch.empty_like(O[:, :, :block])
+    lse, lse_others = call.q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
+    for start in range(chunk.rows.start, chunk.rows.stop, block):
+        rows = slice(start, min(start + block, chunk.rows.stop))
+        edge, end = call.keys_of(rows)
+        out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
+        others = partial(
+            call.attend,
+            chunk,
+            Q[:, :, rows],
+            K[:, :, None, edge:end],
+            rows,
+            slice(edge, end),
+            causal_offset=start + call.causal_offset - edge,
+            sinks=sinks,
+            **call.others,
+        )
+        if not edge:
+            others(out=out_rows)
+            continue
+        place = start // block - earlier
+        known = partial(
+            call.attend,
+            chunk,
+            Qhat[:, :, place * block :][:, :, here],
+            Khat[:, :, place : place + 1, :edge],
+            rows,
+            slice(edge),
+            **call.known,
+        )
+        if edge >= end:
+            known(sinks=sinks, out=out_rows)
+            continue
+        known(out=out_rows, lse=lse[:, :, here])
+        others(out=O_others[:, :, here], lse=lse_others[:, :, here])
+        _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
+
+
+def _factors_of_chunk(
+    call: _Strict, chunk: _Chunk, Q: Tensor, K: Tensor, earlier: int
+) -> tuple[Tensor, Tensor]:
+    """Qhat and Khat of the chunk's blocks, from all rows up to its last block."""
+    last = (chunk.rows.stop - 1) // call.block * call.block
+    num_known = prefix_edge(last, K.shape[2], call.causal_offset)
+    so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
+    return call.prologue.factors(
+        Q[:, :, so_far.rows],
+        K[:, :, :num_known],
+        *_counted_in(call.prologue, so_far, num_known),
+        causal_offset=call.causal_offset,
+        earlier=earlier,
+    )
 
 
 def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -338,6 +381,11 @@ class _Chunk:
     heads: slice
     key_heads: slice
     rows: slice
+
+
+def _of_key_heads(t: Tensor, chunk: _Chunk) -> Tensor:
+    """K or V of a chunk, whose batch may be broadcast."""
+    return t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads]
 
 
 def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
