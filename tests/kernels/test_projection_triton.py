@@ -381,7 +381,7 @@ def test_the_stated_workspace_is_enough(
 
     def listed(self: Tensor, *size: int, **options: Any) -> Tensor:
         t = make(self, *size, **options)
-        if sys._getframe(1).f_code is projection_factors.__code__:  # not Triton's interpreter
+        if sys._getframe(1).f_globals is vars(projection):  # not Triton's interpreter
             made.append(t)
         return t
 
