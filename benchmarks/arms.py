@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.cells import Cell
 from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cuda
 
 SDPA = {

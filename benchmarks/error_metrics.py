@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.error_inputs import Inputs
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels import reference
-from distr_compile.kernels.reference import Block
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.roles import Block
 
 SVD_LIMIT = "SVD limit"
 

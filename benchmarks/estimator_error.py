@@ -4,8 +4,8 @@
     python -m benchmarks.estimator_error --show          # print the tables of the results
     python -m benchmarks.estimator_error --plot [DIR]    # draw the results, and heat maps of S
 
-Everything is computed by the definition, ``kernels/reference.py``. Ranks from 8 on are measured; a
-policy may only ask for 16 and more.
+Everything is computed by the definition, ``kernels/attention/reference.py``. Ranks from 8 on are
+measured; a policy may only ask for 16 and more.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ from benchmarks.error_metrics import (
 from benchmarks.error_models import Subject, exact_attention
 from benchmarks.store import describe
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 
 RESULTS = Path(__file__).with_name("results") / "estimator_error.json"
 PLOTS = Path(__file__).parents[1] / "build" / "estimator_error"
 COMMAND = "python -m benchmarks.estimator_error"
 SOURCES = (
     "distr_compile/estimators.py",
-    "distr_compile/kernels/reference.py",
-    "distr_compile/kernels/reference_lsh.py",
-    "distr_compile/kernels/reference_projection.py",
+    "distr_compile/kernels/attention/reference.py",
+    "distr_compile/kernels/lsh/reference.py",
+    "distr_compile/kernels/projection/reference.py",
+    "distr_compile/kernels/random.py",
+    "distr_compile/kernels/rows.py",
 )
 
 GROUP_SIZES, MIN_RANK = (2, 4, 8), 8

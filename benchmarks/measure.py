@@ -18,9 +18,9 @@ from benchmarks import arms, cells, timing
 from benchmarks.cells import Cell
 from benchmarks.session import Job, Measured, Session
 from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels.attention_fwd import Tile, attention_fwd
-from distr_compile.kernels.lsh import lsh_factors
-from distr_compile.kernels.projection import projection_factors
+from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
+from distr_compile.kernels.lsh.launch import lsh_factors
+from distr_compile.kernels.projection.launch import projection_factors
 from distr_compile.lowering import cuda, op  # noqa: F401  (op registers itself)
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.tiles import tile_for

@@ -70,13 +70,12 @@ class Estimator:
             -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
             block, rounds, query heads per key head, bytes of an element of Q and K.
         auto_block: N query rows -> rows per grouping block, where the policy says "auto".
-        definition: dotted name of the module that defines the estimator, with ``factors`` as in
-            ``kernels/reference_lsh.py``. Each of the three modules lists in ``COMPUTES`` the
-            estimators it computes; where a name is empty, calls of this estimator raise.
-        cpu: of the one that makes A and B in PyTorch and for the CPU kernel, as
-            ``lowering/cpu_lsh.py`` does.
-        gpu: of the one that launches kernels, with ``prologue`` as in ``lowering/cuda_lsh.py``, or
-            if it needs bases with ``factors`` as in ``lowering/fixed.py``.
+        definition: dotted name of the module that defines the estimator, ``reference.py`` in its
+            folder; ``kernels/roles.py`` says what each of the three modules has. Each lists in
+            ``COMPUTES`` the estimators it computes; where a name is empty, calls of this estimator
+            raise.
+        cpu: of the one that makes A and B in PyTorch and for the CPU kernel, ``cpu.py``.
+        gpu: of the one that launches kernels, ``launch.py``.
         prefix_sees: as ``sees``, of the prefix form.
         prefix_cost: as ``cost``, of the prefix form in a causal call of offset 0, what its exact
             scores cost more than those of width r counted in.
@@ -233,9 +232,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " of its group, one of Qhat to the first",
             cost=_lsh_cost,
             auto_block=_lsh_block,
-            definition="distr_compile.kernels.reference_lsh",
-            cpu="distr_compile.lowering.cpu_lsh",
-            gpu="distr_compile.lowering.cuda_lsh",
+            definition="distr_compile.kernels.lsh.reference",
+            cpu="distr_compile.kernels.lsh.cpu",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="lsh-mean",
@@ -247,9 +246,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " of its group, one of Qhat 1/G of it",
             cost=_lsh_cost,
             auto_block=_lsh_block,
-            definition="distr_compile.kernels.reference_lsh",
-            cpu="distr_compile.lowering.cpu_lsh",
-            gpu="distr_compile.lowering.cuda_lsh",
+            definition="distr_compile.kernels.lsh.reference",
+            cpu="distr_compile.kernels.lsh.cpu",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="lsh-signed",
@@ -261,9 +260,9 @@ ESTIMATORS: dict[str, Estimator] = {
             " each column of its group, one of Qhat 1/G of it, turned back",
             cost=_lsh_cost,
             auto_block=_lsh_block,
-            definition="distr_compile.kernels.reference_lsh",
-            cpu="distr_compile.lowering.cpu_lsh",
-            gpu="distr_compile.lowering.cuda_lsh",
+            definition="distr_compile.kernels.lsh.reference",
+            cpu="distr_compile.kernels.lsh.cpu",
+            gpu="distr_compile.kernels.lsh.launch",
         ),
         Estimator(
             name="projection",
@@ -276,9 +275,9 @@ ESTIMATORS: dict[str, Estimator] = {
             adjoint="A and B held constant: dQ = dQhat A^T, dK = dKhat B^T",
             cost=_projection_cost,
             auto_block=_projection_block,
-            definition="distr_compile.kernels.reference_projection",
-            cpu="distr_compile.lowering.cpu_projection",
-            gpu="distr_compile.lowering.cuda_projection",
+            definition="distr_compile.kernels.projection.reference",
+            cpu="distr_compile.kernels.projection.cpu",
+            gpu="distr_compile.kernels.projection.launch",
             rounds=(1, 2),
             strict="prefix",
             prefix_sees="earlier rows and keys only",
@@ -295,9 +294,9 @@ ESTIMATORS: dict[str, Estimator] = {
             adjoint="A and B are constants: dQ = dQhat A^T, dK = dKhat B^T",
             cost=_calibrated_cost,
             auto_block=lambda num_queries: max(num_queries, 1),
-            definition="distr_compile.kernels.reference_calibrated",
-            cpu="distr_compile.lowering.cpu_calibrated",
-            gpu="distr_compile.lowering.fixed",
+            definition="distr_compile.kernels.calibrated.reference",
+            cpu="distr_compile.kernels.calibrated.cpu",
+            gpu="distr_compile.kernels.calibrated.launch",
             needs="bases",
             strict="always",
         ),

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import distr_compile
 from distr_compile import DistrWarning, Policy, PolicyError, Report
 from distr_compile.estimators import DEFAULT_ESTIMATOR
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 
 WIDTH, HEADS, TOKENS = 64, 2, 32
 FORCED = {"default": {"min_seq_len": 0}}

@@ -21,7 +21,7 @@ from benchmarks import arms, break_even, cells, gpu, plot, resumable, rows, timi
 from benchmarks.cells import Cell
 from benchmarks.session import DEVICE_LOST, Session
 from benchmarks.store import ROOT, TESTED, Store, describe
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering.dispatch import BreakEven
 
 TINY = Cell(1, 2, 2, 40, 32, "float32")

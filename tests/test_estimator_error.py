@@ -17,7 +17,7 @@ from benchmarks import error_metrics, error_models, estimator_error
 from benchmarks.error_inputs import DRAWS, Inputs, draw
 from benchmarks.error_metrics import SVD_LIMIT, methods, svd_limit
 from benchmarks.estimator_error import GROUP_SIZES, PUBLISHED, Sizes
-from distr_compile.kernels.reference import Block
+from distr_compile.kernels.roles import Block
 from tests.zoo import load
 
 TINY = Sizes(paper_trials=2, trials=1, tokens=32, layer_texts=1, texts=3, images=4, pieces=1)

@@ -6,10 +6,12 @@ do is to answer with the arithmetic of another row.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distr_compile.estimators import (
     ESTIMATORS,
     Estimator,
+    Implementation,
     NoArithmeticError,
     arithmetic,
     auto_grouping_block,
 )
-from distr_compile.kernels import reference
+from distr_compile.kernels import roles
+from distr_compile.kernels.attention import cpu as fused_kernel
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.roles import Asked, Block, Prologue
 from distr_compile.lowering import cpu, cpu_fused, cuda
 from distr_compile.lowering import op as op_module
 from distr_compile.tuning import calibrate
@@ -55,47 +61,113 @@ def bases_for(name: str) -> tuple[Tensor, Tensor] | None:
     return A, B
 
 
-def defined(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    options = OPTIONS | {"estimator": name, "bases": bases_for(name)}
-    return reference.attention(*inputs(dtype), **options)
+def mask_for(form: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """The mask of a form, and the rest of it: options of the call."""
+    return form.get("mask"), {key: value for key, value in form.items() if key != "mask"}
 
 
-def on_cpu(name: str, fused: bool) -> Tensor:
-    q, k, v = inputs()
-    options = OPTIONS | {"estimator": name, "fixed": bases_for(name), "fused": fused}
-    return cpu.attention(q, k, v, out=torch.full((1, 2, 50, 24), torch.nan), **options)
+def lowered(name: str, form: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """As the op hands a form on: what is strict by itself is not asked to be."""
+    mask, options = mask_for(form)
+    if ESTIMATORS[name].strict != "prefix":
+        options.pop("strict", None)
+    return mask, options
 
 
-def by_the_fused_kernel(name: str) -> Tensor:
+def defined(name: str, dtype: torch.dtype = torch.float64, **form: Any) -> Tensor:
+    mask, options = mask_for(form)
+    options = OPTIONS | {"estimator": name, "bases": bases_for(name)} | options
+    return reference.attention(*inputs(dtype), mask, **options)
+
+
+def on_cpu(name: str, fused: bool, **form: Any) -> Tensor:
+    (q, k, v), (mask, options) = inputs(), lowered(name, form)
+    options = OPTIONS | {"estimator": name, "fixed": bases_for(name), "fused": fused} | options
+    return cpu.attention(q, k, v, mask, out=torch.full((1, 2, 50, 24), torch.nan), **options)
+
+
+def by_the_fused_kernel(name: str, **form: Any) -> Tensor:
     require_kernel()
     assert cpu_fused.takes(inputs()[0])
-    return on_cpu(name, fused=True)
+    return on_cpu(name, fused=True, **form)
 
 
-def by_kernels(name: str) -> Tensor:
+def by_the_op(name: str, **form: Any) -> Tensor:
+    mask, options = mask_for(form)
+    bases = bases_for(name) or ()
+    got: Tensor = OP(*inputs(), mask, *bases, estimator=name, **OPTIONS | options)
+    return got
+
+
+def by_kernels(name: str, **form: Any) -> Tensor:
     """As the op does where there are kernels; interpreted without a GPU."""
     q, k, v = (t.to(DEVICE) for t in inputs())
+    mask, options = lowered(name, form)
+    mask = None if mask is None else mask.to(DEVICE)
     out = torch.full((1, 2, 50, 24), torch.nan, device=DEVICE)
     if (bases := bases_for(name)) is not None:
-        module = arithmetic(name, "gpu", "factors")
-        q, k = module.factors(q, k, *(t.to(DEVICE) for t in bases))
-    return cuda.attention(q, k, v, out=out, estimator=name, **OPTIONS).cpu()
+        module = arithmetic(name, "gpu", "prologue")
+        A, B = (t.to(DEVICE) for t in bases)
+        asked = Asked(name, RANK, q.shape[2], bases=(A, B))
+        q, k = module.prologue(q, k, mask, asked).factors(q, k)
+    return cuda.attention(q, k, v, mask, out=out, estimator=name, **OPTIONS | options).cpu()
 
 
-IMPLEMENTATIONS: dict[str, Callable[[str], Tensor]] = {
-    "definition": lambda name: defined(name, torch.float32),
-    "products": lambda name: on_cpu(name, fused=False),
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "definition": partial(defined, dtype=torch.float32),
+    "products": partial(on_cpu, fused=False),
     "fused": by_the_fused_kernel,
-    "op": lambda name: OP(*inputs(), None, *(bases_for(name) or ()), estimator=name, **OPTIONS),
+    "op": by_the_op,
     "triton": by_kernels,
 }
 
 
+def forms() -> Iterator[Any]:
+    """Every row, plainly and in each form that it takes."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(1, 1, 50, 40, generator=generator) > 0.2
+    causal = {"is_causal": True, "causal_offset": 3}
+    for name, row in ESTIMATORS.items():
+        yield pytest.param(name, {}, id=name)
+        yield pytest.param(name, causal | {"mask": mask}, id=f"{name}, causal, mask")
+        for rounds in row.rounds[1:]:
+            yield pytest.param(name, {"rounds": rounds}, id=f"{name}, {rounds} rounds")
+        if row.strict != "never":
+            yield pytest.param(name, causal | {"strict": True}, id=f"{name}, strict")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "form"), [*forms()])
+def test_every_implementation_gives_the_definition(
+    name: str, form: dict[str, Any], implementation: str
+) -> None:
+    got = IMPLEMENTATIONS[implementation](name, **form)
+    torch.testing.assert_close(got.double(), defined(name, **form), rtol=1e-5, atol=1e-5)
+
+
+ROLES: dict[Implementation, tuple[str, tuple[str, ...]]] = {
+    "definition": ("reference", ("factors",)),
+    "cpu": ("cpu", ("elements", "counted", "bases", "groups")),
+    "gpu": ("launch", ("prologue",)),
+}
+"""The file of each role in the folder of an estimator, and its functions."""
+
+
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_implementation_gives_the_definition(name: str, implementation: str) -> None:
-    got = IMPLEMENTATIONS[implementation](name)
-    torch.testing.assert_close(got.double(), defined(name), rtol=1e-5, atol=1e-5)
+def test_a_role_has_one_file_and_one_signature_in_every_folder(
+    name: str, role: Implementation
+) -> None:
+    file, functions = ROLES[role]
+    module = arithmetic(name, role, *functions)
+    folder = module.__name__.split(".")[-2]
+    assert module.__name__ == f"distr_compile.kernels.{folder}.{file}"
+    assert {getattr(ESTIMATORS[name], other).split(".")[-2] for other in ROLES} == {folder}
+    model = arithmetic("lsh-mean", role)
+    for function in functions:
+        got, wanted = (inspect.signature(getattr(m, function)) for m in (module, model))
+        assert got == wanted, function
+        assert f"``{function}" in (roles.__doc__ or ""), function
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -205,9 +277,8 @@ def test_bases_that_nothing_makes_are_not_calibrated(monkeypatch: pytest.MonkeyP
 
 
 def test_a_function_that_a_module_lacks_is_named() -> None:
-    options = OPTIONS | {"estimator": "calibrated", "out": torch.empty(1, 2, 50, 24)}
-    with pytest.raises(NoArithmeticError, match=r"lowering.fixed, its 'gpu', has no prologue;"):
-        cuda.attention(*inputs(), **options)
+    with pytest.raises(NoArithmeticError, match=r"calibrated.launch, its 'gpu', has no tables;"):
+        arithmetic("calibrated", "gpu", "prologue", "tables")
 
 
 def test_an_import_that_fails_inside_the_module_is_told_as_it_is(
@@ -228,26 +299,26 @@ def first_columns() -> ModuleType:
     """
     module = ModuleType("toy_first_columns")
 
-    def factors(Q: Tensor, K: Tensor, mask: Any, asked: reference.Asked) -> list[reference.Block]:
+    def factors(Q: Tensor, K: Tensor, mask: Any, asked: Asked) -> list[Block]:
         Qhat = Q[..., : asked.rank].flatten(1, 2)
-        return [reference.Block(0, Q.shape[3], Qhat, K[..., : asked.rank])]
+        return [Block(0, Q.shape[3], Qhat, K[..., : asked.rank])]
 
     def bases(Q: Tensor, K: Tensor, queries: Any, keys: Any, asked: Any) -> Any:
         A = torch.eye(Q.shape[-1], asked.rank, dtype=K.dtype).repeat(len(Q) * K.shape[1], 1, 1)
         yield A, A
 
-    def prologue(q: Tensor, k: Tensor, mask: Any, asked: cuda.Asked) -> cuda.Prologue:
+    def prologue(q: Tensor, k: Tensor, mask: Any, asked: Asked) -> Prologue:
         def cut(Q: Tensor, K: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
             blocks = -(-Q.shape[2] // asked.block)
             Khat = K[:, :, None, :, : asked.rank].expand(-1, -1, blocks, -1, -1)
             return Q[..., : asked.rank].contiguous(), Khat.contiguous()
 
-        return cuda.Prologue(cut)
+        return Prologue(cut)
 
     vars(module).update(
         COMPUTES=("toy",), ONE_BLOCK=True, READS_PANELS=False, factors=factors, bases=bases,
         elements=lambda head_dim, rank: 2 * head_dim * rank, counted=lambda *_: (None, None),
-        groups=lambda *args: cpu_fused.stacked(bases(*args)), prologue=prologue,
+        groups=lambda *args: fused_kernel.stacked(bases(*args)), prologue=prologue,
     )  # fmt: skip
     return module
 

@@ -9,10 +9,8 @@ import pytest
 from distr_compile.estimators import (
     DEFAULT_ESTIMATOR,
     ESTIMATORS,
-    NUM_PROJECTIONS,
     auto_grouping_block,
 )
-from distr_compile.kernels import reference
 
 
 def test_every_entry_is_whole() -> None:
@@ -28,7 +26,6 @@ def test_every_entry_is_whole() -> None:
         assert entry.strict in ("always", "prefix", "never")
         assert bool(entry.prefix_sees) == bool(entry.prefix_cost) == (entry.strict == "prefix")
         json.dumps([entry.rounds, entry.strict, entry.divides])
-    assert NUM_PROJECTIONS == reference.NUM_PROJECTIONS
 
 
 def test_what_the_estimators_take() -> None:

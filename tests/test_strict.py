@@ -21,9 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import distr_compile
 from distr_compile import estimators
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels import projection, reference
-from distr_compile.kernels.projection import projection_factors
-from distr_compile.kernels.reference_projection import counted_before, prefix_edge
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.projection import launch as projection
+from distr_compile.kernels.projection.launch import projection_factors
+from distr_compile.kernels.projection.reference import counted_before
+from distr_compile.kernels.random import start_columns
+from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu, cuda
 from distr_compile.lowering import op as op_module
 
@@ -78,7 +81,7 @@ def naive_scores(
     gram = np.linalg.norm(earlier.T @ earlier)
     ridge = 2.0**-18 * 4.0 ** np.floor(np.log2(gram) / 2) if gram else 1.0
     longer = np.vstack([earlier, np.sqrt(ridge) * np.eye(d)])
-    X = reference.start_columns(d, rank, seed=seed).double().numpy()
+    X = start_columns(d, rank, seed=seed).double().numpy()
     some = K[counted_keys] if counted_keys.any() else np.eye(d)
     S = longer @ some.T
     for _ in range(rounds):

@@ -1,11 +1,12 @@
 """DistrAttention in bounded memory: on CPUs by the fused kernel, else in plain PyTorch calls.
 
 A and B come from the module that the table of estimators names for the estimator; what it has to
-have is in ``cpu_estimator.py``. Qhat = Q A, Khat = K B and attention on them are the fused kernel's
+have is in ``kernels/roles.py``. Qhat = Q A, Khat = K B and attention on them are the fused kernel's
 where it runs (``cpu_fused.py``), and otherwise PyTorch's, on any device: the rest of this text.
 
-The same function as ``kernels/reference.py`` in the order of FlashAttention: heads in chunks, query
-rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M scores exists.
+The same function as ``kernels/attention/reference.py`` in the order of FlashAttention: heads in
+chunks, query rows in panels and tiles, keys in chunks with a running softmax. No matrix of N x M
+scores exists.
 
 PyTorch's own CPU flash kernel is not used: it refuses Q and K narrower than V, and padding Qhat and
 Khat back to the width of V costs what exact attention costs. Measured by ``python
@@ -20,15 +21,17 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.kernels.attention.cpu import Group
+from distr_compile.kernels.roles import Asked, prefix_edge
+from distr_compile.kernels.rows import stack, working
 from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked, stack, working
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -44,7 +47,7 @@ WORKSPACE_MIB = 24
 
 
 FUNCTIONS = ("ONE_BLOCK", "READS_PANELS", "elements", "counted", "bases", "groups")
-"""What ``attention`` asks of the module of an estimator; ``cpu_estimator.py`` says what each is."""
+"""What ``attention`` asks of the module of an estimator; ``kernels/roles.py`` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def attention(
     fused: bool | None = None,
     out: Tensor,
 ) -> Tensor:
-    """Approximate attention; arguments and result as in ``kernels.reference.attention``.
+    """Approximate attention; arguments and result as in ``kernels.attention.reference.attention``.
 
     Every tensor may have any strides; those of batch or head size 1 and masks are read where they
     are broadcast, never expanded. Inputs are trusted: the op has checked them.
@@ -117,9 +120,9 @@ def attention(
     """
     module = arithmetic(estimator, "cpu", *FUNCTIONS)
     fused = cpu_fused.takes(q) if fused is None else fused
-    batch, heads, num_queries, head_dim = q.shape
+    num_queries, head_dim = q.shape[2:]
     key_heads, num_keys = k.shape[1:3]
-    rep = heads // key_heads
+    rep = q.shape[1] // key_heads
     block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
     block = max(1, num_queries if module.ONE_BLOCK else min(block, num_queries))
     matrices = module.elements(head_dim, rank)
@@ -127,67 +130,111 @@ def attention(
     if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
         panel = sizes.panel * rep * head_dim if module.READS_PANELS else 0
         sizes = replace(sizes, heads=max(1, CHUNK // max(panel, matrices)))
-    per_batch = min(key_heads, sizes.heads)
-    batches = max(1, sizes.heads // key_heads)
-    limit = causal_offset if is_causal else None
+    call = _Call(
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block
+    )  # fmt: skip
     asked = Asked(
         estimator=estimator,
-        block=block,
         rank=rank,
+        block=block,
         rounds=rounds,
         seed=seed,
-        causal_offset=causal_offset if strict else limit,
+        causal_offset=causal_offset if is_causal or strict else None,
         strict=strict,
         panel=sizes.panel,
         key_rows=sizes.keys,
     )
-
-    # Query heads are split into (key head, query head of it): a view for any strides.
-    q5, out5 = (t.unflatten(1, (key_heads, rep)) for t in (q, out))
-    mask5 = None if mask is None else _split_mask_heads(mask, key_heads, rep)
-    sinks2 = None if sinks is None else _split_sinks(sinks, q.dtype, key_heads)
     counts = module.counted(mask, num_queries, num_keys, key_heads, rep, asked)
+    for some in _some_heads(q.shape[0], key_heads, sizes.heads):
+        part = call.part(some)
+        queries, keys = (None if rows is None else _cut(rows, *some) for rows in counts)
+        if fixed is not None:
+            asked = replace(asked, bases=(fixed[0][some[1]], fixed[1][some[1]]))
+        if fused:
+            groups = module.groups(part.Q, part.K, queries, keys, asked)
+            _attend_fused(call, some, part, groups)
+        else:
+            bases = module.bases(part.Q, part.K, queries, keys, asked)
+            _attend_blocks(call, part, bases, sizes)
+    return out
+
+
+_Some = tuple[slice, slice]
+"""Batch entries and key heads that are computed together."""
+
+
+def _some_heads(batch: int, key_heads: int, at_once: int) -> Iterator[_Some]:
+    """All batch entries and key heads, at most ``at_once`` of them, but at least one, at a time."""
+    per_batch, batches = min(key_heads, at_once), max(1, at_once // key_heads)
     for b in range(0, batch, batches):
         for h in range(0, key_heads, per_batch):
-            some = (slice(b, b + batches), slice(h, h + per_batch))
-            part = _Heads(
-                Q=q5[some],
-                K=k[some if k.shape[0] > 1 else (slice(None), some[1])],
-                V=v[some if v.shape[0] > 1 else (slice(None), some[1])],
-                mask=None if mask5 is None else _cut(mask5, *some),
-                sinks=None if sinks2 is None else sinks2[some[1]],
-                softcap=softcap,
-                out=out5[some],
-            )
-            queries, keys = (None if rows is None else _cut(rows, *some) for rows in counts)
-            if fixed is not None:
-                asked = replace(asked, fixed=(fixed[0][some[1]], fixed[1][some[1]]))
-            if fused:
-                wide = (some[0], slice(h * rep, (h + per_batch) * rep))
-                cpu_fused.attend(
-                    q[wide],
-                    part.K,
-                    part.V,
-                    None if mask is None else _cut(_four_dimensions(mask), *wide),
-                    None if sinks is None else sinks[wide[1]],
-                    module.groups(part.Q, part.K, queries, keys, asked),
-                    block=block,
-                    scale=scale,
-                    is_causal=is_causal,
-                    causal_offset=causal_offset,
-                    softcap=softcap,
-                    strict=strict,
-                    out=out[wide],
-                )
-                continue
-            bases = module.bases(part.Q, part.K, queries, keys, asked)
-            for start, (A, B) in zip(range(0, num_queries, block), bases, strict=False):
-                stop = min(start + block, num_queries)
-                edge = prefix_edge(start, num_keys, causal_offset) if strict else num_keys
-                for first in range(start, stop, sizes.panel):
-                    last = min(first + sizes.panel, stop)
-                    _attend_panel(part, first, last, A, B, scale, edge, limit, sizes)
-    return out
+            yield slice(b, b + batches), slice(h, h + per_batch)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of ``attention`` that no estimator looks at, and the grouping block."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    out: Tensor
+    scale: float
+    is_causal: bool
+    causal_offset: int
+    softcap: float
+    strict: bool
+    block: int
+
+    def part(self, some: _Some) -> _Heads:
+        """Views for some heads."""
+        key_heads = self.k.shape[1]
+        # Query heads are split into (key head, query head of it): a view for any strides.
+        Q, out = (t.unflatten(1, (key_heads, -1))[some] for t in (self.q, self.out))
+        K, V = (t[some if t.shape[0] > 1 else (slice(None), some[1])] for t in (self.k, self.v))
+        mask, sinks = self.mask, self.sinks
+        if mask is not None:
+            mask = _cut(_split_mask_heads(mask, key_heads, Q.shape[2]), *some)
+        if sinks is not None:
+            sinks = _split_sinks(sinks, self.q.dtype, key_heads)[some[1]]
+        return _Heads(Q, K, V, mask, sinks, self.softcap, out)
+
+
+def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group]) -> None:
+    """Fill the output of some heads by the fused kernel."""
+    rep = part.Q.shape[2]
+    wide = (some[0], slice(some[1].start * rep, some[1].stop * rep))
+    cpu_fused.attend(
+        call.q[wide],
+        part.K,
+        part.V,
+        None if call.mask is None else _cut(_four_dimensions(call.mask), *wide),
+        None if call.sinks is None else call.sinks[wide[1]],
+        groups,
+        block=call.block,
+        scale=call.scale,
+        is_causal=call.is_causal,
+        causal_offset=call.causal_offset,
+        softcap=call.softcap,
+        strict=call.strict,
+        out=call.out[wide],
+    )
+
+
+def _attend_blocks(
+    call: _Call, part: _Heads, bases: Iterator[tuple[Tensor, Tensor]], sizes: _Sizes
+) -> None:
+    """Fill the output of some heads by PyTorch's products, block by block."""
+    num_queries, num_keys = call.q.shape[2], call.k.shape[2]
+    limit = call.causal_offset if call.is_causal else None
+    for start, (A, B) in zip(range(0, num_queries, call.block), bases, strict=False):
+        stop = min(start + call.block, num_queries)
+        edge = prefix_edge(start, num_keys, call.causal_offset) if call.strict else num_keys
+        for first in range(start, stop, sizes.panel):
+            last = min(first + sizes.panel, stop)
+            _attend_panel(part, first, last, A, B, call.scale, edge, limit, sizes)
 
 
 @dataclass(frozen=True)

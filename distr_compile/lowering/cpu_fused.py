@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as kernel
-
-BASES = 1 << 20
-"""Elements of A and B together that are alive at a time; more blocks take several calls."""
+from distr_compile.kernels.attention.cpu import Group
 
 
 def takes(q: Tensor) -> bool:
@@ -62,19 +58,6 @@ def exact_attention(
         softcap=softcap,
         out=out,
     )
-
-
-Group = tuple[Tensor, Tensor]
-"""A^T ``(b h, blocks, r, d)`` and B ``(b h, blocks, d, padded r)`` of successive blocks."""
-
-
-def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
-    """Groups from A and B ``(b h, d, r)`` of each block in turn."""
-    for first in bases:
-        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
-        some = [first, *itertools.islice(bases, at_once - 1)]
-        A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
-        yield kernel.laid_out(A, B)
 
 
 def attend(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.lowering.architecture import architecture
 
 WORKSPACE_MIB = 256
@@ -57,7 +57,7 @@ def attention(
     out: Tensor,
     workspace: int = WORKSPACE_MIB << 20,
 ) -> Tensor:
-    """Arguments and result as in ``kernels.reference.attention``; ``rank == d`` is exact.
+    """Arguments and result as in ``kernels.attention.reference.attention``; ``rank == d`` is exact.
 
     Args:
         q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides; k, v alike.
@@ -104,7 +104,7 @@ def attention(
         raise KernelFailed(_failed[variant])
     block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
     block = max(1, min(block, q.shape[2]))
-    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None)
+    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None, strict)
     options: dict[str, Any] = {
         "scale": scale,
         "rank": rank,
@@ -158,7 +158,7 @@ def _attend(
     workspace: int,
 ) -> None:
     # Here, not above: without Triton that is one more kernel that failed.
-    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
     num_queries, num_keys, value_dim = q.shape[2], *v.shape[2:]
@@ -183,14 +183,13 @@ def _attend(
             offset = causal_offset + rows.start
             seen = max(0, min(num_keys, rows.stop + causal_offset))
         Q = q[chunk.batch, chunk.heads, rows]
-        K = k[chunk.batch if k.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
-        V = v[chunk.batch if v.shape[0] > 1 else slice(None), chunk.key_heads, :seen]
+        K, V = (_of_key_heads(t, chunk)[:, :, :seen] for t in (k, v))
         Qhat, Khat = Q, K[:, :, None]
         if prologue:
             Qhat, Khat = prologue.factors(
                 Q,
                 K,
-                *prologue.counted_in(chunk, seen),
+                *_counted_in(prologue, chunk, seen),
                 is_causal=causal_offset is not None,
                 causal_offset=offset,
             )
@@ -231,10 +230,9 @@ def _attend_strictly(
 
     They share a softmax, whose two halves are put together by their denominators.
     """
-    from distr_compile.kernels.attention_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
-    num_keys, value_dim = v.shape[2:]
+    value_dim = v.shape[3]
     tile_of_width = partial(
         tile_for,
         architecture(q.device),
@@ -244,75 +242,120 @@ def _attend_strictly(
     )
     known_tile = tile_of_width(rank=rank, is_causal=False)
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
+    softmax = {"scale": scale, "softcap": softcap}
+    call = _Strict(
+        q, k, v, mask, sinks, prologue, is_causal, causal_offset, block, out,
+        known=softmax | {"tile": known_tile},
+        others=softmax | {"tile": exact_tile, "is_causal": is_causal},
+    )  # fmt: skip
     head_bytes, block_bytes = prologue.own_bytes
     # The second part and its sum with the first, in fp32, and the denominators.
     head_bytes += q.shape[1] // k.shape[1] * block * (value_dim * (q.element_size() + 8) + 20)
-
-    def attend(chunk: _Chunk) -> None:
-        Q, O = (t[chunk.batch, chunk.heads] for t in (q, out))  # noqa: E741
-        K, V = (t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads] for t in (k, v))
-        some_sinks = None if sinks is None else sinks[chunk.heads]
-        earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
-        if chunk.rows.stop > earlier * block:
-            last = (chunk.rows.stop - 1) // block * block
-            num_known = prefix_edge(last, num_keys, causal_offset)
-            so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
-            Qhat, Khat = prologue.factors(
-                Q[:, :, so_far.rows],
-                K[:, :, :num_known],
-                *prologue.counted_in(so_far, num_known),
-                causal_offset=causal_offset,
-                earlier=earlier,
-            )
-
-        def part(Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any) -> None:
-            some_mask = None if mask is None else _cut(mask, chunk.batch, chunk.heads, rows, keys)
-            attention_fwd(
-                Q, K, V[:, :, keys], some_mask,
-                scale=scale, softcap=softcap, grouping_block=block, **options,
-            )  # fmt: skip
-
-        O_others = torch.empty_like(O[:, :, :block])
-        lse, lse_others = q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
-        for start in range(chunk.rows.start, chunk.rows.stop, block):
-            rows = slice(start, min(start + block, chunk.rows.stop))
-            edge = prefix_edge(start, num_keys, causal_offset)
-            end = max(0, min(num_keys, rows.stop + causal_offset)) if is_causal else num_keys
-            out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
-            others = partial(
-                part,
-                Q[:, :, rows],
-                K[:, :, None, edge:end],
-                rows,
-                slice(edge, end),
-                is_causal=is_causal,
-                causal_offset=start + causal_offset - edge,
-                tile=exact_tile,
-                sinks=some_sinks,
-            )
-            if not edge:
-                others(out=out_rows)
-                continue
-            place = start // block - earlier
-            known = partial(
-                part,
-                Qhat[:, :, place * block :][:, :, here],
-                Khat[:, :, place : place + 1, :edge],
-                rows,
-                slice(edge),
-                tile=known_tile,
-            )
-            if edge >= end:
-                known(sinks=some_sinks, out=out_rows)
-                continue
-            known(out=out_rows, lse=lse[:, :, here])
-            others(out=O_others[:, :, here], lse=lse_others[:, :, here])
-            _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
-
     for chunk in _chunks(
         q.shape, k.shape, block, rank * q.element_size(), workspace, head_bytes, block_bytes
     ):
-        attend(chunk)
+        _attend_chunk(call, chunk)
+
+
+@dataclass(frozen=True)
+class _Strict:
+    """A call in the strict form.
+
+    ``known`` has the options of the attention kernel for keys before a block, ``others`` those for
+    the block's own keys and later ones.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    prologue: Prologue
+    is_causal: bool
+    causal_offset: int
+    block: int
+    out: Tensor
+    known: dict[str, Any]
+    others: dict[str, Any]
+
+    def keys_of(self, rows: slice) -> tuple[int, int]:
+        """Keys of a block that are approximated, and those that it sees at all."""
+        num_keys = self.k.shape[2]
+        end = max(0, min(num_keys, rows.stop + self.causal_offset)) if self.is_causal else num_keys
+        return prefix_edge(rows.start, num_keys, self.causal_offset), end
+
+    def attend(
+        self, chunk: _Chunk, Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any
+    ) -> None:
+        """Attention of some rows of a chunk to some keys."""
+        from distr_compile.kernels.attention.triton_fwd import attention_fwd
+
+        V, mask = _of_key_heads(self.v, chunk)[:, :, keys], self.mask
+        if mask is not None:
+            mask = _cut(mask, chunk.batch, chunk.heads, rows, keys)
+        attention_fwd(Q, K, V, mask, grouping_block=self.block, **options)
+
+
+def _attend_chunk(call: _Strict, chunk: _Chunk) -> None:
+    block = call.block
+    Q, O = (t[chunk.batch, chunk.heads] for t in (call.q, call.out))  # noqa: E741
+    K = _of_key_heads(call.k, chunk)
+    sinks = None if call.sinks is None else call.sinks[chunk.heads]
+    earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
+    if chunk.rows.stop > earlier * block:
+        Qhat, Khat = _factors_of_chunk(call, chunk, Q, K, earlier)
+    O_others = torch.empty_like(O[:, :, :block])
+    lse, lse_others = call.q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
+    for start in range(chunk.rows.start, chunk.rows.stop, block):
+        rows = slice(start, min(start + block, chunk.rows.stop))
+        edge, end = call.keys_of(rows)
+        out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
+        others = partial(
+            call.attend,
+            chunk,
+            Q[:, :, rows],
+            K[:, :, None, edge:end],
+            rows,
+            slice(edge, end),
+            causal_offset=start + call.causal_offset - edge,
+            sinks=sinks,
+            **call.others,
+        )
+        if not edge:
+            others(out=out_rows)
+            continue
+        place = start // block - earlier
+        known = partial(
+            call.attend,
+            chunk,
+            Qhat[:, :, place * block :][:, :, here],
+            Khat[:, :, place : place + 1, :edge],
+            rows,
+            slice(edge),
+            **call.known,
+        )
+        if edge >= end:
+            known(sinks=sinks, out=out_rows)
+            continue
+        known(out=out_rows, lse=lse[:, :, here])
+        others(out=O_others[:, :, here], lse=lse_others[:, :, here])
+        _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
+
+
+def _factors_of_chunk(
+    call: _Strict, chunk: _Chunk, Q: Tensor, K: Tensor, earlier: int
+) -> tuple[Tensor, Tensor]:
+    """Qhat and Khat of the chunk's blocks, from all rows up to its last block."""
+    last = (chunk.rows.stop - 1) // call.block * call.block
+    num_known = prefix_edge(last, K.shape[2], call.causal_offset)
+    so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
+    return call.prologue.factors(
+        Q[:, :, so_far.rows],
+        K[:, :, :num_known],
+        *_counted_in(call.prologue, so_far, num_known),
+        causal_offset=call.causal_offset,
+        earlier=earlier,
+    )
 
 
 def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -340,53 +383,19 @@ class _Chunk:
     rows: slice
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How ``prologue`` of the module of an estimator (``Estimator.gpu``) is to make Qhat and Khat.
-
-    It is called as ``prologue(q, k, mask, asked)`` with the tensors of the whole call, returns a
-    ``Prologue``, and imports Triton only when it is called.
-
-    Attributes:
-        estimator: a name that the module lists in ``COMPUTES``.
-        rank: r.
-        block: query rows per grouping block.
-        rounds: how often the estimator refines its basis.
-        seed: names the random numbers of the estimator.
-        strict_offset: the causal offset of the prefix form; None where it is not asked for.
-    """
-
-    estimator: str
-    rank: int
-    block: int
-    rounds: int
-    seed: int
-    strict_offset: int | None = None
+def _of_key_heads(t: Tensor, chunk: _Chunk) -> Tensor:
+    """K or V of a chunk, whose batch may be broadcast."""
+    return t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads]
 
 
-@dataclass(frozen=True)
-class Prologue:
-    """What makes Qhat and Khat of a chunk.
-
-    Attributes:
-        factors: ``(Q, K, *counted, is_causal=, causal_offset=)`` -> Qhat, Khat; in the prefix form
-            ``earlier=``, the grouping blocks of Q that are not wanted, instead of ``is_causal``.
-        own_bytes: its memory beside its results, for a key head once and for each grouping block.
-        counted: which rows of all queries, and of all keys, it looks at; empty if it does not ask.
-    """
-
-    factors: Callable[..., tuple[Tensor, Tensor]]
-    own_bytes: tuple[int, int] = (0, 0)
-    counted: tuple[Tensor | None, ...] = ()
-
-    def counted_in(self, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
-        """``counted`` of the chunk's queries, and of its keys of which it sees the first."""
-        for rows, place in zip(self.counted, (chunk.rows, slice(seen)), strict=False):
-            if rows is None:
-                yield None
-            else:
-                within = (slice(None),) * (rows.dim() - 3)
-                yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
+def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
+    """``counted`` of the chunk's queries, and of its keys, of which it sees the first ``seen``."""
+    for rows, place in zip(prologue.counted, (chunk.rows, slice(seen)), strict=False):
+        if rows is None:
+            yield None
+        else:
+            within = (slice(None),) * (rows.dim() - 3)
+            yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
 
 
 def _chunks(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 
 CHUNK_BYTES = 256 * 2**20
 """Scores held at one time."""

@@ -1,9 +1,9 @@
 """The op ``torch.ops.distr.attention``: what it accepts, what it promises, what runs it.
 
-Importing this module registers the op. There is no arithmetic here: ``kernels/reference.py``
-defines the result, ``lowering/cuda.py`` computes it with Triton kernels, ``lowering/cpu.py`` with
-plain PyTorch calls (and fp64 on any device), and ``F.scaled_dot_product_attention`` computes what
-has to be exact.
+Importing this module registers the op. There is no arithmetic here: ``reference.py`` in
+``kernels/attention`` defines the result, ``lowering/cuda.py`` computes it with Triton kernels,
+``lowering/cpu.py`` with plain PyTorch calls (and fp64 on any device), and
+``F.scaled_dot_product_attention`` computes what has to be exact.
 
 The op is opaque to the compiler. It is registered through ``torch.library.Library``, whose boundary
 costs about half as much host time a call as that of ``torch.library.custom_op``.
@@ -32,7 +32,8 @@ from distr_compile.estimators import (
     auto_grouping_block,
     estimator_named,
 )
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.roles import Asked
 from distr_compile.lowering import cpu, cuda, exactly
 
 SCHEMA = (
@@ -190,8 +191,9 @@ def attention(
         try:
             Qhat, Khat = q, k
             if bases is not None:  # of them its module makes Qhat and Khat of the whole call
-                module = arithmetic(estimator, "gpu", "factors")
-                Qhat, Khat = module.factors(q, k, *bases)
+                module = arithmetic(estimator, "gpu", "prologue")
+                asked = Asked(estimator, rank, q.shape[2], bases=bases)
+                Qhat, Khat = module.prologue(q, k, mask, asked).factors(q, k)
             return cuda.attention(Qhat, Khat, v, mask, **softmax, **grouping, out=out)
         except cuda.KernelFailed as failure:
             _tell_exact(site, str(failure))

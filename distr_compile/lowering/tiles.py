@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from distr_compile.kernels.attention_fwd import Tile
+from distr_compile.kernels.attention.triton_fwd import Tile
 
 
 class Entry(NamedTuple):

@@ -24,7 +24,7 @@ from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
 from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
-from distr_compile.kernels.reference_projection import RIDGE, counted_rows
+from distr_compile.kernels.projection.reference import RIDGE, counted_rows
 from distr_compile.policy import Policy, Rule
 
 COMPUTES = ("calibrated",)
@@ -70,7 +70,7 @@ def calibrate(
     """Run ``model`` over ``batches`` and write the bases of its attentions to ``path``.
 
     The model runs exactly, once, under ``torch.no_grad()``. Rows that a mask hides do not count
-    (``kernels.reference_projection.counted_rows``), and neither do calls with fewer than 16 query
+    (``kernels.projection.reference.counted_rows``), and neither do calls with fewer than 16 query
     rows, which are always exact. The Gram matrices are summed in fp64 where the device has it.
 
     Args:
@@ -248,7 +248,7 @@ def nested_bases(Cq: Tensor, Ck: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     For Cq = Rq^T Rq and Ck = Rk^T Rk, the norm of Q X K^T is that of Rq X Rk^T, whose truncated SVD
     U s V^T is the best of rank r. Qhat = Q Rq^-1 U has orthonormal columns and Khat = K Rq^T U is
     the least-squares match, which never divides by the small directions of K; both then are scaled
-    by roots of s, so that rounding treats them alike. A ridge as in ``reference_projection.gram``
+    by roots of s, so that rounding treats them alike. A ridge as in ``gram`` of ``projection``
     keeps Rq away from singular.
 
     Args:

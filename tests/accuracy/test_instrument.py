@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.instrument import Call, Instrument, layer_errors, site_errors
 from distr_compile.accuracy.metrics import METRICS
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.tuning.calibrate import calibrate
 from distr_compile.tuning.sensitivity import Bench

@@ -186,7 +186,7 @@ def compile_case(architecture: str, case: Case, tile: Any = None) -> list[Row]:
 def _attention(architecture: str, case: Case, tile: Any) -> Any:
     import torch
 
-    from distr_compile.kernels.attention_fwd import attention_fwd
+    from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
     dtype = getattr(torch, case.dtype)
@@ -228,7 +228,7 @@ def _attention(architecture: str, case: Case, tile: Any) -> Any:
 def _lsh(architecture: str, case: Case, tile: Any) -> Any:
     import torch
 
-    from distr_compile.kernels.lsh import lsh_factors
+    from distr_compile.kernels.lsh.launch import lsh_factors
 
     Q = torch.empty(2, 8, 4096, case.value_dim, dtype=getattr(torch, case.dtype), device="meta")
     lsh_factors(
@@ -244,7 +244,7 @@ def _lsh(architecture: str, case: Case, tile: Any) -> Any:
 def _projection(architecture: str, case: Case, tile: Any) -> Any:
     import torch
 
-    from distr_compile.kernels.projection import projection_factors
+    from distr_compile.kernels.projection.launch import projection_factors
 
     dtype = getattr(torch, case.dtype)
     Q = torch.empty(2, 8, 4096, case.value_dim, dtype=dtype, device="meta")

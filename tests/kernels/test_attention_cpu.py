@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distr_compile.kernels import reference
-from distr_compile.kernels.attention import build, cpu
-from distr_compile.kernels.reference_projection import prefix_edge
+from distr_compile.kernels.attention import build, cpu, reference
+from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu_fused
 from tests.kernels.cpu_kernel import require_kernel
 

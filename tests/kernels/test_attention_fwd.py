@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distr_compile.kernels import attention_fwd as module
-from distr_compile.kernels import reference
-from distr_compile.kernels.attention_fwd import Tile, attention_fwd
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention import triton_fwd as module
+from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

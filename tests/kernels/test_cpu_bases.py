@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.attention import cpu_bases
-from distr_compile.lowering import cpu_projection
-from distr_compile.lowering.cpu_estimator import Asked
-from distr_compile.lowering.cpu_projection import start_from
+from distr_compile.kernels.projection import cpu as cpu_projection
+from distr_compile.kernels.projection import library
+from distr_compile.kernels.projection.cpu import start_from
+from distr_compile.kernels.roles import Asked
 from tests.kernels.cpu_kernel import require_kernel
 
 
@@ -32,7 +32,7 @@ def in_groups(
     start, carry, found = start_from(Q.shape[-1], rank, options.pop("seed")), None, []
     for first in range(0, blocks, at_once):
         number = min(at_once, blocks - first)
-        AT, B, carry = cpu_bases.projection_bases(
+        AT, B, carry = library.projection_bases(
             Q, K, *counts, start, carry, first_block=first, blocks=number, **options
         )
         assert (B[..., rank:] == 0).all()

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import lsh, reference
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.lsh import launch as lsh
+from distr_compile.kernels.lsh.reference import order_of_projected
+from distr_compile.kernels.random import projections
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -83,7 +86,7 @@ def projected_exactly(
     numbers, sizes = [], []
     for Q_block in blocks_of(Q.double(), block):
         rows = Q_block.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
-        P = reference.projections(0, rows.shape[2], seed=seed).to(DEVICE, torch.float64)
+        P = projections(0, rows.shape[2], seed=seed).to(DEVICE, torch.float64)
         P[:, :signed] = 1
         numbers.append(rows.transpose(-1, -2) @ P)
         sizes.append(rows.norm(dim=2)[..., None] * P.norm(dim=0))
@@ -134,13 +137,13 @@ def test_order_is_the_references_for_the_same_numbers(width: int, chunks: int) -
     partial = partial.to(DEVICE)
     columns, places = lsh._order(partial, signed=False).unbind(-2)
     projected = partial.sum(3).transpose(-1, -2)
-    wanted = reference.order_of_projected(projected)
+    wanted = order_of_projected(projected)
     assert torch.equal(columns.long(), wanted)
     assert torch.equal(places.long(), wanted.argsort(-1))
 
     columns, places = lsh._order(partial, signed=True).long().unbind(-2)
     turned = ~(projected[..., 0, :] > 0)
-    wanted = reference.order_of_projected(torch.where(turned[..., None, :], -projected, projected))
+    wanted = order_of_projected(torch.where(turned[..., None, :], -projected, projected))
     assert torch.equal(torch.where(columns < 0, ~columns, columns), wanted)
     assert torch.equal(columns < 0, turned.gather(-1, wanted))
     assert torch.equal(torch.where(turned, ~places, places), wanted.argsort(-1))

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import reference
-from distr_compile.kernels import reference_projection as projection
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.projection import reference as projection
+from distr_compile.kernels.random import start_columns
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -83,7 +84,7 @@ def one_head(*, rank: int, rounds: int, N: int = 70, M: int = 90, d: int = 32) -
 
 @pytest.mark.parametrize(("d", "r", "seed"), [(32, 16, 0), (64, 17, 3), (20, 1, -1), (2, 300, 0)])
 def test_start_columns(d: int, r: int, seed: int) -> None:
-    got = reference.start_columns(d, r, seed=seed)
+    got = start_columns(d, r, seed=seed)
     assert got.dtype == torch.float32
     assert (got.numpy() == start_of(d, r, seed)).all()
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.lsh.reference import gray_position, group_columns, order_of_projected
+from distr_compile.kernels.random import projections
 
 
 def naive_order(rows: np.ndarray, P: np.ndarray, signed: bool) -> tuple[list[int], np.ndarray]:
@@ -51,7 +53,7 @@ def naive_attention(
     B, H, N, d = q.shape
     Hk, M = k.shape[1:3]
     rep, G = H // Hk, d // rank
-    P = reference.projections(0, N * rep, seed=seed).double().numpy()
+    P = projections(0, N * rep, seed=seed).double().numpy()
     out = np.zeros((B, H, N, v.shape[3]))
     for b in range(B):
         kb, vb = min(b, k.shape[0] - 1), min(b, v.shape[0] - 1)
@@ -229,18 +231,18 @@ def test_order_follows_the_gray_sequence() -> None:
     for place, code in enumerate(columns):
         for bit, one in zip((14, 15), signs[code], strict=True):
             projected[bit, place] = 1.0 if one else -1.0
-    order = reference.order_of_projected(projected)
+    order = order_of_projected(projected)
     assert [columns[i] for i in order] == [0, 1, 3, 3, 2]
     assert order.tolist() == [2, 3, 1, 4, 0], "ties keep the order of the columns"
 
 
 def test_gray_position_inverts_the_table() -> None:
     position = torch.arange(2**16)
-    assert torch.equal(reference.gray_position(position ^ (position >> 1)), position)
+    assert torch.equal(gray_position(position ^ (position >> 1)), position)
 
 
 def test_zero_is_not_positive() -> None:
-    order = reference.order_of_projected(torch.zeros(16, 4))
+    order = order_of_projected(torch.zeros(16, 4))
     assert order.tolist() == [0, 1, 2, 3]
 
 
@@ -259,20 +261,20 @@ def naive_projection(row: int, p: int, seed: int) -> int:
 @pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**32 - 1, -3])
 def test_projections_are_the_hash_of_their_place(seed: int) -> None:
     for start, stop in ((0, 3), (1000, 1002), (2**28 - 1, 2**28 + 1), (2**31, 2**31 + 1)):
-        got = reference.projections(start, stop, seed=seed)
+        got = projections(start, stop, seed=seed)
         wanted = [[naive_projection(i, p, seed) for p in range(16)] for i in range(start, stop)]
         assert got.dtype == torch.float32
         assert got.tolist() == wanted
 
 
 def test_projections_extend_and_are_exact_in_every_dtype() -> None:
-    long = reference.projections(0, 3000, seed=1)
+    long = projections(0, 3000, seed=1)
     assert long.shape == (3000, 16)
     for start, stop in ((0, 0), (0, 1), (0, 7), (0, 1024), (5, 1030), (2047, 3000)):
-        assert torch.equal(reference.projections(start, stop, seed=1), long[start:stop])
+        assert torch.equal(projections(start, stop, seed=1), long[start:stop])
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(long.to(dtype).float(), long)
-    assert not torch.equal(reference.projections(0, 3000, seed=2), long)
+    assert not torch.equal(projections(0, 3000, seed=2), long)
 
 
 def test_projections_are_nearly_gaussian() -> None:
@@ -281,7 +283,7 @@ def test_projections_are_nearly_gaussian() -> None:
     The bounds are five standard errors of independent entries.
     """
     for seed in (0, 1, 12345):
-        P = reference.projections(0, 2**16, seed=seed).double()
+        P = projections(0, 2**16, seed=seed).double()
         n = P.numel()
         assert abs(P.mean()) < 5 * math.sqrt(170 / n)
         standard = P / math.sqrt(170)
@@ -295,7 +297,7 @@ def test_projections_are_nearly_gaussian() -> None:
 def test_projections_are_uncorrelated() -> None:
     """Between rows, projections and seeds; bounds of five standard errors of independent ones."""
     table = {
-        seed: reference.projections(0, 2**16, seed=seed).double() / math.sqrt(170)
+        seed: projections(0, 2**16, seed=seed).double() / math.sqrt(170)
         for seed in (0, 1, 2, 2**31)
     }
 
@@ -324,23 +326,23 @@ def test_projections_are_those_of_every_mode_and_leave_the_generator_alone() -> 
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.device("meta"):
-        here = reference.projections(0, 2000, seed=77)
+        here = projections(0, 2000, seed=77)
     assert torch.equal(torch.get_rng_state(), before)
     assert here.device.type == "cpu"
-    assert torch.equal(here, reference.projections(0, 2000, seed=77))
+    assert torch.equal(here, projections(0, 2000, seed=77))
 
 
 def test_first_projections_are_committed_numbers() -> None:
     """A change of these numbers changes every result of every model: it must be meant."""
-    first = reference.projections(0, 1, seed=0).long()[0].tolist()
+    first = projections(0, 1, seed=0).long()[0].tolist()
     assert first == [26, -3, 12, -5, -14, 32, 20, -14, 7, -2, -8, -11, -10, 2, 7, -4]
 
 
 def test_low_precision_groups_the_same_columns() -> None:
     q = torch.randn(1, 2, 3, 100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     for signed in (False, True):
-        order, sign = reference.group_columns(q, seed=4, signed=signed)
-        wanted = reference.group_columns(q.double(), seed=4, signed=signed)
+        order, sign = group_columns(q, seed=4, signed=signed)
+        wanted = group_columns(q.double(), seed=4, signed=signed)
         assert torch.equal(order, wanted[0])
         assert torch.equal(sign.double(), wanted[1])
         assert sign.unique().tolist() == ([-1, 1] if signed else [1])

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments, read_arguments
 from distr_compile.lowering.op import NOT_YET, SCHEMA
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cpu
 from tests.kernels.cpu_kernel import require_kernel
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import attention_fwd as attention_module
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention import triton_fwd as attention_module
 from distr_compile.lowering import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,7 +226,7 @@ def test_out_of_memory_is_not_a_failed_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("forget_failures")
 def test_without_triton_every_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "distr_compile.kernels.attention_fwd", None)
+    monkeypatch.setitem(sys.modules, "distr_compile.kernels.attention.triton_fwd", None)
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match="Module"), pytest.raises(cuda.KernelFailed):
         run(q, k, v)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import distr_compile
 import distr_compile.lowering.op
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cuda
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels import reference
+from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cuda
 from distr_compile.lowering import op as op_module
 from distr_compile.lowering.op import count_exact_calls

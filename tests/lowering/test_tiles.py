@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from distr_compile.kernels.attention_fwd import Tile
+from distr_compile.kernels.attention.triton_fwd import Tile
 from distr_compile.lowering import paper_rule, tiles
 from distr_compile.lowering.architecture import NEAREST
 from distr_compile.lowering.paper_rule import CARDS, Card, paper_blocks

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from distr_compile import Regression, regress
 from distr_compile.accuracy.batch import Batch
-from distr_compile.lowering import cpu, cpu_lsh, cpu_projection
+from distr_compile.kernels.lsh import cpu as cpu_lsh
+from distr_compile.kernels.projection import cpu as cpu_projection
+from distr_compile.lowering import cpu
 from tests.regression.gate import TOLERANCE
 from tests.tiny_models import noise, stack
 

@@ -1,1 +1,1 @@
-"""Attention on narrow factors: one fused kernel per kind of device."""
+"""Attention on Qhat and Khat: the definition, and one fused kernel per kind of device."""

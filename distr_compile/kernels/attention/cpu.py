@@ -6,16 +6,17 @@ The first question, ``unavailable_reason()``, builds or loads the library (``bui
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distr_compile.kernels import reference
-from distr_compile.kernels.attention import build
+from distr_compile.kernels.attention import build, reference
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of Q, K, V and the output, as the library numbers them."""
@@ -26,6 +27,9 @@ NO_MASK = -1
 
 RANK_UNIT = 16
 """B comes with its width padded to a multiple of it by zeros."""
+
+BASES = 1 << 20
+"""Elements of A and B together that are alive at a time; more blocks take several calls."""
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -158,7 +162,7 @@ def attention(
     lse: Tensor | None = None,
     lib: build.Library | None = None,
 ) -> Tensor:
-    """softmax(scale * Qhat Khat^T + mask) V, as ``kernels/attention_fwd.py`` computes it on a GPU.
+    """softmax(scale * Qhat Khat^T + mask) V, as ``triton_fwd.py`` computes it on a GPU.
 
     Qhat and Khat are given, or with ``bases`` made in the kernel: Qhat = Q A and Khat = K B, in
     fp32, then rounded to the dtype of Q where that is bf16 and the CPU multiplies it.
@@ -237,6 +241,19 @@ def laid_out(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         A.mT.float().contiguous(),
         torch.nn.functional.pad(B.float(), (0, padded(B.shape[-1]) - B.shape[-1])).contiguous(),
     )
+
+
+Group = tuple[Tensor, Tensor]
+"""A^T ``(b h, blocks, r, d)`` and B ``(b h, blocks, d, padded r)`` of successive blocks."""
+
+
+def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
+    """Groups from A and B ``(b h, d, r)`` of each block in turn."""
+    for first in bases:
+        at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
+        some = [first, *itertools.islice(bases, at_once - 1)]
+        A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
+        yield laid_out(A, B)
 
 
 def workspace(size: int) -> Tensor:

@@ -1,6 +1,6 @@
 // A and B of the estimator `projection`: Gram matrices, then small algebra per block.
 //
-// kernels/reference_projection.py is the definition. The basis that it takes from a QR comes from
+// kernels/projection/reference.py is the definition. The basis that it takes from a QR comes from
 // Gram-Schmidt here, repeated until orthogonal: the same span, and only the span matters.
 
 #pragma once

@@ -1,12 +1,12 @@
-"""The estimator ``calibrated`` of ``reference.py``: Qhat = Q A and Khat = K B, A and B given."""
+"""The definition of ``calibrated``: Qhat = Q A and Khat = K B, A and B given."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.reference import Asked, Block
-from distr_compile.kernels.reference_projection import saturate
+from distr_compile.kernels.roles import Asked, Block
+from distr_compile.kernels.rows import saturate
 
 COMPUTES = ("calibrated",)
 

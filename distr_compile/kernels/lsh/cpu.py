@@ -1,51 +1,53 @@
-"""A and B of the LSH estimators in plain PyTorch calls; see ``cpu_estimator.py``.
+"""A and B of the LSH estimators in plain PyTorch calls; see ``kernels/roles.py``.
 
-The definition is ``kernels/reference_lsh.py``, which gathers columns where this multiplies.
+The definition is ``kernels/lsh/reference.py``, which gathers columns where this multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
-from distr_compile.kernels.reference import order_of_projected, projections
-from distr_compile.kernels.reference_lsh import COMPUTES as COMPUTES
-from distr_compile.kernels.reference_lsh import variant_of
-from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked, stack
+from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
+from distr_compile.kernels.lsh.reference import order_of_projected, variant_of
+from distr_compile.kernels.random import projections
+from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.rows import stack
 
 ONE_BLOCK = False
 READS_PANELS = True
 
 
 def elements(head_dim: int, rank: int) -> int:
-    """A and B; see ``cpu_estimator.py``."""
+    """A and B; see ``kernels/roles.py``."""
     return 2 * head_dim * rank
 
 
-def counted(*_: Any) -> tuple[None, None]:
+def counted(
+    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
+) -> tuple[Tensor | None, Tensor | None]:
     """All rows of Q count, masked or not, and K has no part in A and B."""
     return None, None
 
 
 def bases(
-    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
+    Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A and B of each grouping block in turn; see ``cpu_estimator.py``."""
+    """A and B of each grouping block in turn; see ``kernels/roles.py``."""
     for block in Q.split(asked.block, dim=3):
         yield _group_bases(block, asked.rank, asked.estimator, asked.seed, asked.panel)
 
 
 def groups(
-    Q: Tensor, K: Tensor, queries: None, keys: None, asked: Asked
-) -> Iterator[cpu_fused.Group]:
+    Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
+) -> Iterator[attention.Group]:
     """The same for the fused kernel."""
-    return cpu_fused.stacked(bases(Q, K, queries, keys, asked))
+    return attention.stacked(bases(Q, K, queries, keys, asked))
 
 
 @lru_cache(maxsize=64)

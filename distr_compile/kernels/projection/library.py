@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu
-from distr_compile.kernels.reference_projection import RIDGE
+from distr_compile.kernels.projection.reference import RIDGE
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 

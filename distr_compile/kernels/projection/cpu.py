@@ -1,6 +1,6 @@
-"""A and B of the estimator ``projection`` in bounded memory; see ``cpu_estimator.py``.
+"""A and B of the estimator ``projection`` in bounded memory; see ``kernels/roles.py``.
 
-The definition is ``kernels/reference_projection.py``. Here the rows of Q and K are read in pieces,
+The definition is ``kernels/projection/reference.py``. Here the rows of Q and K are read in pieces,
 and keys that several grouping blocks count are read once.
 """
 
@@ -12,11 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import reference_projection as projection
-from distr_compile.kernels.attention import cpu_bases
-from distr_compile.kernels.reference import start_columns
-from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.cpu_estimator import Asked
+from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.projection import library
+from distr_compile.kernels.projection import reference as projection
+from distr_compile.kernels.random import start_columns
+from distr_compile.kernels.roles import Asked, prefix_edge
 
 COMPUTES = ("projection",)
 ONE_BLOCK = False
@@ -27,7 +27,7 @@ SUMS = 2 << 20
 
 
 def elements(head_dim: int, rank: int) -> int:
-    """What half a dozen matrices of d x d that live at a time come to; see ``cpu_estimator.py``."""
+    """What half a dozen matrices of d x d that live at a time come to; see ``kernels/roles.py``."""
     return 4 * head_dim**2
 
 
@@ -69,7 +69,7 @@ def bases(
         stop = min(start + block, num_queries)
         if strict:  # to the rows of earlier blocks come those of the last one
             new_rows, num_rows = range(max(start - block, 0), start, panel), start
-            seen = projection.prefix_edge(start, num_keys, causal_offset or 0)
+            seen = prefix_edge(start, num_keys, causal_offset or 0)
         else:
             new_rows, num_rows = range(start, stop, panel), stop - start
             sum_q = _GramSum(Q)
@@ -101,16 +101,16 @@ def bases(
 
 def groups(
     Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
-) -> Iterator[cpu_fused.Group]:
+) -> Iterator[attention.Group]:
     """The same by the fused kernel's own code, some grouping blocks at a time."""
     num_queries, head_dim = Q.shape[3:]
     start, carry = start_from(head_dim, asked.rank, asked.seed), None
     units = Q.shape[0] * Q.shape[1]
-    at_once = max(1, SUMS // (units * cpu_bases.SUMS * cpu_bases.matrix_size(head_dim)))
-    at_once = min(at_once, max(1, cpu_fused.BASES // (2 * units * head_dim * asked.rank)))
+    at_once = max(1, SUMS // (units * library.SUMS * library.matrix_size(head_dim)))
+    at_once = min(at_once, max(1, attention.BASES // (2 * units * head_dim * asked.rank)))
     blocks = -(-num_queries // asked.block)
     for first in range(0, blocks, at_once):
-        AT, B, carry = cpu_bases.projection_bases(
+        AT, B, carry = library.projection_bases(
             Q, K, queries, keys, start, carry,
             block=asked.block, first_block=first, blocks=min(at_once, blocks - first),
             rounds=asked.rounds, causal_offset=asked.causal_offset, strict=asked.strict,

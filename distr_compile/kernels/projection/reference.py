@@ -1,4 +1,4 @@
-"""The estimator ``projection`` of ``reference.py``: bases A and B from two small Gram matrices.
+"""The definition of ``projection``: bases A and B from two small Gram matrices.
 
 Per key head and grouping block it replaces S = Q K^T by (Q A)(K B)^T, where Q A spans (nearly) the
 leading r left singular vectors of S and B is the least-squares choice for that span. Nothing of the
@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.reference import Asked, Block, start_columns
+from distr_compile.kernels.random import start_columns
+from distr_compile.kernels.roles import Asked, Block, prefix_edge
+from distr_compile.kernels.rows import saturate
 
 RIDGE = 2.0**-18
 """Added to the diagonal of Cq, relative to its Frobenius norm: well above the rounding of fp32.
@@ -32,12 +34,12 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     Args:
         Q: ``(B, H_k, rep, N, d)``.
         K: ``(B or 1, H_k, M, d)``.
-        mask: says with ``is_causal`` which rows and keys count.
+        mask: says with ``asked`` which rows and keys count.
         asked: with ``strict`` A and B come from the rows and keys before a block, and Khat has
             these keys only.
     """
     key_heads, rep, num_queries, head_dim = Q.shape[1:]
-    num_keys, offset = K.shape[2], asked.causal_offset
+    num_keys, offset = K.shape[2], asked.causal_offset or 0
     sizes = (num_queries, num_keys, key_heads, rep)
     if asked.strict:
         queries, keys = counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
@@ -50,7 +52,7 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
         counted, seen = slice(start, stop), num_keys
         if asked.strict:
             counted, seen = slice(0, start), prefix_edge(start, num_keys, offset)
-        elif asked.is_causal:
+        elif asked.causal_offset is not None:
             seen = max(0, min(num_keys, stop + offset))
         A, B = _bases(
             Q[..., counted, :],
@@ -98,15 +100,6 @@ def _bases(
         rank=start.shape[1],
     )
     return A * size, B / size
-
-
-def prefix_edge(start: int, num_keys: int, causal_offset: int) -> int:
-    """The keys that a block from row ``start`` on approximates in the strict form: those before it.
-
-    Every row of the block comes after them where row i sees keys ``j <= i + causal_offset``. The
-    first block has no queries before it, from which a basis could come: 0, all keys exact.
-    """
-    return max(0, min(num_keys, start + causal_offset)) if start else 0
 
 
 def counted_rows(
@@ -322,9 +315,3 @@ def balance(
     energy = (Cq * Ck).sum((-2, -1), keepdim=True) * (num_queries / (num_keys * rank))
     exponent = (torch.frexp(energy).exponent // 2 + K_exponent - Q_exponent) // 2
     return torch.ldexp(torch.ones_like(energy), exponent.clamp(-120, 120))
-
-
-def saturate(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to ``dtype``; what is finite stays finite (fp16: scores of 4e9 and more lose size)."""
-    largest = torch.finfo(dtype).max
-    return t.clamp(-largest, largest).to(dtype)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.reference_projection import saturate
+from distr_compile.kernels.roles import Asked, Prologue
+from distr_compile.kernels.rows import saturate
 
 COMPUTES = ("calibrated",)
+
+
+def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
+    """What makes Qhat and Khat with ``asked.bases``; nothing else is looked at."""
+    assert asked.bases is not None
+    A, B = asked.bases
+    return Prologue(partial(factors, basis_q=A, basis_k=B))
 
 
 def factors(q: Tensor, k: Tensor, basis_q: Tensor, basis_k: Tensor) -> tuple[Tensor, Tensor]:

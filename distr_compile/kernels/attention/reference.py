@@ -7,12 +7,14 @@ width.
 
 A call goes through four steps:
 
-1. ``projections``: the fixed random matrix that turns a column of Q into N' = 16 numbers (3.2).
-2. ``group_columns``: hash the d columns of one block of Q and sort them by the hash (3.2).
+1. ``projections`` in ``kernels/random.py``: the fixed random matrix that turns a column of Q into
+   N' = 16 numbers (3.2).
+2. ``group_columns`` in ``kernels/lsh/reference.py``: hash the d columns of one block of Q and sort
+   them by the hash (3.2).
 3. ``estimate``: per grouping block of query rows (3.3), Q of width d becomes Qhat of width r and
-   K becomes Khat (eq. 2): ``reference_lsh.py``. The estimators ``projection`` and ``calibrated``,
-   which are not the paper's, replace steps 2 and 3: ``reference_projection.py`` and
-   ``reference_calibrated.py``. The table of estimators says which module computes which.
+   K becomes Khat (eq. 2): ``kernels/lsh/reference.py``. The estimators ``projection`` and
+   ``calibrated``, which are not the paper's, replace steps 2 and 3: ``reference.py`` in the folders
+   of their names. The table of estimators says which module computes which.
 4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
    has them.
 
@@ -22,168 +24,11 @@ the hash in at least fp32, so that a low precision does not change which columns
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import (
-    NUM_PROJECTIONS,
-    arithmetic,
-    auto_grouping_block,
-    estimator_named,
-)
-
-
-def _fmix32(h: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser, on int64 tensors of numbers below 2^32."""
-    # A product may overflow int64; its low 32 bits are right all the same.
-    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ (h >> 16)
-
-
-def projections(start: int, stop: int, *, seed: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of the random projection matrix of section 3.2.
-
-    Entry (row, p) is a hash of its place and the seed, so that a kernel makes it in registers
-    instead of reading a table, and a row is the same on every device and for every block length; a
-    short last block uses the first rows. With all arithmetic modulo 2^32::
-
-        u = fmix32((16 row + p) * 0x9E3779B9 + fmix32(seed + 1))
-        entry = (sum of the eight 4-bit digits of u) - 60
-
-    A sum of eight uniform digits is nearly Gaussian (Irwin-Hall), of mean 0 and variance 170 here.
-    The scale does not matter, as only the signs of the projected numbers are used.
-
-    Returns:
-        ``(stop - start, 16)`` float32 on the CPU: integers from -60 to 60, exact in every dtype.
-    """
-    place = torch.arange(start * NUM_PROJECTIONS, stop * NUM_PROJECTIONS, device="cpu")
-    offset = _fmix32(torch.tensor((seed + 1) & 0xFFFFFFFF, device="cpu"))
-    u = _fmix32((place * 0x9E3779B9 + offset) & 0xFFFFFFFF)
-    digits = torch.stack([u >> shift & 0xF for shift in range(0, 32, 4)])
-    return (digits.sum(0) - 60).float().view(-1, NUM_PROJECTIONS)
-
-
-def start_columns(head_dim: int, rank: int, *, seed: int) -> Tensor:
-    """Where the iteration of ``projection`` starts, the same for all heads and blocks.
-
-    Entry (c, j) is number ``256 c + j`` of ``projections`` read row by row, so that a smaller rank
-    or width uses a corner of the same matrix. Beyond 256 columns numbers occur in several rows,
-    shifted, which serves as well.
-
-    Returns:
-        ``(head_dim, rank)`` float32 on the CPU: integers from -60 to 60.
-    """
-    numbers = projections(0, 16 * (head_dim - 1) + -(-rank // NUM_PROJECTIONS), seed=seed)
-    return numbers.flatten().unfold(0, rank, 256)[:head_dim]
-
-
-def gray_position(code: Tensor) -> Tensor:
-    """Position of each 16-bit ``code`` in the sequence of Gray codes (integer tensor, any shape).
-
-    The inverse of ``position ^ (position >> 1)``.
-    """
-    position = code
-    for shift in (8, 4, 2, 1):
-        position = position ^ (position >> shift)
-    return position
-
-
-def order_of_projected(projected: Tensor) -> Tensor:
-    """Permutation of columns from their N' projected numbers: sign bits, Gray code, stable sort.
-
-    Bit 15 of the code belongs to the first projection. Columns are ordered by the *position* of
-    their code along the Gray sequence, where one step changes exactly one sign. The paper's text
-    reads the sequence the other way, as a table indexed by the code; sentence embeddings of a
-    trained model came out alike. Ties keep the order of the columns.
-
-    Args:
-        projected: ``(..., 16, d)``.
-
-    Returns:
-        ``(..., d)`` int64: ``result[..., i]`` is the column at place i of the order.
-    """
-    weights = 1 << torch.arange(NUM_PROJECTIONS - 1, -1, -1, device=projected.device)
-    code = ((projected > 0) * weights[:, None]).sum(-2)
-    return torch.sort(gray_position(code), dim=-1, stable=True).indices
-
-
-def group_columns(Q: Tensor, *, seed: int = 0, signed: bool = False) -> tuple[Tensor, Tensor]:
-    """Sort the columns of one grouping block of Q, similar ones side by side (section 3.2).
-
-    With ``signed`` the first of the N' projections is the plain sum of a column, and a column whose
-    sum is not positive is turned: it is hashed as its negative. Columns that point away from each
-    other are far apart by their hash, though one says as much about the other as an equal one.
-
-    Args:
-        Q: ``(B, H_k, rep, l, d)``: l query rows of the ``rep`` query heads that share a key head.
-            They share one grouping: their rows are stacked token by token, so row ``i`` of head
-            ``h`` is multiplied by row ``i * rep + h`` of the projection matrix.
-        seed: names the projection matrix.
-        signed: see above.
-
-    Returns:
-        ``(B, H_k, d)`` int64 permutation, places ``j*G`` to ``j*G + G - 1`` are the group G_j; and
-        ``(B, H_k, d)`` the sign of every column, -1 where it is turned, in at least fp32.
-    """
-    rep, rows = Q.shape[-3:-1]
-    stacked = Q.transpose(-3, -2).flatten(-3, -2)
-    stacked = stacked.to(torch.promote_types(Q.dtype, torch.float32))
-    P = projections(0, rows * rep, seed=seed).to(Q.device, stacked.dtype)
-    if signed:
-        P[:, 0] = 1
-    projected = P.T @ stacked
-    sign = torch.ones_like(projected[..., 0, :])
-    if signed:
-        sign = torch.where(projected[..., 0, :] > 0, sign, -sign)
-    return order_of_projected(projected * sign[..., None, :]), sign
-
-
-@dataclass(frozen=True)
-class Block:
-    """The two thin factors for query rows ``start`` to ``stop``: S is about Qhat Khat^T there.
-
-    Attributes:
-        start: first query row of the grouping block.
-        stop: one past its last row.
-        Qhat: ``(B, H, stop - start, r)``.
-        Khat: ``(B, H_k, m, r)``, of the first m keys: all M, but with ``strict`` those before the
-            block. The scores of the other keys are exact.
-    """
-
-    start: int
-    stop: int
-    Qhat: Tensor
-    Khat: Tensor
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options of ``estimate`` as the module of an estimator is given them.
-
-    Attributes:
-        estimator: a name that the module lists in ``COMPUTES``.
-        rank: r.
-        block: l, query rows per grouping block, at least 1.
-        rounds: one that the estimator takes.
-        seed: names the random numbers.
-        is_causal: see ``estimate``.
-        causal_offset: see ``estimate``.
-        bases: A and B where the estimator needs them, else None.
-        strict: see ``estimate``.
-    """
-
-    estimator: str
-    rank: int
-    block: int
-    rounds: int
-    seed: int
-    is_causal: bool
-    causal_offset: int
-    bases: tuple[Tensor, Tensor] | None
-    strict: bool
+from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_named
+from distr_compile.kernels.roles import Asked, Block
 
 
 def estimate(
@@ -208,10 +53,10 @@ def estimate(
     and Khat the sum of the group's columns of K. ``lsh-signed``: likewise with the mean, of columns
     of Q and K that ``group_columns`` has turned, which changes no product of Q and K.
 
-    ``projection``: Qhat = Q A and Khat = K B with the bases of
-    ``reference_projection.projection_bases``. The query heads of a key head share them. Keys and
-    queries that ``counted_rows`` leaves out, and with ``is_causal`` keys that no row of the block
-    sees, do not influence them; all rows are multiplied all the same.
+    ``projection``: Qhat = Q A and Khat = K B with the bases of ``projection_bases`` in
+    ``kernels/projection/reference.py``. The query heads of a key head share them. Keys and queries
+    that ``counted_rows`` leaves out, and with ``is_causal`` keys that no row of the block sees, do
+    not influence them; all rows are multiplied all the same.
 
     ``calibrated``: Qhat = Q A and Khat = K B with bases that are given, all rows in one block.
 
@@ -246,8 +91,7 @@ def estimate(
         block=grouping_block or auto_grouping_block(num_queries, estimator, strict),
         rounds=rounds,
         seed=seed,
-        is_causal=is_causal,
-        causal_offset=causal_offset,
+        causal_offset=causal_offset if is_causal or strict else None,
         bases=bases,
         strict=strict,
     )

@@ -1,6 +1,6 @@
-"""The LSH estimators on a GPU: Qhat and Khat of every grouping block, in three Triton launches.
+"""The LSH estimators in Triton: Qhat and Khat of every grouping block, in three launches.
 
-The definition is ``kernels/reference.py`` (arXiv 2507.17245, section 3.2 and eq. 2).
+The definition is ``kernels/lsh/reference.py`` (arXiv 2507.17245, section 3.2 and eq. 2).
 
 1. ``_project_kernel``: N' = 16 random projections of every column of Q, as partial sums over chunks
    of rows. The projection matrix is made in registers from a hash of (row, projection, seed).
@@ -30,52 +30,10 @@ Nothing depends on the order in which programs run: there are no atomics.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from distr_compile.estimators import NUM_PROJECTIONS
-from distr_compile.kernels.reference_lsh import variant_of
-
-CHUNK_ROWS = 512
-"""Rows of Q per partial sum: 16 fp32 sums per column for 512 rows of it."""
-
-PROJECT_TILE_BYTES = 2**14
-"""Size of a tile of Q that is projected: three fit in the 64 KiB of local memory of a gfx942."""
-
-GROUP_TILE_BYTES = 2**15
-"""Size of a tile of Q or K whose columns are summed."""
-
-MAX_CHUNKS = 32
-"""Most partial sums per grouping block; longer blocks have longer chunks."""
-
-BLOCKS_PER_PROGRAM = 8
-"""Most grouping blocks for which one program sums the columns of its tile of K."""
-
-
-@triton.jit
-def _fmix32(h):
-    """MurmurHash3's 32-bit finaliser, of uint32."""
-    h ^= h >> 16
-    h *= 0x85EBCA6B
-    h ^= h >> 13
-    h *= 0xC2B2AE35
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _random_numbers(place, offset):
-    """Entries of the random matrix at ``place`` = row * 16 + column; ``reference.projections``.
-
-    ``offset`` is fmix32(seed + 1) as int32.
-    """
-    u = _fmix32(place.to(tl.uint32) * 0x9E3779B9 + offset.to(tl.uint32))
-    # Add the eight digits: in pairs, one sum per byte, then all four bytes into the highest.
-    pairs = (u & 0x0F0F0F0F) + ((u >> 4) & 0x0F0F0F0F)
-    return ((pairs * 0x01010101) >> 24).to(tl.int32) - 60
+from distr_compile.kernels.triton_random import random_numbers
 
 
 @triton.jit(do_not_specialize=["num_rows", "block", "num_blocks", "num_chunks", "offset"])
@@ -126,7 +84,7 @@ def _project_kernel(
             mask=(row < last)[:, None] & is_column[None, :],
             other=0.0,
         )
-        P = _random_numbers(row[:, None] * NUM + p[None, :], offset)
+        P = random_numbers(row[:, None] * NUM + p[None, :], offset)
         if SIGNED:
             P = tl.where((p == 0)[None, :], 1, P)
         P = P.to(q.dtype)
@@ -377,173 +335,3 @@ def _group_kernel(
             qhat.to(Qhat.dtype.element_ty),
             mask=is_row[:, None] & is_group,
         )
-
-
-def lsh_factors(
-    Q: Tensor,
-    K: Tensor,
-    *,
-    rank: int,
-    estimator: str,
-    grouping_block: int,
-    seed: int,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
-
-    Inputs may have any strides and are read where they are. Three launches on the current stream
-    of the current device, which must be Q's. No host synchronisation; nothing is kept after the
-    call.
-
-    Args:
-        Q: ``(B, H, N, d)`` fp16, bf16 or fp32. Row 0 begins a grouping block; the last block may be
-            short.
-        K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
-            one grouping.
-        rank: r, a divisor of d.
-        estimator: "lsh-sample" (Qhat takes the first column of each group), "lsh-mean" or
-            "lsh-signed".
-        grouping_block: query rows per grouping, at least 1.
-        seed: names the projection matrix.
-        is_causal: row i sees keys ``j <= i + causal_offset`` only. Rows of Khat that no row of
-            their grouping block sees may stay unwritten.
-        causal_offset: see ``is_causal``.
-
-    Returns:
-        Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
-        Q's dtype.
-    """
-    batch, heads, num_rows, head_dim = Q.shape
-    key_heads, num_keys = K.shape[1:3]
-    num_blocks = triton.cdiv(num_rows, grouping_block)
-    Qhat = Q.new_empty(batch, heads, num_rows, rank)
-    Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, rank)
-    variant = variant_of(estimator)
-    signed = variant.signed
-    order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed)
-
-    rows = _tile_rows(Q, GROUP_TILE_BYTES)
-    key_tiles = triton.cdiv(num_keys, rows)
-    spans = triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM)
-    key_programs = batch * key_heads * spans * key_tiles
-    query_tiles = triton.cdiv(min(grouping_block, num_rows), rows)
-    _group_kernel[(key_programs + batch * heads * num_blocks * query_tiles,)](
-        Q,
-        K,
-        order,
-        Qhat,
-        Khat,
-        *Q.stride(),
-        *K.expand(batch, -1, -1, -1).stride(),
-        key_heads,
-        heads // key_heads,
-        num_rows,
-        num_keys,
-        grouping_block,
-        num_blocks,
-        causal_offset,
-        key_tiles,
-        spans,
-        key_programs,
-        query_tiles,
-        HEAD_DIM=head_dim,
-        WIDTH=_padded(head_dim),
-        GROUP_SIZE=head_dim // rank,
-        GROUPS=_padded(rank),
-        ROWS=rows,
-        SPAN=BLOCKS_PER_PROGRAM,
-        SAMPLE=variant.sample,
-        SIGNED=signed,
-        CAUSAL=is_causal,
-        num_warps=_num_warps(head_dim),
-    )
-    return Qhat, Khat
-
-
-def lsh_order(
-    Q: Tensor, key_heads: int, *, grouping_block: int, seed: int, signed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The order and the signs of Q's columns in every grouping block, as ``lsh_factors`` finds it.
-
-    Returns:
-        ``(B, key_heads, ceil(N / grouping_block), d)`` int64, the permutation and, for each column,
-        1 or -1; see ``reference.group_columns``.
-    """
-    order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed).long()
-    columns, places = order.unbind(-2)
-    return torch.where(columns < 0, ~columns, columns), torch.where(places < 0, -1, 1)
-
-
-def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: bool) -> Tensor:
-    """Projected columns as partial sums, ``(B, H_k, num_blocks, num_chunks, d, 16)`` fp32."""
-    batch, heads, num_rows, head_dim = Q.shape
-    rep = heads // key_heads
-    rows = _tile_rows(Q, PROJECT_TILE_BYTES)
-    # The cut depends on the shape of a block alone: not on the batch, the heads or the device.
-    block_rows = min(grouping_block, num_rows) * rep
-    chunk_rows = max(CHUNK_ROWS, triton.cdiv(triton.cdiv(block_rows, MAX_CHUNKS), rows) * rows)
-    num_chunks = triton.cdiv(block_rows, chunk_rows)
-    num_blocks = triton.cdiv(num_rows, grouping_block)
-    partial = Q.new_empty(
-        batch, key_heads, num_blocks, num_chunks, head_dim, NUM_PROJECTIONS, dtype=torch.float32
-    )
-    _project_kernel[(batch * key_heads * num_blocks * num_chunks,)](
-        Q,
-        partial,
-        *Q.stride(),
-        key_heads,
-        rep,
-        num_rows,
-        grouping_block,
-        num_blocks,
-        num_chunks,
-        chunk_rows,
-        _seed_offset(seed),
-        HEAD_DIM=head_dim,
-        WIDTH=_padded(head_dim),
-        NUM=NUM_PROJECTIONS,
-        ROWS=rows,
-        SIGNED=signed,
-        num_warps=_num_warps(head_dim),
-    )
-    return partial
-
-
-def _order(partial: Tensor, signed: bool) -> Tensor:
-    """``(B, H_k, num_blocks, 2, d)`` int32: the order of the columns and its inverse."""
-    *units, num_chunks, head_dim, _ = partial.shape
-    order = partial.new_empty(*units, 2, head_dim, dtype=torch.int32)
-    _order_kernel[(math.prod(units),)](
-        partial,
-        order,
-        num_chunks,
-        HEAD_DIM=head_dim,
-        WIDTH=_padded(head_dim),
-        NUM=NUM_PROJECTIONS,
-        SIGNED=signed,
-        num_warps=_num_warps(head_dim),
-    )
-    return order
-
-
-def _padded(width: int) -> int:
-    """Width of a tile: a power of two that tensor cores take."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _num_warps(head_dim: int) -> int:
-    return 4 if head_dim <= 128 else 8
-
-
-def _tile_rows(Q: Tensor, tile_bytes: int) -> int:
-    return min(128, tile_bytes // (_padded(Q.shape[-1]) * Q.element_size()))
-
-
-def _seed_offset(seed: int) -> int:
-    """fmix32(seed + 1) as a signed number: an int32 argument for every seed."""
-    h = seed + 1 & 0xFFFFFFFF  # fmix32(0) is 0, far from the middle: not for the default seed
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    h ^= h >> 16
-    return h - 2**32 if h >= 2**31 else h

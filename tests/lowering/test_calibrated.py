@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels import reference
-from distr_compile.lowering import cuda, fixed
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.calibrated import launch
+from distr_compile.lowering import cuda
 from distr_compile.lowering.op import attention
 
 OP = torch.ops.distr.attention.default
@@ -76,7 +77,7 @@ def test_factors_for_kernels(dtype: torch.dtype) -> None:
     """As exact as the rounding of A and of the product allows, three roundings in all."""
     q, k, _, A, B = operands(dtype)
     for rows, basis, got in zip(
-        (q, k), (A.repeat_interleave(2, 0), B), fixed.factors(q, k, A, B), strict=True
+        (q, k), (A.repeat_interleave(2, 0), B), launch.factors(q, k, A, B), strict=True
     ):
         wanted = rows.double() @ basis.double()
         size = rows.double().abs() @ basis.double().abs()
@@ -87,7 +88,7 @@ def test_factors_for_kernels(dtype: torch.dtype) -> None:
 
 def test_factors_too_large_for_fp16_are_its_largest() -> None:
     q, k, _, A, B = operands(torch.float16)
-    Qhat, Khat = fixed.factors(q * 1e4, k, A * 1e3, B)
+    Qhat, Khat = launch.factors(q * 1e4, k, A * 1e3, B)
     assert Qhat.isfinite().all()
     assert Qhat.abs().max() == torch.finfo(torch.float16).max
     assert Khat.isfinite().all()
@@ -99,7 +100,7 @@ def test_kernels_take_the_factors(causal: bool) -> None:
     """What the op does on a GPU, in Triton's interpreter: an inner width that is no power of 2."""
     q, k, v, A, B = operands()
     out = torch.empty(2, 40, 4, 24).transpose(1, 2)
-    cuda.attention(*fixed.factors(q, k, A, B), v, is_causal=causal, **OPTIONS, out=out)
+    cuda.attention(*launch.factors(q, k, A, B), v, is_causal=causal, **OPTIONS, out=out)
     wanted = OP(q, k, v, None, A, B, is_causal=causal, **OPTIONS)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 

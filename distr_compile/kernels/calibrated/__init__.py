@@ -1,0 +1,1 @@
+"""The estimator ``calibrated``: bases that are given, made of calibration data."""

@@ -1,0 +1,454 @@
+"""The estimator ``projection`` on a GPU: Qhat = Q A and Khat = K B, in four Triton launches.
+
+The definition is ``kernels/projection/reference.py``; A and B of d x r belong to a key head and a
+grouping block.
+
+1. ``_gram_kernel``: partial Gram matrices X^T X over chunks of ``CHUNK_ROWS`` rows of Q and of K,
+   each scaled by a power of two so that nothing overflows.
+2. ``_sum_kernel``: adds the partial matrices of a block in a fixed order. Where causality ends a
+   block inside a chunk of K, the rows up to there have a partial matrix of their own.
+3. ``_solve_kernel``: one program per key head and block does the algebra in fp32. X, A and B lie
+   in memory, small enough for the caches, and pass through registers in panels of 16 columns. QR
+   and Cholesky of the definition are Gram-Schmidt here, in the Euclidean product and then in that
+   of Cq: the spans are the same, and A B^T is.
+4. ``_multiply_kernel``: Qhat and Khat. A tile of K is read once for up to ``BLOCKS_PER_PROGRAM``
+   grouping blocks.
+
+The least it can move and compute is in ``estimators.py``; Q and K are read twice. Products of fp16
+and bf16 inputs run on tensor cores with fp32 accumulation, A and B as sums of two numbers of the
+inputs' dtype, which keeps 22 and 16 of their bits. Products of fp32 numbers are three tf32 products
+each on NVIDIA, but for the small ones of Gram-Schmidt, and fp32 elsewhere. Nothing depends on the
+order in which programs run, nor on how a caller cuts heads and grouping blocks into calls: there
+are no atomics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
+from distr_compile.kernels.projection.reference import RIDGE, counted_before, counted_rows
+from distr_compile.kernels.random import seed_offset
+from distr_compile.kernels.roles import Asked, Prologue
+
+COMPUTES = ("projection",)
+
+MAX_HEAD_DIM = 256
+
+CHUNK_ROWS = 1024
+"""Rows of Q or K per partial Gram matrix: 4 d^2 bytes for 1024 rows."""
+
+GRAM_TILE_BYTES = 2**14
+"""Size of a tile of Q or K that is multiplied by itself."""
+
+MULTIPLY_TILE_BYTES = 2**15
+"""Size of a tile of Q or K that is multiplied by A or B."""
+
+PANEL = 16
+"""Columns that are made orthonormal together; the least width of a matrix product."""
+
+LEAST_PIVOT = 2.0**-20
+"""A fourth of ``RIDGE``: no squared length in the product of Cq is below that but by rounding."""
+
+TINY = 2.0**-126
+
+LEAST_WIDTH = 32
+"""Of a tile: the least depth of a product of matrices."""
+
+
+def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
+    """What makes Qhat and Khat of a chunk, and which rows of the call count for it by the mask."""
+    _, heads, num_queries, head_dim = Q.shape
+    key_heads, num_keys = K.shape[1:3]
+    rep, block = heads // key_heads, asked.block
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if asked.strict:
+        blocks, offset = cdiv(num_queries, block), asked.causal_offset or 0
+        counted = counted_before(mask, *sizes, block=block, causal_offset=offset)
+    else:
+        blocks, counted = 0, counted_rows(mask, *sizes)
+    return Prologue(
+        partial(
+            projection_factors,
+            rank=asked.rank,
+            rounds=asked.rounds,
+            grouping_block=block,
+            seed=asked.seed,
+        ),
+        workspace_bytes(block, num_keys, head_dim, asked.rank, rep, Q.element_size(), blocks),
+        counted,
+    )
+
+
+def projection_factors(
+    Q: Tensor,
+    K: Tensor,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    rank: int,
+    rounds: int = 1,
+    grouping_block: int,
+    seed: int,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    earlier: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
+
+    Inputs may have any strides and are read where they are. Four launches on the current stream of
+    the current device, which must be Q's. No host synchronisation; nothing is kept after the call.
+
+    Args:
+        Q: ``(B, H, N, d)`` fp16, bf16 or fp32, d at most 256. Row 0 begins a grouping block; the
+            last block may be short.
+        K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
+            A and B.
+        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``reference.counted_rows``: the
+            rows of Q that influence A and B. None, for both this and ``keys``: all.
+        keys: bool ``(B or 1, H_k or 1, M)``, the rows of K that do.
+        rank: r, from 1 to d.
+        rounds: of the subspace iteration, 1 or 2.
+        grouping_block: query rows per pair of A and B, at least 1.
+        seed: names the columns the iteration starts from.
+        is_causal: row i sees keys ``j <= i + causal_offset`` only; keys that no row of a block sees
+            do not influence its A and B, and their rows of its Khat may stay unwritten.
+        causal_offset: see ``is_causal``.
+        earlier: if not 0, the strict form, of the grouping blocks of Q after this many: their A and
+            B come from all rows before the block, of Q and with ``causal_offset`` of K, and only
+            these keys' rows of its Khat are written.
+
+    Returns:
+        Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
+        Q's dtype; N without the ``earlier`` blocks.
+
+    Raises:
+        ValueError: d or r is out of range.
+    """
+    call = _prepared(Q, K, rank, grouping_block, is_causal, causal_offset, earlier)
+    if earlier and queries is not None:
+        queries = queries[..., earlier * grouping_block :]
+    partial, exponents = _partial_grams(call, queries, keys)
+    grams, gram_exponents = _sum_grams(call, partial, exponents)
+    parts, factors = _solve(call, grams, gram_exponents, rounds, seed)
+    return _multiply(call, parts, factors)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of ``projection_factors``, as its launches take it.
+
+    Attributes:
+        Q: ``(B, H, N, d)``, without the ``earlier`` blocks.
+        K: ``(B, H_k, M, d)``.
+        rank: r.
+        block: query rows per grouping block.
+        is_causal: which keys a block counts depends on where it stands.
+        causal_offset: see ``projection_factors``, counted from row 0 of ``Q``.
+        earlier: grouping blocks before row 0 of ``Q``; if there are any, the form is strict.
+        num_blocks: grouping blocks of ``Q``.
+        width: of a tile that holds d columns.
+        ranks: r rounded up to whole panels.
+        precision: of products of fp32 numbers.
+    """
+
+    Q: Tensor
+    K: Tensor
+    rank: int
+    block: int
+    is_causal: bool
+    causal_offset: int
+    earlier: int
+    num_blocks: int
+    width: int
+    ranks: int
+    precision: str
+
+    @property
+    def units(self) -> int:
+        """Key heads, counted over the batch."""
+        return self.K.shape[0] * self.K.shape[1]
+
+    @property
+    def rep(self) -> int:
+        """Query heads of a key head."""
+        return self.Q.shape[1] // self.K.shape[1]
+
+    @property
+    def where(self) -> tuple[int, int, int, int, int]:
+        """Rows, keys, rows of a block, blocks and offset: five arguments of every kernel."""
+        num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
+        return num_rows, num_keys, self.block, self.num_blocks, self.causal_offset
+
+    @property
+    def cut(self) -> tuple[int, int, int, int]:
+        """Chunks of a block of Q, chunks of K, partial matrices and their sums; see ``_cut``."""
+        num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
+        return _cut(num_rows, num_keys, self.block, self.rep, self.is_causal, self.earlier)
+
+
+def _prepared(
+    Q: Tensor,
+    K: Tensor,
+    rank: int,
+    block: int,
+    is_causal: bool,
+    causal_offset: int,
+    earlier: int,
+) -> _Call:
+    if earlier:
+        Q, causal_offset = Q[:, :, earlier * block :], causal_offset + earlier * block
+    num_rows, head_dim = Q.shape[2:]
+    if not 1 <= rank <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"rank: got {rank} for head_dim {head_dim}; must be from 1 to head_dim, and head_dim "
+            f"at most {MAX_HEAD_DIM}"
+        )
+    return _Call(
+        Q=Q,
+        K=K.expand(Q.shape[0], -1, -1, -1),
+        rank=rank,
+        block=block,
+        is_causal=is_causal or earlier > 0,
+        causal_offset=min(max(causal_offset, -num_rows), K.shape[2]),
+        earlier=earlier,
+        num_blocks=cdiv(num_rows, block),
+        width=padded(head_dim, LEAST_WIDTH),
+        ranks=cdiv(rank, PANEL) * PANEL,
+        precision="ieee" if torch.version.hip else "tf32x3",
+    )
+
+
+def _partial_grams(
+    call: _Call, queries: Tensor | None, keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices of chunks, ``(units, jobs, width, width)`` fp32, and their exponents."""
+    from distr_compile.kernels.projection.gram import _gram_kernel
+
+    Q, K, width = call.Q, call.K, call.width
+    query_chunks, key_chunks, jobs, _ = call.cut
+    partial = Q.new_empty(call.units, jobs, width, width, dtype=torch.float32)
+    exponents = Q.new_empty(call.units, jobs, dtype=torch.int32)
+    if queries is not None and keys is not None:
+        queries = queries.expand(*K.shape[:2], -1, -1)
+        keys = keys.expand(*K.shape[:2], -1)
+    columns = width if width <= 128 else 64
+    _gram_kernel[(call.units * jobs, width // columns)](
+        Q,
+        K,
+        Q if queries is None else queries,  # not read
+        Q if keys is None else keys,
+        partial,
+        exponents,
+        *Q.stride(),
+        *K.stride(),
+        *((0, 0, 0, 0) if queries is None else queries.stride()),
+        *((0, 0, 0) if keys is None else keys.stride()),
+        K.shape[1],
+        call.rep,
+        *call.where,
+        call.earlier,
+        query_chunks,
+        key_chunks,
+        jobs,
+        HEAD_DIM=Q.shape[3],
+        WIDTH=width,
+        COLUMNS=columns,
+        ROWS=max(16, min(64, GRAM_TILE_BYTES // (width * Q.element_size()))),
+        CHUNK=CHUNK_ROWS,
+        STRICT=call.earlier > 0,
+        COUNTED=queries is not None,
+        PRECISION=call.precision,
+        num_warps=4 if width <= 64 else 8,
+        num_stages=2,
+    )
+    return partial, exponents
+
+
+def _sum_grams(call: _Call, partial: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """Cq of each block and Ck, ``(units, matrices, width, width)`` fp32, and their exponents."""
+    from distr_compile.kernels.projection.gram import _sum_kernel
+
+    query_chunks, key_chunks, jobs, matrices = call.cut
+    size = call.width**2
+    grams = partial.new_empty(call.units, matrices, call.width, call.width)
+    gram_exponents = exponents.new_empty(call.units, matrices)
+    tile = min(size, 2048)
+    _sum_kernel[(call.units * matrices, size // tile)](
+        partial,
+        exponents,
+        grams,
+        gram_exponents,
+        *call.where,
+        call.earlier,
+        query_chunks,
+        key_chunks,
+        jobs,
+        matrices,
+        SIZE=size,
+        TILE=tile,
+        CHUNK=CHUNK_ROWS,
+        CAUSAL=call.is_causal,
+        STRICT=call.earlier > 0,
+        num_warps=4,
+    )
+    return grams, gram_exponents
+
+
+def _solve(
+    call: _Call, grams: Tensor, exponents: Tensor, rounds: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A and B in parts, ``(units, blocks, 2, parts, width, ranks)``, and a factor for each."""
+    from distr_compile.kernels.projection.solve import _solve_kernel
+
+    num_parts = _num_parts(call.Q.dtype)
+    shape = (call.units, call.num_blocks, 2)
+    bases = grams.new_empty(*shape, call.width, call.ranks)
+    parts = call.Q.new_empty(*shape, num_parts, call.width, call.ranks)
+    factors = grams.new_empty(shape)
+    _solve_kernel[(call.units * call.num_blocks,)](
+        grams,
+        exponents,
+        bases,
+        parts,
+        factors,
+        call.rep,
+        *call.where,
+        call.earlier,
+        call.cut[-1],
+        seed_offset(seed),
+        HEAD_DIM=call.Q.shape[3],
+        RANK=call.rank,
+        WIDTH=call.width,
+        RANKS=call.ranks,
+        COLUMNS=_columns(call.ranks),
+        PANEL=PANEL,
+        PARTS=num_parts,
+        ROUNDS=rounds,
+        CAUSAL=call.is_causal,
+        STRICT=call.earlier > 0,
+        RIDGE=RIDGE,
+        LEAST_PIVOT=LEAST_PIVOT,
+        TINY=TINY,
+        PRECISION=call.precision,
+        num_warps=4 if call.width <= 64 else 8,
+        num_stages=2,
+    )
+    return parts, factors
+
+
+def _multiply(call: _Call, parts: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, blocks, M, r)``."""
+    from distr_compile.kernels.projection.multiply import _multiply_kernel
+
+    Q, K, num_blocks = call.Q, call.K, call.num_blocks
+    (batch, heads, num_rows, head_dim), (key_heads, num_keys) = Q.shape, K.shape[1:3]
+    Qhat = Q.new_empty(batch, heads, num_rows, call.rank)
+    Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, call.rank)
+    row_bytes = call.width * Q.element_size()
+    rows = max(16, min(128, MULTIPLY_TILE_BYTES // row_bytes))
+    key_tiles = cdiv(num_keys, rows)
+    spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
+    key_programs = call.units * spans * key_tiles
+    query_tiles = cdiv(min(call.block, num_rows), rows)
+    _multiply_kernel[(key_programs + batch * heads * num_blocks * query_tiles,)](
+        Q,
+        K,
+        parts,
+        factors,
+        Qhat,
+        Khat,
+        *Q.stride(),
+        *K.stride(),
+        key_heads,
+        call.rep,
+        *call.where,
+        key_tiles,
+        spans,
+        key_programs,
+        query_tiles,
+        HEAD_DIM=head_dim,
+        RANK=call.rank,
+        WIDTH=call.width,
+        RANKS=call.ranks,
+        COLUMNS=PANEL if Q.dtype == torch.float32 else _columns(call.ranks),
+        PARTS=_num_parts(Q.dtype),
+        ROWS=rows,
+        SPAN=BLOCKS_PER_PROGRAM,
+        CAUSAL=call.is_causal,
+        STRICT=call.earlier > 0,
+        LARGEST=torch.finfo(Q.dtype).max,
+        PRECISION=call.precision,
+        num_warps=4 if row_bytes <= 128 else 8,
+        num_stages=1,
+    )
+    return Qhat, Khat
+
+
+def _columns(ranks: int) -> int:
+    """Columns of A and B that pass through registers together; they divide ``ranks``."""
+    return next(c for c in (64, 32, 16) if ranks % c == 0)
+
+
+def _num_parts(dtype: torch.dtype) -> int:
+    """Numbers of the inputs' dtype that add up to an entry of A and B."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def workspace_bytes(
+    rows: int,
+    num_keys: int,
+    head_dim: int,
+    rank: int,
+    rep: int,
+    element_bytes: int,
+    strict_blocks: int = 0,
+) -> tuple[int, int]:
+    """Device memory of ``projection_factors`` beside its results, for one key head.
+
+    Args:
+        rows: query rows of a grouping block.
+        num_keys: M.
+        head_dim: d.
+        rank: r.
+        rep: query heads per key head.
+        element_bytes: of Q and K.
+        strict_blocks: in the strict form the grouping blocks of the longest call, those that are
+            ``earlier`` with it; else 0.
+
+    Returns:
+        Bytes once, and bytes for each grouping block (with causality; less without).
+    """
+    matrix = 4 * padded(head_dim, LEAST_WIDTH) ** 2
+    panels = padded(head_dim, LEAST_WIDTH) * cdiv(rank, PANEL) * PANEL
+    query_chunks, key_chunks, _, _ = _cut(rows, num_keys, rows, rep, False)
+    parts = element_bytes * (1 if element_bytes == 4 else 2)
+    # In the strict form those of all earlier blocks are there, however few blocks are made.
+    chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
+    return (
+        (chunks_once + key_chunks + 1) * matrix,
+        (chunks + 3) * matrix + 2 * panels * (4 + parts),
+    )
+
+
+def _cut(
+    num_rows: int, num_keys: int, block: int, rep: int, is_causal: bool, earlier: int = 0
+) -> tuple[int, int, int, int]:
+    """Chunks of a block of Q, chunks of K, partial matrices and sums of them, of one key head.
+
+    The cut of a block and of K does not depend on what else is in the call.
+    """
+    num_blocks = cdiv(num_rows, block)
+    query_chunks = cdiv((block if earlier else min(block, num_rows)) * rep, CHUNK_ROWS)
+    key_chunks = num_keys // CHUNK_ROWS if is_causal else cdiv(num_keys, CHUNK_ROWS)
+    blocks_of_keys = num_blocks if is_causal else 0
+    return (
+        query_chunks,
+        key_chunks,
+        (earlier + num_blocks) * query_chunks + key_chunks + blocks_of_keys,
+        num_blocks + (blocks_of_keys if is_causal else 1),
+    )
