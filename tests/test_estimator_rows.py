@@ -237,7 +237,7 @@ def test_with_kernels_no_other_device_steps_in(
     toy: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact attention is for kernels that fail, and not for kernels that nobody wrote."""
-    monkeypatch.setattr(op_module, "_has_kernels", lambda q: True)
+    monkeypatch.setattr(op_module, "_role", lambda q: "gpu")
     with pytest.raises(NoArithmeticError, match="'gpu'"):
         OP(*inputs(), estimator="toy", **OPTIONS)
 

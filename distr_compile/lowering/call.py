@@ -5,7 +5,7 @@ Who plans a call makes these values; only this module knows by which keywords th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import DEFAULT_ESTIMATOR, auto_grouping_block
+
+BHND = (0, 1, 2, 3)
+"""Axes in memory as the op names them."""
 
 
 class Shape(NamedTuple):
@@ -24,8 +27,12 @@ class Shape(NamedTuple):
         num_queries, num_keys: N and M.
         head_dim, value_dim: d, the width of Q and K, and d_v.
         is_causal: row i sees keys ``j <= i`` only.
-        mask: its sizes and dtype; None without one.
+        mask: its four sizes and its dtype; None without one.
         dtype, device: of Q, K and V.
+        causal_offset: row i sees keys ``j <= i + causal_offset``, where causal.
+        softcap, sinks: whether there are any.
+        order: how Q, K and V lie in memory: their axes B, H, N, d, outermost first, by number;
+            ``~i`` for an axis i that was expanded, whose stride is 0.
     """
 
     batch: int
@@ -39,9 +46,34 @@ class Shape(NamedTuple):
     mask: tuple[tuple[int, ...], torch.dtype] | None
     dtype: torch.dtype
     device: torch.device
+    causal_offset: int = 0
+    softcap: bool = False
+    sinks: bool = False
+    order: tuple[tuple[int, ...], ...] = (BHND,) * 3
+
+    def resized(self, sizes: Mapping[str, int]) -> Shape:
+        """The same with other numbers of queries and keys, those of the mask too."""
+        changed = self._replace(**sizes)  # type: ignore[arg-type]
+        if self.mask is None:
+            return changed
+        (*lead, rows, keys), dtype = self.mask
+        rows = changed.num_queries if rows > 1 else 1
+        keys = changed.num_keys if keys > 1 else 1
+        return changed._replace(mask=((*lead, rows, keys), dtype))
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Shape:
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        causal_offset: int = 0,
+        *,
+        softcap: bool = False,
+        sinks: bool = False,
+    ) -> Shape:
         """The shape of a call with these tensors, laid out as the op takes them."""
         batch, heads, queries, width = q.shape
         return cls(
@@ -53,10 +85,28 @@ class Shape(NamedTuple):
             head_dim=width,
             value_dim=v.shape[3],
             is_causal=is_causal,
-            mask=None if mask is None else (tuple(mask.shape), mask.dtype),
+            mask=None if mask is None else (_four(mask.shape), mask.dtype),
             dtype=q.dtype,
             device=q.device,
+            causal_offset=causal_offset,
+            softcap=softcap,
+            sinks=sinks,
+            order=tuple(axes_in_memory(t.shape, t.stride()) for t in (q, k, v)),
         )
+
+
+def _four(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (*(1,) * (4 - len(sizes)), *sizes)
+
+
+def axes_in_memory(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The axes of a tensor, outermost first, as ``Shape.order`` has them.
+
+    Those of size 1, which lie anywhere, and expanded ones stay put.
+    """
+    lying = [size > 1 and stride > 0 for size, stride in zip(sizes, strides, strict=True)]
+    moved = iter(sorted((i for i in range(len(sizes)) if lying[i]), key=lambda i: -strides[i]))
+    return tuple(next(moved) if lying[i] else ~i if size > 1 else i for i, size in enumerate(sizes))
 
 
 @dataclass(frozen=True)

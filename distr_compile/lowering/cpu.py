@@ -20,6 +20,7 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,11 +28,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import stack, working
 from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.choose import Call, Implementation
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -379,3 +382,39 @@ def _apply_causal(scores: Tensor, diagonal: int) -> None:
     row = torch.arange(tokens, device=scores.device)[:, None, None]
     column = torch.arange(common, keys, device=scores.device)
     scores[..., common:].masked_fill_(column > row + diagonal, -torch.inf)
+
+
+def run(call: Call, *, fused: bool) -> None:
+    """Compute an approximated call of the op."""
+    approximation, scores = call.approximation, call.scores
+    attention(
+        call.q,
+        call.k,
+        call.v,
+        call.mask,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        rank=approximation.rank,
+        estimator=approximation.estimator,
+        grouping_block=approximation.block,
+        rounds=approximation.rounds,
+        seed=approximation.seed,
+        softcap=scores.softcap,
+        sinks=call.sinks,
+        fixed=call.bases,
+        strict=approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix",
+        fused=fused,
+        out=call.out,
+    )
+
+
+def _refuses(shape: Shape, approximation: Approximation) -> str | None:
+    if approximation.rank == shape.head_dim:
+        return "exact attention in PyTorch's own calls is SDPA"
+    if shape.device.type == "cuda" and shape.dtype != torch.float64:
+        return "on a GPU, PyTorch's products are for fp64"
+    return None
+
+
+IMPLEMENTATION = Implementation("torch-products", _refuses, functools.partial(run, fused=False))

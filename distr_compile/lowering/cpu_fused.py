@@ -8,6 +8,8 @@ from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.cpu import Group
+from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.choose import Call, Implementation
 
 
 def takes(q: Tensor) -> bool:
@@ -118,3 +120,35 @@ def attend(
             out=out[:, :, rows],
         )
         start = rows.stop
+
+
+def _refuses(shape: Shape, approximation: Approximation) -> str | None:
+    if shape.device.type != "cpu":
+        return "the fused C++ kernel is for CPUs"
+    if shape.dtype not in kernel.DTYPES:
+        return f"the fused C++ kernel does not compute in {str(shape.dtype)[6:]}"
+    return kernel.unavailable_reason()
+
+
+def _run(call: Call) -> None:
+    from distr_compile.lowering import cpu  # which calls this module for every other estimator
+
+    scores = call.scores
+    if call.approximation.rank < call.q.shape[3]:
+        return cpu.run(call, fused=True)
+    exact_attention(
+        call.q,
+        call.k,
+        call.v,
+        call.mask,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        softcap=scores.softcap,
+        sinks=call.sinks,
+        out=call.out,
+    )
+    return None
+
+
+IMPLEMENTATION = Implementation("distr-cpu", _refuses, _run)

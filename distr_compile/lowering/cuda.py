@@ -5,14 +5,12 @@ form of ``projection``, two of the latter for each of its grouping blocks). Qhat
 in between, and Khat has a copy per grouping block, N / l * M * r elements a head: the walk keeps
 them within a workspace of a stated size, whatever the length.
 
-Nothing here waits for the device, keeps memory after the call or depends on earlier calls, except
-that a combination whose kernel failed is remembered, so as not to compile it again.
+Nothing here waits for the device, keeps memory after the call or depends on earlier calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,20 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.choose import Call, Implementation
 
 WORKSPACE_MIB = 256
 """Most MiB of Qhat, Khat and what makes them at a time; one grouping block of one key head is the
 least possible."""
-
-
-_failed: dict[tuple[object, ...], str] = {}
-
-
-class KernelFailed(Exception):  # noqa: N818 (it is caught, and exact attention runs instead)
-    """A kernel could not be compiled or launched; the text says which, where and why."""
 
 
 def attention(
@@ -81,27 +74,10 @@ def attention(
 
     Raises:
         NoArithmeticError: the table names no module with kernels for the estimator.
-        KernelFailed: a kernel does not compile or start on this device; said once as a warning.
-        torch.OutOfMemoryError: as from any op.
+        Exception: whatever Triton raises where a kernel does not compile or start; ``out`` may be
+            filled in part then.
     """
-    # Before and beside all that may fail: exact attention is not the answer to it.
     module = arithmetic(estimator, "gpu", "prologue") if rank < q.shape[3] else None
-    variant = (
-        q.device,
-        q.dtype,
-        q.shape[3],
-        rank,
-        estimator if module else "",
-        rounds,
-        v.shape[3],
-        is_causal,
-        None if mask is None else mask.dtype,
-        softcap > 0,
-        sinks is not None,
-        strict,
-    )
-    if variant in _failed:
-        raise KernelFailed(_failed[variant])
     block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
     block = max(1, min(block, q.shape[2]))
     asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None, strict)
@@ -115,29 +91,14 @@ def attention(
     }
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    try:
-        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            prologue = module.prologue(q, k, mask, asked) if module else None
-            if strict and prologue:
-                options |= {"is_causal": is_causal, "causal_offset": causal_offset}
-                _attend_strictly(q, k, v, mask, sinks, prologue, **options)
-            else:
-                options |= {"causal_offset": causal_offset if is_causal else None}
-                _attend(q, k, v, mask, sinks, prologue, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what Triton raises has no common base class
-        why = str(error).strip().partition("\n")[0] or "no message"
-        _failed[variant] = (
-            f"{architecture(q.device)}, {q.dtype}, d = {q.shape[3]}, r = {rank}, "
-            f"d_v = {v.shape[3]}: {type(error).__name__}: {why}"
-        )
-        warnings.warn(
-            f"distr.attention: a kernel failed, exact attention runs instead: {_failed[variant]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        raise KernelFailed(_failed[variant]) from error
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        prologue = module.prologue(q, k, mask, asked) if module else None
+        if strict and prologue:
+            options |= {"is_causal": is_causal, "causal_offset": causal_offset}
+            _attend_strictly(q, k, v, mask, sinks, prologue, **options)
+        else:
+            options |= {"causal_offset": causal_offset if is_causal else None}
+            _attend(q, k, v, mask, sinks, prologue, **options)
     return out
 
 
@@ -157,7 +118,7 @@ def _attend(
     out: Tensor,
     workspace: int,
 ) -> None:
-    # Here, not above: without Triton that is one more kernel that failed.
+    # Here, not above: without Triton this fails, and the next implementation runs.
     from distr_compile.kernels.attention.triton_fwd import attention_fwd
     from distr_compile.lowering.tiles import tile_for
 
@@ -443,3 +404,40 @@ def _cut(mask: Tensor, *ranges: slice) -> Tensor:
     """Slice a mask, leaving alone the dimensions it is broadcast over."""
     whole = slice(None)
     return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=True))]
+
+
+def _refuses(shape: Shape, approximation: Approximation) -> str | None:
+    if shape.device.type != "cuda":
+        return "Triton's kernels need a GPU"
+    if shape.dtype == torch.float64:
+        return "Triton's kernels do not compute in fp64"
+    return None
+
+
+def _run(call: Call) -> None:
+    approximation, scores, (Q, K) = call.approximation, call.scores, (call.q, call.k)
+    if call.bases is not None:  # of them its module makes Qhat and Khat of the whole call
+        module = arithmetic(approximation.estimator, "gpu", "prologue")
+        asked = Asked(approximation.estimator, approximation.rank, Q.shape[2], bases=call.bases)
+        Q, K = module.prologue(Q, K, call.mask, asked).factors(Q, K)
+    attention(
+        Q,
+        K,
+        call.v,
+        call.mask,
+        call.sinks,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        rank=approximation.rank,
+        estimator=approximation.estimator,
+        grouping_block=approximation.block,
+        rounds=approximation.rounds,
+        seed=approximation.seed,
+        softcap=scores.softcap,
+        strict=approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix",
+        out=call.out,
+    )
+
+
+IMPLEMENTATION = Implementation("distr-triton", _refuses, _run)

@@ -1,9 +1,8 @@
 """The op ``torch.ops.distr.attention``: what it accepts, what it promises, what runs it.
 
 Importing this module registers the op. There is no arithmetic here: ``reference.py`` in
-``kernels/attention`` defines the result, ``lowering/cuda.py`` computes it with Triton kernels,
-``lowering/cpu.py`` with plain PyTorch calls (and fp64 on any device), and
-``F.scaled_dot_product_attention`` computes what has to be exact.
+``kernels/attention`` defines the result, ``choose.py`` names what computes it, and ``sdpa.py``
+computes what has to be exact because it is short.
 
 The op is opaque to the compiler. It is registered through ``torch.library.Library``, whose boundary
 costs about half as much host time a call as that of ``torch.library.custom_op``.
@@ -17,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -32,9 +30,9 @@ from distr_compile.estimators import (
     auto_grouping_block,
     estimator_named,
 )
-from distr_compile.kernels.attention import reference
-from distr_compile.kernels.roles import Asked
-from distr_compile.lowering import cpu, cuda, exactly
+from distr_compile.lowering import choose, exactly, sdpa
+from distr_compile.lowering.call import Approximation, Scores
+from distr_compile.lowering.choose import Call
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -117,8 +115,8 @@ def attention(
         scale: multiplies Q K^T; give the scale of the original width d.
         is_causal: row i sees keys ``j <= i + causal_offset``, from the top left as in SDPA.
         causal_offset: 0 when None; only with ``is_causal``.
-        rank: columns left of the d: d itself (exact), or fewer that are at least 16; the LSH
-            estimators take divisors of d only.
+        rank: columns left of the d: d itself (exact, by our kernel where there is one), or fewer
+            that are at least 16; the LSH estimators take divisors of d only.
         estimator: a name in ``estimators.ESTIMATORS``.
         grouping_block: query rows per grouping; 0 for ``estimators.auto_grouping_block``.
         rounds: how often the estimator refines its basis: 1, or 2 where it takes that.
@@ -170,37 +168,17 @@ def attention(
     }
     if exactly.is_computing_exactly():
         return _lay_out(exactly.attention(q, k, v, mask, **softmax))
-    short = _is_short(q.shape[2], k.shape[2], min_seq_len)
-    if short:
-        _tell_exact(site, None)
-        rank, bases = q.shape[3], None
-    if rank == q.shape[3] and _sdpa_can(softcap, sinks):
-        return _lay_out(_exact(q, k, v, mask, **softmax))
-    grouping: dict[str, Any] = {
-        "rank": rank,
-        "estimator": estimator,
-        "grouping_block": grouping_block,
-        "seed": seed,
-    }
-    if ESTIMATORS[estimator].rounds != (1,):
-        grouping["rounds"] = rounds
-    if ESTIMATORS[estimator].strict == "prefix":
-        grouping["strict"] = strict
+    if _is_short(q.shape[2], k.shape[2], min_seq_len):
+        if rank < q.shape[3]:
+            _tell_exact(site, None)
+        return _lay_out(sdpa.attention(q, k, v, mask, **softmax))
     out = _empty_output(q, v)
-    if _has_kernels(q):
-        try:
-            Qhat, Khat = q, k
-            if bases is not None:  # of them its module makes Qhat and Khat of the whole call
-                module = arithmetic(estimator, "gpu", "prologue")
-                asked = Asked(estimator, rank, q.shape[2], bases=bases)
-                Qhat, Khat = module.prologue(q, k, mask, asked).factors(q, k)
-            return cuda.attention(Qhat, Khat, v, mask, **softmax, **grouping, out=out)
-        except cuda.KernelFailed as failure:
-            _tell_exact(site, str(failure))
-            rank = q.shape[3]
-    if rank == q.shape[3]:
-        return _lay_out(_exact(q, k, v, mask, **softmax))
-    return cpu.attention(q, k, v, mask, **softmax, **grouping, fixed=bases, out=out)
+    scores = Scores(scale, is_causal, causal_offset, softcap)
+    approximation = Approximation(estimator, rank, grouping_block, rounds, seed, strict)
+    failure = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out))
+    if failure is not None and rank < q.shape[3]:
+        _tell_exact(site, failure)
+    return out
 
 
 def _attention_fake(
@@ -260,71 +238,9 @@ def _is_short(num_queries: int, num_keys: int, min_seq_len: int) -> bool:
     return num_queries < MIN_QUERIES or min(num_queries, num_keys) < min_seq_len
 
 
-def _has_kernels(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype != torch.float64
-
-
-def _sdpa_can(softcap: float, sinks: Tensor | None) -> bool:
-    return softcap == 0 and sinks is None
-
-
-def _exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The same call by SDPA, whose ``is_causal`` knows no offset and stands beside no mask.
-
-    Soft caps and sinks are beyond SDPA: there the scores are written out in fp32, as in the models
-    that have them. Such a call is short, or its kernel failed.
-    """
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if not _sdpa_can(softcap, sinks):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        return reference.attention(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            causal_offset=causal_offset,
-            rank=q.shape[3],
-            softcap=softcap,
-            sinks=sinks,
-        ).to(q.dtype)
-    if is_causal and causal_offset >= num_keys - 1:
-        is_causal = False  # the first row sees every key already, as in a decode step
-    if is_causal and (causal_offset or mask is not None):
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-        visible = visible.tril(causal_offset)
-        if mask is None:
-            mask = visible
-        elif mask.dtype == torch.bool:
-            mask = mask & visible
-        else:
-            mask = mask.masked_fill(~visible, -torch.inf)
-        is_causal = False
-    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
-        # SDPA takes a mask wider than q only as fp32 beside a half type (of fp32 beside fp64 it
-        # makes garbage); a narrower cast could turn finfo.min into -inf.
-        mask = mask.to(torch.promote_types(q.dtype, torch.float32))
-    return F.scaled_dot_product_attention(
-        q,
-        k if k.shape[0] == q.shape[0] else k.expand(q.shape[0], -1, -1, -1),
-        v if v.shape[0] == q.shape[0] else v.expand(q.shape[0], -1, -1, -1),
-        mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+def _role(q: Tensor) -> Literal["cpu", "gpu"]:
+    """Which arithmetic of an estimator a call asks for."""
+    return "gpu" if q.is_cuda and q.dtype != torch.float64 else "cpu"
 
 
 def _validate(
@@ -374,7 +290,7 @@ def _validate(
             f"q, k, v, mask, sinks: got devices {', '.join(str(t.device) for t in tensors)}; "
             "must be one: move them"
         )
-    arithmetic(estimator, "gpu" if _has_kernels(q) else "cpu")  # raises where there is none
+    arithmetic(estimator, _role(q))  # raises where there is none
     accepted = ESTIMATORS[estimator].rounds
     if rounds not in accepted:
         raise ValueError(
@@ -596,3 +512,6 @@ _library.impl("attention", _autocast_rule("cuda", "AutocastCUDA"), "AutocastCUDA
 _library.impl("attention", _refuse_transforms, "FuncTorchDynamicLayerFrontMode")
 torch.library.register_fake("distr::attention", _attention_fake, lib=_library)
 register_flop_formula(torch.ops.distr.attention)(_flops)
+
+call = torch.ops.distr.attention.default
+"""The op as PyTorch dispatches it."""

@@ -1,9 +1,7 @@
-"""The walk over chunks, and what happens when a kernel fails; kernels interpreted without a GPU."""
+"""The walk over chunks; kernels interpreted without a GPU."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import reference
-from distr_compile.kernels.attention import triton_fwd as attention_module
 from distr_compile.lowering import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,49 +181,3 @@ def test_chunks_keep_the_bound_and_cover_everything_once(
         assert taken <= limit or is_least
         rows_done += len(batches) * len(heads) * len(rows)
     assert rows_done == B * H * N
-
-
-@pytest.fixture
-def forget_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_failed", {})
-
-
-@pytest.mark.usefixtures("forget_failures")
-def test_a_failure_is_said_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def fail(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        raise RuntimeError("out of resources: shared memory\nRequired: 300000")
-
-    monkeypatch.setattr(attention_module, "attention_fwd", fail)
-    q, k, v = qkv()
-    why = "d = 32, r = 16, d_v = 24: RuntimeError: out of resources: shared memory$"
-    with pytest.warns(RuntimeWarning, match=why), pytest.raises(cuda.KernelFailed, match=why):
-        run(q, k, v)
-    with warnings.catch_warnings(record=True) as said, pytest.raises(cuda.KernelFailed, match=why):
-        run(q, k, v)
-    assert not said
-    assert len(calls) == 1
-    with pytest.warns(RuntimeWarning, match="float16"), pytest.raises(cuda.KernelFailed):
-        run(q.half(), k.half(), v.half())  # another combination is tried again
-
-
-@pytest.mark.usefixtures("forget_failures")
-def test_out_of_memory_is_not_a_failed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(attention_module, "attention_fwd", fail)
-    q, k, v = qkv()
-    with pytest.raises(torch.OutOfMemoryError):
-        run(q, k, v)
-    assert not cuda._failed
-
-
-@pytest.mark.usefixtures("forget_failures")
-def test_without_triton_every_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "distr_compile.kernels.attention.triton_fwd", None)
-    q, k, v = qkv()
-    with pytest.warns(RuntimeWarning, match="Module"), pytest.raises(cuda.KernelFailed):
-        run(q, k, v)

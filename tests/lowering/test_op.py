@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention import reference
-from distr_compile.lowering import cuda
 from distr_compile.lowering import op as op_module
 from distr_compile.lowering.op import count_exact_calls
 
@@ -309,28 +308,6 @@ def test_exact_calls_are_counted() -> None:
     op(q[:, :, :1], k, v, site=10, **OPTIONS)
     assert outer == [(3, None), (4, None), (5, None), (9, None)]
     assert inner == [(8, None)]
-
-
-def test_a_kernel_that_fails_is_told_and_the_result_is_exact(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As on a GPU whose kernel does not compile, with and without what SDPA cannot do."""
-
-    def fail(*_: Any, **__: Any) -> Tensor:
-        raise cuda.KernelFailed("sm_00: no such thing")
-
-    monkeypatch.setattr(op_module, "_has_kernels", lambda q: True)
-    monkeypatch.setattr(cuda, "attention", fail)
-    told: list[tuple[int, str | None]] = []
-    q, k, v = qkv()
-    for extra in ({}, {"softcap": 1.5}, {"sinks": SINKS}):
-        with count_exact_calls(lambda *seen: told.append(seen)):
-            got = op(q, k, v, site=5, **OPTIONS, **extra)
-        wide = [t.double() for t in (q, k, v)]
-        wanted = reference.attention(*wide, scale=0.2, rank=32, **extra)
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
-        assert got.transpose(1, 2).is_contiguous()
-    assert told == [(5, "sm_00: no such thing")] * 3
 
 
 def flops_of(*args: Tensor, **options: Any) -> int:

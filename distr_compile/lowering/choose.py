@@ -1,0 +1,189 @@
+"""Which implementation computes a call: the first in order that refuses nothing and does not fail.
+
+An implementation is a module of this folder that is named in :data:`ORDER` and makes one
+:class:`Implementation`; a new device is such a module and a line here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distr_compile.lowering import sdpa
+from distr_compile.lowering.call import Approximation, Scores, Shape
+
+ORDER = ("cuda", "cpu_fused", "cpu")
+"""Modules of this folder whose ``IMPLEMENTATION`` is asked in turn, before exact attention."""
+
+EXACT = "sdpa"
+"""The name of what computes a call where every implementation refused or failed, exactly."""
+
+
+class KernelWarning(RuntimeWarning):
+    """A kernel did not compile or run, and another computes the call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op on real tensors.
+
+    Attributes:
+        q: ``(B, H, N, d)``; k, v, mask and sinks as the op takes them.
+        k, v, mask, sinks: see ``q``.
+        scores: scale, causality and soft cap; the scale is a number.
+        approximation: how Q and K become narrow; its rank is d where they do not.
+        bases: A and B of an estimator that needs them, ``(H_k, d, r)``.
+        out: ``(B, H, N, d_v)`` with unit last stride, to be filled.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    scores: Scores
+    approximation: Approximation
+    bases: tuple[Tensor, Tensor] | None
+    out: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """What the call's time, and who may compute it, depends on."""
+        return Shape.of(
+            self.q,
+            self.k,
+            self.v,
+            self.mask,
+            self.scores.is_causal,
+            self.scores.offset or 0,
+            softcap=self.scores.softcap > 0,
+            sinks=self.sinks is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a call.
+
+    Attributes:
+        name: as the report shows it.
+        refuses: says of a shape and an approximation why they cannot be computed, or None.
+        run: computes a call: writes all of ``out``. It may raise whatever its compiler does.
+    """
+
+    name: str
+    refuses: Callable[[Shape, Approximation], str | None]
+    run: Callable[[Call], object]
+
+
+@functools.cache
+def implementations() -> tuple[Implementation, ...]:
+    """All of :data:`ORDER`, loaded."""
+    modules = (importlib.import_module(f"distr_compile.lowering.{name}") for name in ORDER)
+    return tuple(module.IMPLEMENTATION for module in modules)
+
+
+def willing(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:
+    """Those that do not refuse, in order."""
+    return (each for each in implementations() if each.refuses(shape, approximation) is None)
+
+
+def refusals(shape: Shape, approximation: Approximation) -> dict[str, str]:
+    """Why each of those that come before the one that would run refuses, by name."""
+    said: dict[str, str] = {}
+    for each in implementations():
+        why = each.refuses(shape, approximation)
+        if why is None:
+            break
+        said[each.name] = why
+    return said
+
+
+def name_of(shape: Shape, approximation: Approximation) -> str:
+    """The name of the implementation that would run."""
+    return next((each.name for each in willing(shape, approximation)), EXACT)
+
+
+_failed: dict[tuple[object, ...], str] = {}
+
+
+def run(call: Call) -> str | None:
+    """Fill ``call.out``; exactly, if nothing else can.
+
+    An implementation that fails is not asked again for calls of its kind: the same variant, with
+    strides and addresses of the same divisibility, which is what a kernel is compiled for.
+
+    Returns:
+        What failed, where an approximated call was computed exactly for it; else None.
+
+    Raises:
+        torch.OutOfMemoryError: as from any op, and the RuntimeError of the CPU's allocator; exact
+            attention is not the answer to it.
+    """
+    shape, failures = call.shape, []
+    for each in willing(shape, call.approximation):
+        key = (each.name, *_variant(call, shape))
+        if key not in _failed:
+            try:
+                each.run(call)
+                return None
+            except Exception as error:  # what compilers raise has no common base class
+                if is_out_of_memory(error):
+                    raise
+                _remember(key, each, call, error)
+        failures.append(_failed[key])
+    scores = call.scores
+    exact = sdpa.attention(
+        call.q,
+        call.k,
+        call.v,
+        call.mask,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        softcap=scores.softcap,
+        sinks=call.sinks,
+    )
+    call.out.copy_(exact)
+    return "; ".join(failures) or "no implementation takes the call"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had; on a CPU that has no class of its own."""
+    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _remember(
+    key: tuple[object, ...], failed: Implementation, call: Call, error: Exception
+) -> None:
+    why = str(error).strip().partition("\n")[0] or "no message"
+    widths = f"d = {call.q.shape[3]}, r = {call.approximation.rank}, d_v = {call.v.shape[3]}"
+    _failed[key] = (
+        f"{failed.name}, {call.q.device}, {call.q.dtype}, {widths}: {type(error).__name__}: {why}"
+    )
+    text = f"distr.attention: a kernel failed, the next one computes the call: {_failed[key]}"
+    warnings.warn(text, KernelWarning, stacklevel=3)
+
+
+def _variant(call: Call, shape: Shape) -> tuple[object, ...]:
+    tensors = [t for t in (call.q, call.k, call.v, call.mask, call.out) if t is not None]
+    return (
+        shape.device,
+        shape.dtype,
+        shape.head_dim,
+        shape.value_dim,
+        shape.is_causal,
+        None if shape.mask is None else shape.mask[1],
+        shape.softcap,
+        shape.sinks,
+        call.approximation,
+        *((s == 1, s % 16 == 0) for t in tensors for s in t.stride()),
+        *(t.data_ptr() % 16 == 0 for t in tensors),
+    )
