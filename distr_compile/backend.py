@@ -21,8 +21,9 @@ from torch import fx
 from distr_compile import identity
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering.dispatch import best_sdpa
+from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
+from distr_compile.lowering.sdpa import best_sdpa
 from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants
 from distr_compile.passes.rewrite import keep_from_fusion
@@ -32,7 +33,7 @@ from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-OPTION_KEYS = ("policy", "mode", "compiler", "report")
+OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure")
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Options:
         report: where the JSON report is written after each compiled graph; that of the compiled
             object, so that submodules compiled one by one need a path each.
         inductor: Inductor's configuration, those of ``mode`` included.
+        measure: whether "auto" in the policy may measure what is faster; else what is stored holds.
     """
 
     policy: Policy
     compiler: str
     report: Path | None
     inductor: dict[str, Any]
+    measure: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -71,6 +74,9 @@ class Options:
         path = given.pop("report", None)
         if path is not None and not isinstance(path, str | os.PathLike):
             raise ValueError(f"report: got {path!r}; accepted: a path for a JSON file")
+        measure = given.pop("measure", True)
+        if not isinstance(measure, bool):
+            raise ValueError(f"measure: got {measure!r}; accepted: True, False")
         if compiler == "inductor":
             inductor = _inductor_config(given, mode)
         else:
@@ -81,7 +87,8 @@ class Options:
                     f"{', '.join(names)}: for Inductor, but compiler is {compiler!r}; leave it out "
                     "or set compiler to 'inductor'"
                 )
-        return cls(policy, compiler, Path(path) if path is not None else None, inductor)
+        report = Path(path) if path is not None else None
+        return cls(policy, compiler, report, inductor, measure)
 
 
 def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
@@ -124,8 +131,8 @@ def distr(
     Args:
         gm: the graph, torch IR; changed.
         example_inputs: fake or real inputs.
-        options: ``policy``, ``mode``, ``compiler``, ``report``, and Inductor's own; see
-            :class:`Options`.
+        options: ``policy``, ``mode``, ``compiler``, ``report``, ``measure``, and Inductor's own;
+            see :class:`Options`.
         mode: as in ``torch.compile``.
         name: as in ``torch.compile``, where it has one: Inductor names the compiled code so.
 
@@ -134,7 +141,7 @@ def distr(
             ``BackendCompilerFailed`` (``.inner_exception``).
     """
     parsed = Options.parse(options, mode)
-    result = run_pass(gm, parsed.policy, change=True)
+    result = run_pass(gm, parsed.policy, Judge(parsed.measure), change=True)
     with _exact_kernels(result, example_inputs):
         compiled = _compile(gm, example_inputs, parsed, name)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
@@ -169,8 +176,13 @@ class Result:
     backend: object = None
 
 
-def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
-    """Match, decide and rewrite (if ``change``) one graph, inside a backend call."""
+def run_pass(
+    gm: fx.GraphModule, policy: Policy, judge: Judge | None = None, *, change: bool
+) -> Result:
+    """Match, decide and rewrite (if ``change``) one graph, inside a backend call.
+
+    ``judge`` says what is faster; without one "auto" in the policy counts as 0, or "sdpa".
+    """
     root = identity.find_root()
     if root is not None and root.module is not None:
         policy.check_layers(sorted({name for names in root.names.values() for name in names}))
@@ -184,7 +196,7 @@ def run_pass(gm: fx.GraphModule, policy: Policy, *, change: bool) -> Result:
     if placed or frame.limit_note():
         chooser = Chooser(policy, root, frame)
         bases = BasesOfModel(policy, root.module if root is not None else None)
-        outcome = apply(placed, chooser, bases, change=change)
+        outcome = apply(placed, chooser, bases, judge, change=change)
         declare_constants(gm)
         check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
         matched, unmatched = _use_of_rules(gm, policy, outcome, root)

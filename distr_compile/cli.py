@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distr_compile.commands import calibrate, explain, policy, regress, tune
+from distr_compile.commands import calibrate, explain, measure, policy, regress, tune
 from distr_compile.commands.common import FOUND_ERROR, OK, USAGE, CommandError
 from distr_compile.policy import PolicyError
 
@@ -14,7 +14,7 @@ __all__ = ["FOUND_ERROR", "OK", "USAGE", "main"]
 
 INTERRUPTED = 130  # as shells say it
 
-COMMANDS = (explain, calibrate, tune, regress, policy)
+COMMANDS = (explain, measure, calibrate, tune, regress, policy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile import identity
 from distr_compile.backend import check_group_sizes, run_pass
+from distr_compile.lowering.judge import Judge
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.reporting import GraphReport, NotAttention, Reason, Report
 
@@ -32,7 +33,9 @@ def explain(
     """Run ``model(*args, **kwargs)`` once, eagerly, and report every attention in it.
 
     The graphs are captured and matched as ``backend="distr"`` would, but neither changed nor
-    compiled. A module in eval mode, or a method of one, runs under ``torch.no_grad()``. What Dynamo
+    compiled. Where the policy leaves something to what is faster, that is measured and kept as a
+    compile would, unless ``DISTR_MEASURE=0`` forbids it, and so the CPU kernel may be built.
+    A module in eval mode, or a method of one, runs under ``torch.no_grad()``. What Dynamo
     learns meanwhile is dropped, so that a later compile is as if this had not been called.
 
     Args:
@@ -49,6 +52,17 @@ def explain(
         PolicyError: the policy is wrong: for itself, or for this model (a rule that names no
             module, modules without attention, or a group size none of its layers can take).
     """
+    return explain_by(Judge, model, args, kwargs, policy)
+
+
+def explain_by(
+    judge: Callable[[], Judge],
+    model: nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    policy: str | PathLike[str] | Policy | Mapping[str, Any] | None = None,
+) -> Report:
+    """As :func:`explain`; for each graph ``judge`` makes who says what is faster."""
     checked = Policy.from_any(policy)
     owner = identity.key_of(model)
     if isinstance(model, nn.Module):
@@ -59,7 +73,7 @@ def explain(
 
     def observe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal without_attention
-        graph = run_pass(gm, checked, change=False).graph
+        graph = run_pass(gm, checked, judge(), change=False).graph
         if graph.is_empty:
             without_attention += 1
         else:

@@ -456,7 +456,8 @@ def _dtype(row: SiteRow, gm: fx.GraphModule) -> torch.dtype:
 
 
 def _decision(row: SiteRow) -> str:
-    return f"{row.decision}, sdpa" if row.sdpa else row.decision
+    is_rewritten = row.decision == "exact" and row.kernel is not None
+    return f"exact, {row.kernel}" if is_rewritten else row.decision
 
 
 def _tap(gm: fx.GraphModule, path: str, name: str, see: Callable[[Any, bool], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Settings of PyTorch and Triton that all tests share."""
+"""Settings of PyTorch, Triton and measuring that all tests share."""
 
 import os
 
@@ -8,8 +8,33 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What is faster on a machine must not decide what a test sees.
+os.environ["DISTR_MEASURE"] = "0"
+
 import torch._dynamo
 
 # torch 2.11 on Python >= 3.12 frees such guards while dicts still point at them, and the process
 # aborts (pytorch/pytorch#183753). Off by default in later versions.
 torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from distr_compile.lowering import stored  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What this machine has measured before must not decide what a test sees."""
+    folder = tmp_path_factory.mktemp("measured")
+    stored.folder = lambda: folder
+
+
+@pytest.fixture
+def may_measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Let "auto" measure; nothing is stored yet, and what is goes into this folder."""
+    monkeypatch.setenv("DISTR_MEASURE", "1")
+    monkeypatch.setattr(stored, "folder", lambda: tmp_path)
+    stored.forget()
+    return tmp_path

@@ -561,7 +561,7 @@ def test_one_model_compiled_with_two_policies_reports_the_latest() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(0, []), (TOKENS, []), (TOKENS + 1, ["min-seq-len"]), ("auto", ["not-faster"])],
+    [(0, []), (TOKENS, []), (TOKENS + 1, ["min-seq-len"]), ("auto", ["not-measured"])],
 )
 def test_min_seq_len(limit: int | str, expected: list[str]) -> None:
     model, x = Attention().eval(), tokens()

@@ -17,12 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import arms, break_even, cells, gpu, plot, resumable, rows, timing
+from benchmarks import arms, cells, gpu, plot, resumable, rows, timing
 from benchmarks.cells import Cell
 from benchmarks.session import DEVICE_LOST, Session
 from benchmarks.store import ROOT, TESTED, Store, describe
 from distr_compile.kernels.attention import reference
-from distr_compile.lowering.dispatch import BreakEven
 
 TINY = Cell(1, 2, 2, 40, 32, "float32")
 ENVIRONMENT = {"device": "no such device", "architecture": "sm_00", "commit": "0"}
@@ -335,21 +334,6 @@ def invented(tmp_path: Path) -> Path:
             store.put(cell.key, {**shape, "run": "2001", "arms": times})
     store.put("failed", {"error": "process ended: -6", "arms": {}})
     return tmp_path
-
-
-def test_break_even_lengths(invented: Path) -> None:
-    environment, measured = rows.load(invented / "attention.json")
-    entries = break_even.break_even(measured)
-    assert entries == {(128, 32): (4096, None), (128, 64): (None, None)}
-    (line,) = break_even.lines(environment["architecture"], entries, "a/file.json")
-    table = eval(f"{{{line}}}", {"BreakEven": BreakEven})
-    assert table == {("sm_00", 128, 32): BreakEven(4096, None, "a/file.json")}
-    assert break_even.broken(measured, entries) == []
-    assert len(break_even.broken(measured, {(128, 32): (2048, None)})) == 1
-    # A single slow length in between puts the break-even behind it.
-    slow = [r for r in measured if r.cell["tokens"] == 4096 and not r.cell["is_causal"]]
-    slow[0].times["lsh-mean G=4"] = 100.0
-    assert break_even.break_even(measured)[128, 32] == (8192, None)
 
 
 def test_table(invented: Path) -> None:

@@ -114,7 +114,7 @@ def test_default_policy_and_its_environment_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (row,) = explain(Attention().eval(), tokens()).rows
-    assert [reason.code for reason in row.reasons] == ["not-faster"]
+    assert [reason.code for reason in row.reasons] == ["not-measured"]
     path = tmp_path / "distr.toml"
     path.write_text("[default]\nmin_seq_len = 0\n")
     monkeypatch.setenv("DISTR_POLICY", str(path))

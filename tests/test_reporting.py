@@ -72,7 +72,7 @@ def encoder(depth=12, exact=(3,)):
     """A BERT-like graph: ``depth`` layers of which ``exact`` stay exact."""
     names = [f"encoder.layer.{i}.attention.self" for i in range(depth)]
     rows = [
-        exact_row(name, i, sdpa=True) if i in exact else row(name, i)
+        exact_row(name, i, kernel="sdpa") if i in exact else row(name, i)
         for i, name in enumerate(names)
     ]
     gate = NotAttention("encoder.router", "softmax", (2, 128, 8), NO_PRODUCT)

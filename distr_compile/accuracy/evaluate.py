@@ -53,7 +53,8 @@ def evaluate(
         model: a module in eval mode, or a function.
         batches: as ``batch.walk`` takes them.
         metrics: as ``metrics.as_metric`` takes them.
-        policies: name -> policy; None is the model itself, not compiled.
+        policies: name -> policy; None is the model itself, not compiled. Where one says "auto",
+            ``Policy.without_timing`` counts.
         compiler: of the rewritten graph: "eager", "aot_eager" or "inductor".
         limit: most batches.
 
@@ -144,7 +145,9 @@ def compiled(
     with torch.no_grad(), untraced() as options:
         by_policy: dict[str, Model] = {}
         for name, policy in policies.items():
-            distr: dict[str, Any] = {"policy": policy, "compiler": compiler}
+            # A loss must not hang on what is faster here.
+            timeless = None if policy is None else policy.without_timing()
+            distr: dict[str, Any] = {"policy": timeless, "compiler": compiler}
             by_policy[name] = (
                 model
                 if policy is None

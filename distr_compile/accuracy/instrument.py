@@ -98,7 +98,7 @@ class Call:
 
     def exact(self) -> Tensor:
         """The output of exact attention."""
-        return self._run(Candidate(Approximation.none(self.q.shape[3]), 0, None))
+        return self._run(Candidate(Approximation.none(self.q.shape[3]), _LONGER, None))
 
     def approximate(self, label: str) -> Tensor:
         """The output with one of the candidates."""
@@ -116,6 +116,10 @@ class Call:
     def shape(self) -> Shape:
         """See :class:`Shape`."""
         return Shape.of(self.q, self.k, self.v, self.mask, self.scores.is_causal)
+
+
+_LONGER = 2**31
+"""More tokens than there are: the op then computes exactly, by PyTorch."""
 
 
 def _everywhere(layer: str) -> bool:
@@ -285,7 +289,7 @@ def _hook_in(module: fx.GraphModule, hooks: Mapping[int, Callable[..., Tensor]])
 
 def _exact(q: Tensor, *rest: Any, **options: Any) -> Tensor:
     given = read_arguments(options)
-    exact = op_arguments(Approximation.none(q.shape[3]), given.scores, site=given.site)
+    exact = op_arguments(Approximation.none(q.shape[3]), given.scores, _LONGER, given.site)
     out: Tensor = _OP(q, *rest, **exact)
     return out
 

@@ -106,6 +106,10 @@ def _cell(name: str, value: Value | None) -> str:
     return f"{value.value:.4g}" if ideal is not None else f"{value.value:.4g} ({value.exact:.4g})"
 
 
+FORCED = 'min_seq_len = "auto" counts as 0 here, so that no loss hangs on what is faster'
+"""Said where a policy leaves lengths to the machine."""
+
+
 def regress(
     model: Callable[..., Any],
     batches: Batches,
@@ -184,6 +188,9 @@ def regress(
         for policy in idle
         if not named[policy].resolve("").is_exact
     )
+    timed = ", ".join(label for label, policy in named.items() if policy.asks_for_times)
+    if timed:
+        notes += (f"{timed}: {FORCED}",)
     regression = replace(regression, notes=(*regression.notes, *notes))
     if out is not None:
         text = json.dumps(regression.to_dict(), indent=1) + "\n"

@@ -44,10 +44,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="what is settled: rules that stay, bases")
     parser.add_argument(
         "--time",
-        choices=("auto", "measure", "model", "products"),
-        default="auto",
+        choices=("measure", "model", "products"),
+        default="measure",
         help="costs: timed on the device, operations counted, or those of the two products alone "
-        "(default: measure on CUDA, model elsewhere)",
+        "(default: measure)",
     )
     parser.add_argument("--held-out", type=float, default=0.5, metavar="SHARE", help="default: 0.5")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch
 from torch import fx
 
 from distr_compile.bases import BasesOfModel, site_name
-from distr_compile.estimators import ESTIMATORS
+from distr_compile.estimators import ESTIMATORS, MIN_QUERIES
+from distr_compile.lowering.judge import Judge
+from distr_compile.lowering.measure import Measured
 from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision, decide
 from distr_compile.passes.rewrite import rewrite, rewrite_exact
-from distr_compile.passes.site import AttentionSite, RefusedError, Unmatched
+from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, Unmatched
+from distr_compile.passes.timing import Stopwatch
 from distr_compile.passes.vocabulary import shape_of
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import NotAttention, Reason, SiteRow
@@ -116,6 +119,7 @@ def apply(
     placed: list[Placed],
     choose: Callable[[Placed], LayerChoice],
     bases: BasesOfModel,
+    judge: Judge | None = None,
     *,
     change: bool,
 ) -> Outcome:
@@ -125,6 +129,7 @@ def apply(
         placed: from :func:`find_all`.
         choose: the layer of a find and its plan.
         bases: gives A and B to the estimators that need them.
+        judge: says what is faster where a plan leaves that open; None where nothing hangs on it.
         change: False leaves the graphs as they are and reports what would be done.
     """
     # Choices first: a rewrite takes out the nodes that tell the layer.
@@ -153,8 +158,8 @@ def apply(
             others += [_not_attention(found, layer) for layer in names]
             continue
         outputs += [(place.graph, place.output.name)] * len(names)
-    for site in _from_the_end(sites) if change else ():
-        site.rewrite()
+    for site in _from_the_end(sites):
+        site.rewrite(judge, change)
     return Outcome(
         rows=tuple(row(number) for number, row in enumerate(rows)),
         not_attention=tuple(others),
@@ -174,7 +179,8 @@ class _Site:
         number: that of its first row.
         decision: may become exact when it is rewritten.
         bases: A and B, for an estimator that needs them.
-        is_sdpa: it was exact and became SDPA.
+        kernel: what computes it; None where its nodes are left alone.
+        measured: what was found of its speed, if that was asked.
     """
 
     found: AttentionSite
@@ -183,7 +189,8 @@ class _Site:
     number: int
     decision: Decision
     bases: tuple[torch.Tensor, torch.Tensor] | None = None
-    is_sdpa: bool = False
+    kernel: str | None = None
+    measured: Measured | None = None
 
     @property
     def decides_at_run_time(self) -> bool:
@@ -191,27 +198,60 @@ class _Site:
         is_symbolic = not isinstance(self.found.num_queries, int)
         return self.decision.is_distr and (self.decision.min_seq_len > 0 or is_symbolic)
 
-    def rewrite(self) -> None:
-        """Put a call in the site's place, or leave it, with the reason."""
-        found, decision = self.found, self.decision
-        if not decision.is_distr:
-            self.is_sdpa = decision.plan.exact == "sdpa" and rewrite_exact(self.graph, found)
-            return
-        try:
-            bases = self.bases
-            if bases is not None:
-                # Tensors that outlive the call must serve autograd too.
-                with torch.inference_mode(False):
-                    A, B = (basis.contiguous().to(found.device) for basis in bases)
-                    bases = A, B
-            rewrite(self.graph, found, decision, self.number, bases)
-        except RefusedError as refused:
-            reason = Reason(refused.code, refused.text)
-            self.decision = Decision("exact", (reason,), decision.rank, 0, decision.plan)
+    def rewrite(self, judge: Judge | None, change: bool) -> None:
+        """Put a call in the site's place, or leave it with the reason; or only try."""
+        plan = self.decision.plan
+        ours = plan.exact == "auto" and self._may_be_ours
+        watch = Stopwatch(judge if plan.min_seq_len == "auto" else None, ours)
+        if self.decision.is_distr:
+            try:
+                self._write(watch, change)
+            except RefusedError as refused:
+                reason = Reason(refused.code, refused.text)
+                self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
+        watch.judge = judge
+        if not self.decision.is_distr and plan.exact != "keep":
+            try:
+                if judge is None or not ours:
+                    raise RefusedError("not-faster", "nothing is asked")
+                self._write(watch, change)
+            except RefusedError:
+                is_sdpa = rewrite_exact(self.graph, self.found, change=change)
+                self.kernel = "sdpa" if is_sdpa else None
+        self.measured = watch.measured
+
+    def _write(self, watch: Stopwatch, change: bool) -> None:
+        bases = self.bases if self.decision.is_distr else None
+        if bases is not None:
+            # Tensors that outlive the call must serve autograd too.
+            with torch.inference_mode(False):
+                A, B = (basis.contiguous().to(self.found.device) for basis in bases)
+                bases = A, B
+        given = (self.graph, self.found, self.decision, self.number, bases)
+        limit = rewrite(*given, watch=watch, change=change)
+        self.decision = replace(self.decision, min_seq_len=limit)
+        self.kernel = watch.kernel
+
+    @property
+    def _may_be_ours(self) -> bool:
+        """Whether our kernel may compute it exactly: as SDPA would, where no gradient is recorded.
+
+        Soft caps and sinks are left to the model, which PyTorch compiles: no time of that is known.
+        """
+        found = self.found
+        return (
+            isinstance(found, OpenSite)
+            and found.is_static
+            and found.num_queries >= MIN_QUERIES
+            and found.dtype in {torch.float32, torch.bfloat16, torch.float16}
+            and found.compute_dtype is None
+            and not (found.softcap or found.sinks or found.requires_grad)
+            and all(reason.code != "shared-graph" for reason in self.decision.reasons)
+        )
 
     def row(self, layer: str, number: int) -> SiteRow:
         """The row of a layer that it stands in."""
-        found, decision = self.found, self.decision
+        found, decision, measured = self.found, self.decision, self.measured
         approximation: dict[str, Any] = {}
         if decision.is_distr:
             plan, is_whole = decision.plan, found.head_dim % decision.rank == 0
@@ -239,7 +279,9 @@ class _Site:
             reasons=decision.reasons,
             flops=decisions.flops(found),
             site=number,
-            sdpa=self.is_sdpa,
+            kernel=self.kernel,
+            min_seq_len=decision.min_seq_len,
+            measured=None if measured is None else {**measured.seconds, **measured.gains},
         )
 
 

@@ -18,9 +18,7 @@ from distr_compile.estimators import (
     auto_grouping_block,
     possible_group_sizes,
 )
-from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.dispatch import break_even
 from distr_compile.passes.site import AttentionSite, count
 from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.passes.vocabulary import same_size, shape_of
@@ -106,8 +104,7 @@ def decide_bare(shape: Shape, plan: LayerPlan) -> Approximation | None:
     rank = _rank(shape, plan)
     if rank == shape.head_dim or shape.num_queries < MIN_QUERIES:
         return None
-    limit, _ = _limit(shape, plan)
-    if limit is None or min(shape.num_queries, shape.num_keys) < limit:
+    if min(shape.num_queries, shape.num_keys) < _limit(plan):
         return None
     return _approximation(plan, rank, _takes_prefix_form(shape, plan))
 
@@ -241,39 +238,21 @@ def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
         reasons.append(
             Reason("decode", f"N_q is {queries}; fewer than {MIN_QUERIES} rows are always exact")
         )
-    limit, source = _limit(site, plan)
-    if limit is None:
-        reasons.append(Reason("not-faster", f"min_seq_len is auto: {source}; 0 forces it"))
-        return reasons
     known = [n for n in (queries, keys) if isinstance(n, int)]
-    if known and min(known) < limit:
-        text = f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}{source}"
+    if known and min(known) < _limit(plan):
+        text = f"min(N_q, N_k) is {min(known)}, min_seq_len is {_limit(plan)}"
         reasons.append(Reason("min-seq-len", text))
     return reasons
 
 
-def _limit(call: AttentionSite | Shape, plan: LayerPlan) -> tuple[int | None, str]:
-    """The least length to approximate at, None for no length, and what that is known from."""
-    if plan.min_seq_len != "auto":
-        return plan.min_seq_len, ""
-    width, dtype = call.head_dim, str(call.dtype).removeprefix("torch.")
-    found = break_even(call.device, call.dtype, head_dim=width, rank=_rank(call, plan))
-    limit = None
-    if found is not None:
-        limit = found.causal_tokens if call.is_causal else found.tokens
-    if found is None or limit is None:
-        name = call.device.type
-        if name == "cuda":
-            left = f"G = {plan.group_size}" if plan.rank is None else f"r = {plan.rank}"
-            name = f"{architecture(call.device)} in {dtype} at width {width}, {left}"
-        return None, f"not known to be faster on {name}"
-    return limit, f" (auto, {found.source})"
+def _limit(plan: LayerPlan) -> int:
+    """The least length to approximate at; of "auto", who rewrites asks how fast it is."""
+    return 0 if plan.min_seq_len == "auto" else plan.min_seq_len
 
 
 def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
-    if all(isinstance(n, int) for n in (site.num_queries, site.num_keys)):
-        return 0
-    return _limit(site, plan)[0] or 0
+    is_static = all(isinstance(n, int) for n in (site.num_queries, site.num_keys))
+    return 0 if is_static else _limit(plan)
 
 
 def flops(site: AttentionSite) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from distr_compile.lowering.call import Scores, op_arguments
+from distr_compile.lowering.call import Approximation, Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
@@ -23,6 +23,7 @@ from distr_compile.passes.emit import Emitter, dtype_of
 from distr_compile.passes.open_up import Attend
 from distr_compile.passes.site import AttentionSite, Level, OpenSite, Operand, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, Written
+from distr_compile.passes.timing import Stopwatch, shape_of_call
 from distr_compile.passes.vocabulary import hint, same_shape, same_size, shape_of
 
 
@@ -32,23 +33,34 @@ def rewrite(
     decision: Decision,
     number: int,
     bases: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
+    *,
+    watch: Stopwatch | None = None,
+    change: bool = True,
+) -> int:
     """Put ``distr.attention`` in the place of a site.
 
     Args:
         graph: the site's graph; changed.
         site: from :func:`.match.find`.
-        decision: from :func:`.decide.decide`, ``"distr"``.
+        decision: from :func:`.decide.decide`; if ``"exact"``, the op computes exactly.
         number: the site's number within its graph, for the run-time counter.
         bases: A and B, ``(H_k, d, r)`` on the site's device, for an estimator that needs them.
+        watch: is asked whether the call is faster than what it replaces.
+        change: False only tries it, and leaves the graph as it was.
+
+    Returns:
+        The length below which the op computes exactly; 0 for none.
 
     Raises:
-        RefusedError: the operands cannot be laid out; the graph is as it was.
+        RefusedError: the operands cannot be laid out, or the call is not faster; the graph is as it
+            was.
     """
+    limit = decision.min_seq_len
 
     def attend(
         emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
     ) -> fx.Node:
+        nonlocal limit
         rest: tuple[Any, ...] = ()
         if bases is not None:
             names = (f"distr_basis_q_{number}", f"distr_basis_k_{number}")
@@ -57,19 +69,30 @@ def rewrite(
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
         offset = site.causal.offset or None if is_causal and site.causal is not None else None
         scores = Scores(scale, is_causal, offset, site.softcap)
-        arguments = op_arguments(decision.approximation, scores, decision.min_seq_len, number)
+        approximation = Approximation.none(site.head_dim)
+        if decision.is_distr:
+            approximation = decision.approximation
+        if watch is not None:
+            shape = shape_of_call((q, k, v), mask, scores, site.dtype, site.sinks is not None)
+            if decision.is_distr:
+                limit = max(limit, watch.least_length(shape, approximation, site.symbolic_lengths))
+            else:
+                watch.prefer_ours(shape)
+        arguments = op_arguments(approximation, scores, limit, number)
         op = torch.ops.distr.attention.default
         return emit.function(op, q, k, v, mask, *rest, **arguments)
 
-    _replace(graph, site, attend, share_heads=True)
+    _replace(graph, site, attend, share_heads=True, change=change)
+    return limit
 
 
-def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
+def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool = True) -> bool:
     """Put SDPA in the place of an exact site that is spelled out, where it means the same.
 
     Returns:
-        Whether it did. Fused calls are left alone, and sites that SDPA cannot say: with a soft cap,
-        sinks, several dtypes, or a bias whose dtype is not that of Q.
+        Whether it did, or without ``change`` would. Fused calls are left alone, and sites that
+        SDPA cannot say: with a soft cap, sinks, several dtypes, or a bias whose dtype is not that
+        of Q.
     """
     if site.causal is not None and site.causal.step and site.causal.offset:
         # SDPA's is_causal knows no offset.
@@ -84,7 +107,7 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite) -> bool:
         return emit.function(F.scaled_dot_product_attention, q, k, v, **options)
 
     try:
-        _replace(graph, site, attend, share_heads=False)
+        _replace(graph, site, attend, share_heads=False, change=change)
     except RefusedError:
         return False
     return True
@@ -131,7 +154,9 @@ def _sdpa_means_the_same(site: OpenSite) -> bool:
     return all(s.dtype in {dtype, site.dtype} for s in fills)
 
 
-def _replace(graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool) -> None:
+def _replace(
+    graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool, change: bool = True
+) -> None:
     readers = _shape_readers(site)
     emit = Emitter(graph, site.output)
     try:
@@ -142,6 +167,9 @@ def _replace(graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_head
     except Exception as error:  # what is written is tried on fake tensors: anything may be raised
         emit.undo()
         raise refusal(error) from error
+    if not change:
+        emit.undo()
+        return
     emit.stand_for(site.output, out)
     for reader, node in readers:
         _read_sizes(reader, node)

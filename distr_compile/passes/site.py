@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -100,6 +100,17 @@ class Sizes:
     num_keys: Any
     head_dim: Any
     value_dim: Any
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all of them are numbers."""
+        return all(isinstance(getattr(self, each.name), int) for each in fields(Sizes))
+
+    @property
+    def symbolic_lengths(self) -> list[str]:
+        """Which of ``num_queries`` and ``num_keys`` are no numbers."""
+        names = ("num_queries", "num_keys")
+        return [name for name in names if not isinstance(getattr(self, name), int)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,10 @@ ENV_VAR = "DISTR_POLICY"
 """Environment variable with the path of the policy file to use when none is given."""
 
 
+_TIMELESS = {"min_seq_len": 0, "exact": "sdpa"}
+"""What stands for "auto" where a result must not depend on the machine."""
+
+
 @dataclass(frozen=True, init=False)
 class Policy:
     """Which plan every layer gets: a default and an ordered list of rules.
@@ -217,6 +221,32 @@ class Policy:
         rule = {"layers": layers, **fields}
         changed = Policy(self.default, (*self.rule, rule), self.bases)
         return changed._edited_from(self, lambda text: text_with_rule(text, rule))
+
+    def without_timing(self) -> Policy:
+        """The same policy where nothing hangs on how fast a machine is.
+
+        ``min_seq_len = "auto"`` becomes 0, and ``exact = "auto"`` "sdpa"; in its own file nothing
+        changes.
+        """
+
+        def timeless(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: _TIMELESS[name] if value == "auto" and name in _TIMELESS else value
+                for name, value in fields.items()
+            }
+
+        rules = [{"layers": rule.layers, **timeless(dict(rule.fields))} for rule in self.rule]
+        changed = Policy(timeless(plain_data(self.default)), rules, self.bases)
+        object.__setattr__(changed, "_source", self._source)  # errors name its lines
+        object.__setattr__(changed, "_folder", self._folder)
+        return changed
+
+    @property
+    def asks_for_times(self) -> bool:
+        """Whether the length from which a layer is approximated is left to how fast it is."""
+        lengths: list[object] = [self.default.min_seq_len]
+        lengths += [dict(rule.fields).get("min_seq_len") for rule in self.rule]
+        return "auto" in lengths
 
     def with_bases(self, path: str | os.PathLike[str], sha256: str) -> Policy:
         """A copy with the table ``[bases]`` set; a file's comments and layout are kept.

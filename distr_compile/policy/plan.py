@@ -68,9 +68,9 @@ class LayerPlan:
         estimator: name in :data:`distr_compile.estimators.ESTIMATORS`.
         rounds: how often the estimator refines its basis.
         grouping_block: query rows that share one grouping (l in the paper), or "auto".
-        min_seq_len: approximate only where min(N_q, N_k) is at least this; "auto" asks the device.
+        min_seq_len: approximate only where min(N_q, N_k) is at least this; "auto" measures.
         causal: what an estimator may see at a causal site: "block" or "strict".
-        exact: what becomes of exact sites: "sdpa" or "keep".
+        exact: what becomes of exact sites: "auto", "sdpa" or "keep".
         rule: 0-based indices of the rules that named this layer, in the order they were applied.
     """
 
@@ -116,7 +116,7 @@ class LayerPlan:
     min_seq_len: int | Literal["auto"] = _option(
         "auto",
         "Approximate only where min(N_q, N_k) is at least this many tokens. auto: only where that"
-        " is known to be faster on this device, so hardly ever on a CPU. 0: at any length.",
+        " was measured to be faster on this machine; the answer is kept. 0: at any length.",
         at_least=0,
         choices=("auto",),
         note="tokens; 0 = at any length",
@@ -128,11 +128,12 @@ class LayerPlan:
         " not used there and the attention stays exact.",
         choices=("block", "strict"),
     )
-    exact: Literal["sdpa", "keep"] = _option(
-        "sdpa",
+    exact: Literal["auto", "sdpa", "keep"] = _option(
+        "auto",
         "What becomes of attention that stays exact. sdpa: one scaled_dot_product_attention call"
-        " where that means the same. keep: the graph is left alone.",
-        choices=("sdpa", "keep"),
+        " where that means the same. auto: our own exact kernel where that was measured to be"
+        " faster on this machine, else as sdpa. keep: the graph is left alone.",
+        choices=("auto", "sdpa", "keep"),
     )
     rule: tuple[int, ...] = ()
 

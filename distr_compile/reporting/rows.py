@@ -62,7 +62,13 @@ class SiteRow:
         graph: index of the compiled graph.
         mode: in what state that graph was compiled, see ``GraphReport``.
         site: number of the site within its graph.
-        sdpa: the exact site was rewritten to ``F.scaled_dot_product_attention``.
+        kernel: what computes it, such as "distr-cpu"; of an exact site "sdpa" where it was
+            rewritten to ``F.scaled_dot_product_attention``, None where its nodes were left alone.
+        min_seq_len: the length below which the op itself computes exactly, where sizes are
+            symbolic; else 0.
+        measured: what was measured of it on this machine, if "auto" asked: seconds of "sdpa",
+            "exact" (ours) and "distr", and under "exact_gain" and "distr_gain" the lower quartile
+            of the ratios that decided.
         calls: the live counter of the graph, filled in by ``GraphReport``.
         failures: the live record of kernels that failed, likewise.
 
@@ -87,7 +93,9 @@ class SiteRow:
     graph: int = 0
     mode: str = ""
     site: int = 0
-    sdpa: bool = False
+    kernel: str | None = None
+    min_seq_len: int = 0
+    measured: Mapping[str, float] | None = field(default=None, hash=False)
     calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
     failures: Mapping[int, Reason] = field(default_factory=dict, repr=False, compare=False)
 
@@ -96,6 +104,11 @@ class SiteRow:
             raise ValueError(f"decision: got {self.decision!r}; accepted: 'distr', 'exact'")
         if self.decision == "exact" and not self.reasons:
             raise ValueError(f"{self.layer}: an exact site needs at least one reason, got none")
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether the exact site was rewritten to ``F.scaled_dot_product_attention``."""
+        return self.kernel == "sdpa"
 
     @property
     def runtime_exact_calls(self) -> int:

@@ -40,6 +40,7 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
     """The table of attentions; empty without any."""
     with_graph = not fold and len({row.graph for row in rows}) > 1
     with_mode = len({row.mode for row in rows}) > 1
+    with_times = any(row.measured for row in rows)
     lines = []
     for layer, members in _fold([(row.layer, _said(row)) for row in rows], fold):
         row = rows[members[0]]
@@ -54,6 +55,8 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
             "estimator": _estimator_text(row),
             "reasons": "\n".join(notes.cite(reason, len(members)) for reason in _reasons(row)),
         }
+        if with_times:
+            line["measured"] = _times_text(row)
         if with_mode:
             line = {"mode": row.mode.replace(", ", ",\n"), **line}
         if with_graph:
@@ -71,9 +74,17 @@ def _reasons(row: SiteRow) -> tuple[Reason, ...]:
 
 
 def _decision_text(row: SiteRow, exact_calls: int) -> str:
-    if row.sdpa:
-        return f"{row.decision}, sdpa"
+    if row.decision == "exact" and row.kernel is not None:
+        return f"exact, {row.kernel}"
     return f"{row.decision}\n({exact_calls}x exact)" if exact_calls else row.decision
+
+
+def _times_text(row: SiteRow) -> str:
+    """Times of the candidates, one below the other."""
+    found = row.measured or {}
+    return "\n".join(
+        f"{name} {1e3 * found[name]:.3g} ms" for name in ("sdpa", "exact", "distr") if name in found
+    )
 
 
 def _estimator_text(row: SiteRow) -> str:
@@ -96,7 +107,7 @@ def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
         *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask),
-        *(row.decision, row.sdpa),
+        *(row.decision, row.kernel, _times_text(row)),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from distr_compile.accuracy.instrument import Site
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.architecture import architecture
-from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
-from distr_compile.lowering.dispatch import best_sdpa
+from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.judge import Judge
+from distr_compile.lowering.measure import DISTR, Measured, race
+from distr_compile.lowering.spelling import spelled
 from distr_compile.passes.decide import decide_bare
 from distr_compile.policy import LayerPlan
 
-_OP = torch.ops.distr.attention.default
-
-WAYS = ("auto", "measure", "model", "products")
-
-SECONDS = 0.1
-"""Least time that one call is measured for."""
+WAYS = ("measure", "model", "products")
 
 Cost = Callable[[Shape, LayerPlan | None], float]
 """Of one call with a plan; None is exact attention."""
@@ -64,10 +57,10 @@ def clock(time: str, device: torch.device) -> Clock:
     """The clock that ``time`` names.
 
     Args:
-        time: "measure": the op and SDPA are timed at the shapes of the calls, on the device of the
-            model. "model": operations are counted, those of the estimator included. "products":
-            those of the two products alone, which is what is left of "model" when sequences become
-            long. "auto": "measure" on CUDA, else "model".
+        time: "measure": attention is timed at the shapes of the calls, on the device of the model,
+            once a machine: what ``min_seq_len = "auto"`` has measured counts, and the other way.
+            "model": operations are counted, those of the estimator included. "products": those of
+            the two products alone, which is what is left of "model" when sequences become long.
         device: of the model.
 
     Raises:
@@ -75,16 +68,12 @@ def clock(time: str, device: torch.device) -> Clock:
     """
     if time not in WAYS:
         raise ValueError(f"time: got {time!r}; accepted: {', '.join(map(repr, WAYS))}")
-    if time == "auto":
-        time = "measure" if device.type == "cuda" else "model"
     if time == "measure":
         name = architecture(device) if device.type == "cuda" else device.type
         return Clock("s", f"measured on {name}", _remembered(seconds))
     if time == "products":
         return Clock("FLOP", "operations of Q K^T and of weights times V, counted", products)
     about = "operations of attention, estimators included, counted; no time was measured"
-    if device.type == "cpu":
-        about += "; on a CPU hardly anything is faster"
     return Clock("FLOP", about, flops)
 
 
@@ -130,67 +119,32 @@ def _products(shape: Shape, approximation: Approximation | None) -> float:
 
 # --- measured -----------------------------------------------------------------------------------
 
+_WITHOUT_LIMIT = Judge(call_limit=None, limit=None)
+
 
 def seconds(shape: Shape, plan: LayerPlan | None) -> float:
-    """Median time of one call on random numbers; exact attention is the device's best SDPA.
+    """Of one call, as "auto" measures it and keeps it; exact attention is the faster of both.
 
-    A mask is all True, or zeros. Sinks and soft caps are left out.
+    Raises:
+        RuntimeError: it cannot be measured here.
     """
-    from torch.utils.benchmark import Timer
-
-    approximation = _approximation(shape, plan)
-    with torch.no_grad():
-        q, k, v, mask = _inputs(shape)
-        scale = 1 / math.sqrt(shape.head_dim)
-        if approximation is None:
-            best = best_sdpa(shape.device) if shape.device.type == "cuda" else nullcontext()
-
-            def run() -> Any:
-                return F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    mask,
-                    is_causal=shape.is_causal and mask is None,
-                    scale=scale,
-                    enable_gqa=shape.num_heads != shape.num_key_heads,
-                )
-        else:
-            best = nullcontext()
-            arguments = op_arguments(approximation, Scores(scale, shape.is_causal))
-            bases = _bases(shape, approximation)
-
-            def run() -> Any:
-                return _OP(q, k, v, mask, *bases, **arguments)
-
-        with best:
-            run()
-            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            return float(timer.blocked_autorange(min_run_time=SECONDS).median)
+    found = _measured(shape, _approximation(shape, plan)).seconds
+    if DISTR in found:
+        return found[DISTR]
+    if not found:  # nothing of ours computes it: the op hands on to SDPA
+        alone = race(shape)
+        found = {} if isinstance(alone, str) else dict(alone.seconds)
+    return min(found.values())
 
 
-def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    def draw(heads: int, tokens: int, width: int) -> Tensor:
-        sizes = (shape.batch, heads, tokens, width)
-        return torch.randn(sizes, device=shape.device).to(shape.dtype)
-
-    q = draw(shape.num_heads, shape.num_queries, shape.head_dim)
-    k = draw(shape.num_key_heads, shape.num_keys, shape.head_dim)
-    v = draw(shape.num_key_heads, shape.num_keys, shape.value_dim)
-    mask = None
-    if shape.mask is not None:
-        sizes, dtype = shape.mask
-        fill = torch.ones if dtype == torch.bool else torch.zeros
-        mask = fill(sizes, dtype=dtype, device=shape.device)
-    return q, k, v, mask
-
-
-def _bases(shape: Shape, approximation: Approximation) -> tuple[Tensor, ...]:
-    if ESTIMATORS[approximation.estimator].needs != "bases":
-        return ()
-    sizes = (shape.num_key_heads, shape.head_dim, approximation.rank)
-    A, B = (torch.randn(sizes, device=shape.device) / math.sqrt(shape.head_dim) for _ in "AB")
-    return A, B
+def _measured(shape: Shape, approximation: Approximation | None) -> Measured:
+    found = _WITHOUT_LIMIT(shape, approximation)
+    if isinstance(found, str):
+        raise RuntimeError(
+            f'time: got "measure", but {found} ({spelled(shape, approximation)}); accepted: '
+            '"measure", "model", "products": take "model", which counts operations'
+        )
+    return found
 
 
 def _remembered(cost: Cost) -> Cost:

@@ -56,7 +56,7 @@ def tune(
     path: str | os.PathLike[str] | None = None,
     candidates: Candidates | None = None,
     policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
-    time: str = "auto",
+    time: str = "measure",
     held_out: float = 0.5,
     confidence: float = 0.95,
     compiler: str = "eager",

@@ -367,7 +367,7 @@ ENDS = (
     "return out, q",
     "return out, k, v",
     "return out, mask",
-    "return out.sum(-1), out",
+    "return out.square().sum(-1), out",
     "return out * 0.0",
 )
 

@@ -11,10 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from distr_compile.estimators import ESTIMATORS, possible_group_sizes
-from distr_compile.lowering import dispatch
 from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.dispatch import BreakEven
-from distr_compile.passes import decide as decisions
 from distr_compile.passes.decide import DTYPES, decide, decide_bare, flops
 from distr_compile.passes.site import AttentionSite, Causal, Level
 from distr_compile.passes.steps import AddStep, FillStep
@@ -257,34 +254,11 @@ def test_lengths(queries: int, keys: int, limit: int, expected: list[str]) -> No
     assert codes(site(num_queries=queries, num_keys=keys), plan) == expected
 
 
-def test_auto_on_a_cpu_is_exact() -> None:
-    (reason,) = decide(site(), LayerPlan()).reasons
-    assert reason.code == "not-faster"
-    assert reason.text == "min_seq_len is auto: not known to be faster on cpu; 0 forces it"
-
-
-def test_auto_on_a_gpu_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
-    monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 64, 32), BreakEven(100, 200, "f.json"))
-    gpu = site(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert codes(gpu, LayerPlan()) == []
-    (reason,) = decide(replace(gpu, num_keys=99), LayerPlan()).reasons
-    assert reason.text == "min(N_q, N_k) is 99, min_seq_len is 100 (auto, f.json)"
-    assert codes(replace(gpu, causal=Causal(0)), LayerPlan()) == ["min-seq-len"]
-    assert decide(replace(gpu, num_queries=symbol(128)), LayerPlan()).min_seq_len == 100
-    monkeypatch.setitem(dispatch.BREAK_EVEN, ("sm_90", 32, 16), BreakEven(100, None, "f.json"))
-    assert codes(replace(gpu, head_dim=32), LayerPlan()) == []
-    assert codes(replace(gpu, head_dim=32, causal=Causal(0)), LayerPlan()) == ["not-faster"]
-    for unknown in (replace(gpu, head_dim=128), replace(gpu, dtype=torch.float32)):
-        assert codes(unknown, LayerPlan()) == ["not-faster"]
-    (reason,) = decide(gpu, LayerPlan(group_size=4)).reasons
-    assert "not known to be faster on sm_90 in bfloat16 at width 64, G = 4" in reason.text
-    odd = LayerPlan(group_size=3, estimator="lsh-mean")
-    assert codes(gpu, odd) == ["rank", "not-faster"]
-    assert codes(gpu, LayerPlan(rank=32)) == []
-    (reason,) = decide(gpu, LayerPlan(rank=16)).reasons
-    assert "not known to be faster on sm_90 in bfloat16 at width 64, r = 16" in reason.text
+def test_auto_refuses_no_length_here() -> None:
+    """Who rewrites the site asks how fast it is."""
+    assert codes(site(num_queries=20), LayerPlan()) == []
+    decision = decide(site(num_queries=symbol(20)), LayerPlan())
+    assert (decision.decision, decision.min_seq_len) == ("distr", 0)
 
 
 @pytest.mark.parametrize("symbolic", ["num_queries", "num_keys"])
@@ -376,12 +350,3 @@ def test_a_bare_decode_step_is_exact() -> None:
     shape = Shape(1, 4, 4, 15, 600, 64, 64, False, None, torch.float32, torch.device("cpu"))
     assert decide_bare(shape, FORCED) is None
     assert decide_bare(shape._replace(num_queries=16), FORCED) is not None
-
-
-def test_a_bare_shape_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = BreakEven(64, 128, "a test")
-    monkeypatch.setattr(decisions, "break_even", lambda *_, **__: found)
-    shape = Shape(1, 4, 4, 100, 100, 64, 64, False, None, torch.float32, torch.device("cpu"))
-    plan = replace(FORCED, min_seq_len="auto")
-    assert decide_bare(shape, plan) == Approximation("lsh-mean", 32)
-    assert decide_bare(shape._replace(is_causal=True), plan) is None

@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {
     "grouping_block": "auto",
     "min_seq_len": "auto",
     "causal": "block",
-    "exact": "sdpa",
+    "exact": "auto",
 }
 """The fields in their order, with their defaults."""
 FIELDS = tuple(PLAIN)
@@ -51,7 +51,7 @@ VALUES = {
     "grouping_block": st.integers(1, 9) | st.just("auto"),
     "min_seq_len": st.integers(0, 9) | st.just("auto"),
     "causal": st.sampled_from(["block", "strict"]),
-    "exact": st.sampled_from(["sdpa", "keep"]),
+    "exact": st.sampled_from(["auto", "sdpa", "keep"]),
 }
 DEFAULTS = st.fixed_dictionaries({}, optional=VALUES).filter(
     lambda fields: not {"group_size", "rank"} <= fields.keys()

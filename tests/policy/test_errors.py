@@ -37,8 +37,8 @@ BAD_VALUES = [
     ("grouping_block", "false", "False (bool)", 'an integer >= 1 or "auto"', 'write "auto"'),
     ("min_seq_len", "-1", "-1 (int)", 'an integer >= 0 or "auto"', 'write "auto"'),
     ("min_seq_len", '"128"', "'128' (str)", 'an integer >= 0 or "auto"', "without quotes"),
-    ("exact", '"spda"', "'spda' (str)", '"sdpa" or "keep"', 'did you mean "sdpa"?'),
-    ("exact", "true", "True (bool)", '"sdpa" or "keep"', 'write "sdpa"'),
+    ("exact", '"spda"', "'spda' (str)", '"auto" or "sdpa" or "keep"', 'did you mean "sdpa"?'),
+    ("exact", "true", "True (bool)", '"auto" or "sdpa" or "keep"', 'write "auto"'),
 ]
 
 

@@ -214,3 +214,23 @@ def test_check_layers(tmp_path: Path) -> None:
         Policy(rule=[{"layers": r"re:blocks\.7\.attn", "group_size": 1}]).check_layers(MODULES)
     with pytest.raises(PolicyError, match="the model has no submodules"):
         Policy(rule=[{"layers": "a", "group_size": 1}]).check_layers([""])
+
+
+def test_without_timing_nothing_is_auto() -> None:
+    policy = Policy(
+        {"grouping_block": "auto", "group_size": 4},
+        [
+            {"layers": "a", "min_seq_len": "auto", "exact": "keep"},
+            {"layers": "b", "min_seq_len": 100, "exact": "auto", "grouping_block": "auto"},
+        ],
+    )
+    assert policy.asks_for_times
+    timeless = policy.without_timing()
+    assert not timeless.asks_for_times
+    found = {name: timeless.resolve(name) for name in "abc"}
+    assert {name: (p.min_seq_len, p.exact) for name, p in found.items()} == {
+        "a": (0, "keep"),
+        "b": (100, "sdpa"),
+        "c": (0, "sdpa"),
+    }
+    assert all(p.grouping_block == "auto" and p.group_size == 4 for p in found.values())

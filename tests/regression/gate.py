@@ -50,7 +50,8 @@ def policies_of(subject: ZooModel, names: Sequence[str], folder: Path) -> dict[s
     for name, fields in POLICIES.items():
         if name not in names:
             continue
-        policy = Policy(default={"group_size": 2, "min_seq_len": 0, **fields})
+        fixed = {"group_size": 2, "min_seq_len": 0, "exact": "sdpa"}
+        policy = Policy(default={**fixed, **fields})
         plan = policy.resolve("")
         if subject.head_dim // plan.group_size < 16:
             continue

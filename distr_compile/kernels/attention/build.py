@@ -99,7 +99,7 @@ def _load(check: Callable[[Library], str | None]) -> Library:
     program, version = compiler()
     flags = compiler_flags()
     path = cache_folder() / f"{_key(flags, version)}.so"
-    with _locked(path.parent):
+    with locked(path.parent):
         for fresh in (False, True):
             if fresh or not _intact(path):
                 _build(program, flags, path)
@@ -192,22 +192,31 @@ def _key(flags: tuple[str, ...], version: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """The folder of the libraries, made where there is none.
+def cache_folder(name: str = "distr_cpu") -> Path:
+    """A folder of ours beside Inductor's caches, that of the libraries, made where there is none.
 
     Raises:
         UnavailableError: it is a link, belongs to somebody else, or others may write to it.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(cache_dir()) / "distr_cpu"
+    folder = Path(cache_dir()) / name
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
-    _refuse_others(folder, stat.S_ISDIR, "a folder")
+    refuse_others(folder, stat.S_ISDIR, "a folder")
     return folder
 
 
-def _refuse_others(path: Path, kind: Callable[[int], bool], noun: str) -> None:
+def refuse_others(
+    path: Path, kind: Callable[[int], bool] = stat.S_ISREG, noun: str = "a file"
+) -> None:
+    """Refuse what is not ours alone.
+
+    Raises:
+        UnavailableError: it is a link or of another kind, belongs to somebody else, or others may
+            write to it.
+        FileNotFoundError: it is not there.
+    """
     found = os.lstat(path)
     if not kind(found.st_mode):
         raise UnavailableError(f"{path} is not {noun}, or a link: remove it")
@@ -220,7 +229,7 @@ def _refuse_others(path: Path, kind: Callable[[int], bool], noun: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; wait for another process at most ``LIMIT_S``."""
     import fcntl
 
@@ -248,7 +257,7 @@ def _intact(path: Path) -> bool:
     """Whether the library is there, ours, and has the digest that it was built with."""
     try:
         for file in (path, _digest_file(path)):
-            _refuse_others(file, stat.S_ISREG, "a file")
+            refuse_others(file)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return digest == _digest_file(path).read_text()
     except (FileNotFoundError, UnavailableError):

@@ -1,4 +1,4 @@
-"""The tables by which "auto" and the exact kernel are chosen, without the devices they speak of."""
+"""Names of architectures, and which backend of SDPA goes first, without the devices."""
 
 from __future__ import annotations
 
@@ -11,36 +11,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distr_compile import backend
-from distr_compile.estimators import possible_group_sizes
 from distr_compile.lowering import architecture as architectures
-from distr_compile.lowering import dispatch
+from distr_compile.lowering import sdpa
 from distr_compile.lowering.architecture import architecture
-from distr_compile.lowering.dispatch import BREAK_EVEN, best_sdpa, break_even
+from distr_compile.lowering.sdpa import best_sdpa
 from distr_compile.reporting import GraphReport, Reason, SiteRow
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-
-
-def test_every_entry_is_possible_and_has_a_source() -> None:
-    for (_, head_dim, rank), found in BREAK_EVEN.items():
-        assert head_dim // rank in possible_group_sizes(head_dim)[1:]
-        known = [n for n in (found.tokens, found.causal_tokens) if n is not None]
-        assert known
-        assert 0 < known[0] <= known[-1]
-        assert found.source == dispatch.MODELLED or found.source.startswith("benchmarks/results/")
-
-
-def test_what_has_no_entry_is_not_known_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_89")
-    known = BREAK_EVEN["sm_89", 64, 32]
-    assert break_even(GPU, torch.float16, head_dim=64, rank=32) == known
-    assert break_even(GPU, torch.bfloat16, head_dim=64, rank=32) == known
-    assert break_even(GPU, torch.float32, head_dim=64, rank=32) is None
-    assert break_even(GPU, torch.float16, head_dim=72, rank=36) is None
-    assert break_even(CPU, torch.float16, head_dim=64, rank=32) is None
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_75")
-    assert break_even(GPU, torch.float16, head_dim=64, rank=32) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +55,7 @@ def order() -> list[int]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(sdpa, "architecture", lambda device: "sm_90")
 
 
 @pytest.mark.usefixtures("hopper")
@@ -147,7 +125,7 @@ def test_only_for_plain_exact_attention_of_fixed_sizes(
 def test_the_graph_is_compiled_in_that_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order is the one in force when the compiler runs, which is when SDPA chooses."""
     seen: list[list[int]] = []
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(sdpa, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(backend, "_exact_kernels", lambda result, inputs: best_sdpa(GPU))
     original: Callable[..., Any] = backend._compile
 

@@ -1,0 +1,96 @@
+"""``distr measure``: time every attention of a model, and keep or pin what is faster here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from distr_compile.commands.common import (
+    DTYPES,
+    OK,
+    TARGET_HELP,
+    USAGE,
+    CommandError,
+    build,
+    check_inputs,
+    shape,
+)
+from distr_compile.policy import Policy
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "measure",
+        parents=[common],
+        help='time every attention of a model here, for "auto" in policies; keep the answers',
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP)
+    parser.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a call as a report's not-measured reason spells it; may be repeated, needs no TARGET",
+    )
+    parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model")
+    parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
+    parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
+    parser.add_argument(
+        "--pin",
+        metavar="POLICY",
+        help="write the answers into this policy file as min_seq_len; without --policy it is the "
+        "policy too",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the times as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table."""
+    if bool(options.target) == bool(options.call):
+        got = "both" if options.call else "neither"
+        raise CommandError(f"TARGET, --call: got {got}; accepted: one of the two", USAGE)
+    if options.pin and not options.target:
+        raise CommandError("--pin: got no TARGET; accepted: with one, whose layers it names", USAGE)
+    # A wrong policy is told at once, before a model is built.
+    policy = Policy.from_any(options.policy or options.pin)
+
+    import torch
+    import torch._dynamo.config as dynamo
+
+    from distr_compile.kernels.attention.cpu import unavailable_reason
+    from distr_compile.lowering.spelling import SpellingError, read_call
+    from distr_compile.measuring import measure_calls, measure_model, pinned
+
+    if why := unavailable_reason():
+        print(f"the fused CPU kernel is not available: {why}\n")
+    if options.call:
+        try:
+            calls = [read_call(text) for text in options.call]
+        except SpellingError as error:
+            raise CommandError(str(error), USAGE) from None
+        found = measure_calls(calls)
+    else:
+        target = build(options.target, options.shape, options.dtype, options.attn)
+        check_inputs(target)
+        model = target.model.to(options.device)
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(options.device), (target.args, target.kwargs)
+        )
+        sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
+        with sizes or contextlib.nullcontext():
+            found = measure_model(model, *args, policy=policy, **kwargs)
+    print(found if found.calls else "no attention leaves anything to what is faster here")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found.to_dict(), indent=1) + "\n", "utf-8")
+    if options.pin and found.report is not None:
+        pinned(policy, found.report).save(options.pin)
+        print(f"\nwritten: {options.pin}")
+    return OK

@@ -1,0 +1,120 @@
+"""Whether a call that is about to be written is faster, asked with what it would be given."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from distr_compile.lowering import choose
+from distr_compile.lowering.call import Approximation, Scores, Shape
+from distr_compile.lowering.judge import Judge
+from distr_compile.lowering.measure import Measured
+from distr_compile.lowering.spelling import spelled
+from distr_compile.passes.site import RefusedError
+from distr_compile.passes.vocabulary import hint, tensor_of
+
+
+@dataclass
+class Stopwatch:
+    """Asks the judge about one site, once its operands are laid out.
+
+    Attributes:
+        judge: None where nothing hangs on how fast it is.
+        ours: whether exact attention would run in our kernel, if that is faster than SDPA.
+        measured: what was found, if anything was asked.
+        kernel: what computes the call.
+    """
+
+    judge: Judge | None
+    ours: bool = True
+    measured: Measured | None = None
+    kernel: str = ""
+
+    def least_length(self, shape: Shape, approximation: Approximation, moving: list[str]) -> int:
+        """The length from which on to approximate; 0 for any.
+
+        Args:
+            shape: of the call, with hints in the place of symbolic sizes.
+            approximation: of the call.
+            moving: which of ``num_queries`` and ``num_keys`` is symbolic.
+
+        Raises:
+            RefusedError: exact attention is faster, or nobody knows.
+        """
+        self.kernel = choose.name_of(shape, approximation)
+        if self.judge is None:
+            return 0
+        length = 0
+        found: Measured | str
+        if moving:
+            least = self.judge.break_even(shape, approximation, moving, ours=self.ours)
+            length, found = least if isinstance(least, tuple) else (0, least)
+        else:
+            found = self.judge(shape, approximation, ours=self.ours)
+        if isinstance(found, str):
+            raise _not_measured(found, shape, approximation)
+        self.measured = found
+        if not found.prefers_distr:
+            text = f"measured on this machine: {found}; min_seq_len = 0 forces it"
+            raise RefusedError("not-faster", text)
+        return length
+
+    def prefer_ours(self, shape: Shape) -> None:
+        """Let exact attention run in our kernel, if that is faster.
+
+        Raises:
+            RefusedError: SDPA is faster, or nobody knows.
+        """
+        self.kernel = choose.name_of(shape, Approximation.none(shape.head_dim))
+        if self.judge is not None and (self.measured is None or self.measured.exact is None):
+            found = self.judge(shape, None)
+            self.measured = None if isinstance(found, str) else found
+        if self.measured is None or not self.measured.prefers_ours:
+            raise RefusedError("not-faster", "SDPA is faster, or nobody knows")
+
+
+def _not_measured(why: str, shape: Shape, approximation: Approximation) -> RefusedError:
+    command = f"distr measure --call {shlex.quote(spelled(shape, approximation))}"
+    return RefusedError("not-measured", f"{why}; to measure it: {command}")
+
+
+def shape_of_call(
+    operands: tuple[fx.Node, fx.Node, fx.Node],
+    mask: fx.Node | None,
+    scores: Scores,
+    dtype: torch.dtype,
+    sinks: bool,
+) -> Shape:
+    """The shape of a call with these nodes as arguments; symbolic sizes by their hints.
+
+    ``dtype`` is that of the attention, to which autocast may bring the operands.
+    """
+    values = [None if node is None else tensor_of(node) for node in (*operands, mask)]
+    if any(value is None for value in values[:3]):
+        raise RefusedError("not-measured", "the shapes of the operands are not known")
+    with _disable_current_modes():
+        Q, K, V, bias = (None if value is None else _known(value) for value in values)
+    assert Q is not None
+    assert K is not None
+    assert V is not None
+    shape = Shape.of(
+        Q,
+        K,
+        V,
+        bias,
+        scores.is_causal,
+        hint(scores.offset or 0),
+        softcap=scores.softcap > 0,
+        sinks=sinks,
+    )
+    device: torch.device = values[0].device  # type: ignore[union-attr]
+    return shape._replace(device=device, dtype=dtype)
+
+
+def _known(value: Tensor) -> Tensor:
+    sizes, strides = ([max(hint(n), 0) for n in ns] for ns in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
