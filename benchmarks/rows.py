@@ -1,4 +1,4 @@
-"""Reads ``attention.json``: what is compared in plots, tables and break-even lengths.
+"""Reads ``attention.json``: what is compared in plots and tables.
 
     python -m benchmarks.rows DIR [...]
 

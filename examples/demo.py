@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         subject = minilm(options.texts) if name == "minilm" else subjects[name]()
         show(subject, options.compiler)
     print(
-        "\nThese inputs are short: the estimator's own work costs more than it saves. With the\n"
-        'default min_seq_len = "auto" every attention above would stay exact on a CPU, and the\n'
-        "report would say so; the demo forces the approximation with min_seq_len = 0."
+        "\nThese inputs are short: the estimator's own work costs more than it saves. By default\n"
+        'min_seq_len = "auto" measures that and keeps such attention exact; the demo forces the\n'
+        "approximation with min_seq_len = 0."
     )
 
 
