@@ -76,9 +76,10 @@ def test_demo() -> None:
 
 def test_speed() -> None:
     out = run("examples/speed.py", "llama", "--rounds", "1", "--compiler", "eager")
-    cosines = [float(line.split()[-1]) for line in out.splitlines() if "4,096 tokens" in line]
-    assert len(cosines) == 2
-    assert all(0.99 < cosine < 1 for cosine in cosines)
+    lines = re.findall(r"(float32|bfloat16) .* (\d of \d) +(\d\.\d+)$", out, re.MULTILINE)
+    # Nothing may be measured in tests: all is exact.
+    assert [line[:2] for line in lines] == [("float32", "0 of 2"), ("bfloat16", "0 of 2")]
+    assert all(float(cosine) > 0.999 for *_, cosine in lines)
 
 
 def test_tour_of_the_readme(tmp_path: Path) -> None:
