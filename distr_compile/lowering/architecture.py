@@ -1,4 +1,4 @@
-"""The name of a GPU's architecture, as the tables of tiles and of break-even lengths use it."""
+"""The name of a GPU's architecture, as the table of tiles uses it."""
 
 from __future__ import annotations
 
