@@ -53,9 +53,10 @@ regress: $(VENV)/stamp ## accuracy of every model of the zoo under every estimat
 baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds us to
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.regression --workers $(WORKERS) --update-baseline
 
-bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
+bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, and of our passes
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python -m benchmarks.cpu_kernel
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python benchmarks/pass_time.py
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
