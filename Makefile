@@ -68,7 +68,8 @@ bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; r
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
 
-plots: $(VENV)/stamp ## plots and break-even lengths of what `make gpu` measured
+plots: $(VENV)/stamp ## docs/cpu_speed.png; plots and break-even lengths of what `make gpu` measured
+	$(BIN)/python -m benchmarks.cpu_plot
 	@for results in $(wildcard benchmarks/results/*/attention.json); do \
 		folder=$$(dirname $$results); \
 		$(BIN)/python -m benchmarks.plot $$folder; $(BIN)/python -m benchmarks.break_even $$folder; \

@@ -21,6 +21,7 @@ from benchmarks import (
     arms,
     break_even,
     cells,
+    cpu_plot,
     gpu,
     peers,
     plot,
@@ -395,7 +396,7 @@ def test_speedups_are_drawn_beside_their_limit(invented: Path) -> None:
     plt.close(figure)
 
 
-# --- on a CPU: other libraries beside ours ---------------------------------------------------
+# --- on a CPU: other libraries beside ours, and the plot ------------------------------------------
 
 
 def test_a_peer_without_a_time_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,3 +465,48 @@ def test_ours_is_compared_with_the_better_runtime(beside_peers: list[dict[str, A
     ]
     same = [half, half | {"tokens": 4096}]
     assert peers.refusals(same)[0].endswith("(bfloat16 d=64 N=1024, bfloat16 d=64 N=4096)")
+
+
+@pytest.fixture
+def measured_on_cpu() -> dict[str, Any]:
+    """G = 2 is 1.25 times as fast as rank d, rank d twice as fast as SDPA."""
+    ms = {"SDPA": [2.0] * 3, "rank d": [1.0] * 3, "projection G=2": [0.5, 0.8, 1.0]}
+    shapes = [(64, 4096, False), (64, 1024, False), (128, 1024, False), (128, 1024, True)]
+    told = [
+        {"dtype": dtype, "d": d, "tokens": n, "causal": is_causal, "ms": ms}
+        for dtype in ("bfloat16", "float32")
+        for d, n, is_causal in shapes
+    ]
+    return {"cpu": "a CPU", "torch": "2", "threads": 1, "cells": told}
+
+
+def test_cpu_plot_has_a_panel_for_each_width_and_dtype(measured_on_cpu: dict[str, Any]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = cpu_plot.figure_of(measured_on_cpu)
+    above, below = figure.axes[:4], figure.axes[4:]
+    titles = ["float32, d = 64", "float32, d = 128", "bfloat16, d = 64", "bfloat16, d = 128"]
+    assert [ax.get_title() for ax in above] == titles
+    assert len(below) == 4
+
+    def drawn(ax: Any) -> dict[str, Any]:
+        return {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}
+
+    assert drawn(above[0]) == {"projection, G = 2": [[1024, 1.25], [4096, 1.25]]}
+    assert drawn(below[1]) == {
+        "projection, G = 2": [[1024, 2.5]],
+        "rank d (exact, ours)": [[1024, 2.0]],
+    }
+    limits = {line.get_label(): line.get_ydata()[0] for line in above[0].lines}
+    assert limits["limit 2d / (d/G + d), G = 2"] == pytest.approx(4 / 3)
+    plt.close(figure)
+
+
+def test_cpu_plot_is_a_file(measured_on_cpu: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "measured.json").write_text(json.dumps(measured_on_cpu))
+    cpu_plot.plot(tmp_path / "measured.json", tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_cpu_plot_is_small() -> None:
+    assert cpu_plot.PICTURE.stat().st_size <= 120_000
