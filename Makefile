@@ -53,9 +53,10 @@ regress: $(VENV)/stamp ## accuracy of every model of the zoo under every estimat
 baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds us to
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.regression --workers $(WORKERS) --update-baseline
 
-bench: $(VENV)/stamp ## time of the CPU kernel and of our passes
+bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, and of our passes
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python -m benchmarks.cpu_kernel
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python benchmarks/pass_time.py
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
@@ -67,7 +68,8 @@ bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; r
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
 
-plots: $(VENV)/stamp ## plots of what `make gpu` measured
+plots: $(VENV)/stamp ## docs/cpu_speed.png; plots of what `make gpu` measured
+	$(BIN)/python -m benchmarks.cpu_plot
 	@for results in $(wildcard benchmarks/results/*/attention.json); do \
 		folder=$$(dirname $$results); \
 		$(BIN)/python -m benchmarks.plot $$folder; \

@@ -221,10 +221,12 @@ def _mask_of_rows(cell: Cell, mask: Tensor | None, b: int, h: int, rows: Tensor)
     return torch.arange(cell.tokens) <= last_key
 
 
-def errors(samples: Iterator[Sample], out: Tensor, *, scale: float) -> dict[str, float | bool]:
+def errors(
+    samples: Iterator[Sample], out: Tensor, *, scale: float, factor: float = FACTOR
+) -> dict[str, float | bool]:
     """Error of ``out`` on sampled rows, and the most it may be, relative to the largest value.
 
-    A kernel is right when it errs by no more than ``FACTOR`` times what the same formula errs in
+    A kernel is right when it errs by no more than ``factor`` times what the same formula errs in
     the kernel's own precision, a rounding of the result, and what ``ALGEBRA`` says.
     """
     error = allowed = largest = algebra = 0.0
@@ -240,7 +242,7 @@ def errors(samples: Iterator[Sample], out: Tensor, *, scale: float) -> dict[str,
         allowed = max(allowed, (same - wanted).abs().max().item())
         largest = max(largest, wanted.abs().max().item())
         algebra = max(algebra, s.algebra)
-    allowed = FACTOR * allowed + (torch.finfo(out.dtype).eps + algebra) * largest
+    allowed = factor * allowed + (torch.finfo(out.dtype).eps + algebra) * largest
     return {
         "max_error": error / largest,
         "allowed_error": allowed / largest,

@@ -95,7 +95,7 @@ def describe(device: str, sources: tuple[str, ...] = MEASURED) -> dict[str, str]
         "cuda": torch.version.cuda or torch.version.hip or "none",
         "cudnn": str(torch.backends.cudnn.version()),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "python": platform.python_version(),
         "sources": _digest(sources),
         "commit": _output("git", "rev-parse", "HEAD"),
@@ -110,7 +110,8 @@ def _output(*command: str) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version, or "none"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

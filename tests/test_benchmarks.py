@@ -17,7 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import arms, cells, gpu, plot, resumable, rows, timing
+from benchmarks import (
+    arms,
+    cells,
+    cpu_plot,
+    gpu,
+    peers,
+    plot,
+    resumable,
+    rows,
+    timing,
+)
 from benchmarks.cells import Cell
 from benchmarks.session import DEVICE_LOST, Session
 from benchmarks.store import ROOT, TESTED, Store, describe
@@ -367,3 +377,119 @@ def test_speedups_are_drawn_beside_their_limit(invented: Path) -> None:
     assert drawn["G = 4, over best exact"] == pytest.approx(over_best, rel=1e-4)
     assert set(drawn["limit 2d / (d/G + d), G = 4"]) == {1.6}
     plt.close(figure)
+
+
+# --- on a CPU: other libraries beside ours, and the plot ------------------------------------------
+
+
+def test_a_peer_without_a_time_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+    def refuse(cell: Cell, inputs: arms.Inputs, threads: int) -> peers.Call:
+        raise NotImplementedError("no kernel\nfor this")
+
+    def zeros(cell: Cell, inputs: arms.Inputs, threads: int) -> peers.Call:
+        return peers.Call(lambda: None, lambda: torch.zeros_like(inputs.q))
+
+    tried = {name: peers.ARMS[name] for name in (peers.SDPA, *peers.RUNTIMES)}
+    tried |= {"refuses": peers.Arm(refuse), "errs": peers.Arm(zeros)}
+    cell = peers.measure(Cell(1, 2, 2, 64, 32, "float32"), 1, 2, 0.0, tried)
+    found = cell["arms"]
+    assert list(found) == list(tried)
+    assert found["ONNX Runtime"] == {"reason": "not installed: onnxruntime"}
+    assert found["OpenVINO"] == {"reason": "not installed: openvino"}
+    assert found["refuses"] == {"reason": "NotImplementedError: no kernel"}
+    assert found["errs"]["reason"].startswith("errs by 1, at most ")
+    assert list(peers.times(cell)) == [peers.SDPA]
+    assert len(found[peers.SDPA]["ms"]) == 2
+    assert 0 < found[peers.SDPA]["max_error"] <= found[peers.SDPA]["allowed_error"] < 1e-5
+    assert len(cell["load"]) == 2
+
+
+@pytest.fixture
+def beside_peers() -> list[dict[str, Any]]:
+    """In fp32 OpenVINO is the better runtime; in bf16 neither runs."""
+
+    def cell(dtype: str, **told: Any) -> dict[str, Any]:
+        told = {
+            name: {"ms": t} if isinstance(t, list) else {"reason": t} for name, t in told.items()
+        }
+        told = {name.replace("_", " "): arm for name, arm in told.items()}
+        return {"dtype": dtype, "head_dim": 64, "tokens": 1024, "arms": told}
+
+    return [
+        cell("float32", SDPA=[8.0, 16.0, 8.0], ONNX_Runtime=[6.0] * 3, OpenVINO=[5.0, 10.0, 5.0]),
+        cell("bfloat16", SDPA=[8.0] * 3, ONNX_Runtime="no kernel", OpenVINO="not installed: x"),
+    ]
+
+
+def test_ours_is_compared_with_the_better_runtime(beside_peers: list[dict[str, Any]]) -> None:
+    single, half = beside_peers
+    for cell in beside_peers:
+        cell["arms"]["rank d"] = {"ms": [4.0, 8.0, 2.0]}
+    assert peers.better_runtime(single) == "OpenVINO"
+    assert peers.better_runtime(half) is None
+    assert peers.speed(single, "rank d", peers.SDPA) == 2.0  # of 2, 2 and 4, each within its round
+    assert peers.speed(single, "rank d", "OpenVINO") == 1.25
+    assert peers.speed(half, "rank d", None) is None
+    assert peers.speed(half, "OpenVINO", peers.SDPA) is None
+    lines = peers.table(beside_peers).splitlines()
+    words = [[word.strip() for word in line.split("|")[1:-1]] for line in lines]
+    assert dict(zip(words[0], words[2], strict=True)) == {
+        "dtype": "float32", "d": "64", "N": "1024", "compiled SDPA": "-", "FlexAttention": "-",
+        "ONNX Runtime": "1.33", "OpenVINO": "1.60", "rank d": "2.00", "projection G=2": "-",
+        "rank d / runtime": "1.25", "projection G=2 / runtime": "-", "runtime": "OpenVINO",
+    }  # fmt: skip
+    assert words[3][-1] == words[3][-3] == "-"
+    assert peers.refusals(beside_peers) == [
+        "ONNX Runtime: no kernel (bfloat16 d=64 N=1024)",
+        "OpenVINO: not installed: x (bfloat16 d=64 N=1024)",
+    ]
+    same = [half, half | {"tokens": 4096}]
+    assert peers.refusals(same)[0].endswith("(bfloat16 d=64 N=1024, bfloat16 d=64 N=4096)")
+
+
+@pytest.fixture
+def measured_on_cpu() -> dict[str, Any]:
+    """G = 2 is 1.25 times as fast as rank d, rank d twice as fast as SDPA."""
+    ms = {"SDPA": [2.0] * 3, "rank d": [1.0] * 3, "projection G=2": [0.5, 0.8, 1.0]}
+    shapes = [(64, 4096, False), (64, 1024, False), (128, 1024, False), (128, 1024, True)]
+    told = [
+        {"dtype": dtype, "d": d, "tokens": n, "causal": is_causal, "ms": ms}
+        for dtype in ("bfloat16", "float32")
+        for d, n, is_causal in shapes
+    ]
+    return {"cpu": "a CPU", "torch": "2", "threads": 1, "cells": told}
+
+
+def test_cpu_plot_has_a_panel_for_each_width_and_dtype(measured_on_cpu: dict[str, Any]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = cpu_plot.figure_of(measured_on_cpu)
+    above, below = figure.axes[:4], figure.axes[4:]
+    titles = ["float32, d = 64", "float32, d = 128", "bfloat16, d = 64", "bfloat16, d = 128"]
+    assert [ax.get_title() for ax in above] == titles
+    assert len(below) == 4
+
+    def drawn(ax: Any) -> dict[str, Any]:
+        return {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}
+
+    assert drawn(above[0]) == {"projection, G = 2": [[1024, 1.25], [4096, 1.25]]}
+    assert drawn(below[1]) == {
+        "projection, G = 2": [[1024, 2.5]],
+        "rank d (exact, ours)": [[1024, 2.0]],
+    }
+    limits = {line.get_label(): line.get_ydata()[0] for line in above[0].lines}
+    assert limits["limit 2d / (d/G + d), G = 2"] == pytest.approx(4 / 3)
+    plt.close(figure)
+
+
+def test_cpu_plot_is_a_file(measured_on_cpu: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "measured.json").write_text(json.dumps(measured_on_cpu))
+    cpu_plot.plot(tmp_path / "measured.json", tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_cpu_plot_is_small() -> None:
+    assert cpu_plot.PICTURE.stat().st_size <= 120_000
