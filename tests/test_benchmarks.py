@@ -109,10 +109,10 @@ def test_the_budget_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_tests_with_a_result_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = "tests/lowering/test_cuda.py"
-    monkeypatch.setattr(gpu, "CPU_TESTS", (file, "-k", "failure_is_said or not_a_failed_kernel"))
+    file = "tests/lowering/test_choose.py"
+    monkeypatch.setattr(gpu, "CPU_TESTS", (file, "-k", "out_of_memory_is_raised or memory_that_a_cpu"))
     path = tmp_path / "tests.json"
-    known = f"{file}::test_a_failure_is_said_once_and_remembered"
+    known = f"{file}::test_out_of_memory_is_raised_and_not_remembered"
     environment = describe("cpu", TESTED)
     monkeypatch.setattr(gpu, "describe", lambda device, sources: environment)
     Store(path, environment).put(known, {"outcome": "passed", "seconds": 1234.0})
