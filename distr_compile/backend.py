@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
-from distr_compile.passes.apply import LayerChoice, Outcome, Placed, apply, find_all
+from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants
 from distr_compile.passes.rewrite import keep_from_fusion
-from distr_compile.policy import LayerPlan, Policy, PolicyError
+from distr_compile.policy import Attended, LayerPlan, Policy, RuleAudit
 from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
 from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
@@ -166,6 +166,7 @@ class Result:
         decides_at_run_time: some op of the graph may still choose exact when it is called.
         outputs: as in ``Outcome``.
         backend: tells two compiled objects of one owner apart.
+        audit: what the rules of the policy did in the graph.
     """
 
     graph: GraphReport
@@ -174,6 +175,7 @@ class Result:
     decides_at_run_time: bool
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
     backend: object = None
+    audit: RuleAudit = field(default_factory=RuleAudit)
 
 
 def run_pass(
@@ -184,8 +186,11 @@ def run_pass(
     ``judge`` says what is faster; without one "auto" in the policy counts as 0, or "sdpa".
     """
     root = identity.find_root()
+    modules = None
     if root is not None and root.module is not None:
-        policy.check_layers(sorted({name for names in root.names.values() for name in names}))
+        modules = sorted({name for names in root.names.values() for name in names})
+    audit = policy.audit(modules)
+    audit.check_names()
     placed = find_all(gm)
     # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
     frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
@@ -198,20 +203,21 @@ def run_pass(
         bases = BasesOfModel(policy, root.module if root is not None else None)
         outcome = apply(placed, chooser, bases, judge, change=change)
         declare_constants(gm)
-        check_group_sizes(policy, outcome.rows, whole=_is_whole(gm, root, frame))
-        matched, unmatched = _use_of_rules(gm, policy, outcome, root)
+        audit = audit.of_graph(_attended(outcome.rows), _modules_of(gm, root))
+        if _is_whole(gm, root, frame):
+            audit.check_sizes()
         decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
         graph = replace(
             graph,
             rows=outcome.rows,
             not_attention=outcome.not_attention,
-            matched=matched,
-            unmatched=unmatched,
+            matched=audit.matched,
+            unmatched=audit.unmatched,
             notes=tuple(dict.fromkeys(chooser.notes)),
         )
         graph = _with_break(graph, gm, frame)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    return Result(graph, owner, key, decides_at_run_time, outputs, backend)
+    return Result(graph, owner, key, decides_at_run_time, outputs, backend, audit)
 
 
 def _mode(frame: identity.FrameModule) -> str:
@@ -267,28 +273,6 @@ class Chooser:
         return next((plan for plan in plans if plan.rule), plans[0])
 
 
-def check_group_sizes(policy: Policy, rows: tuple[SiteRow, ...], *, whole: bool) -> None:
-    """Refuse a rule whose group size or rank none of its layers can take.
-
-    Args:
-        policy: the policy.
-        rows: of all graphs seen, if ``whole`` is to mean anything.
-        whole: whether these are all layers of the model; if not, nothing is concluded.
-    """
-    if not whole:
-        return
-    errors = []
-    for index, rule in enumerate(policy.rule):
-        if not {"group_size", "rank"} & dict(rule.fields).keys():
-            continue
-        taken = [row for row in rows if rule.matches(row.layer)]
-        refused = [r for row in taken for r in row.reasons if r.code == "rank"]
-        if taken and len(refused) == len(taken):
-            errors.append(f"{policy.where(index)}: {refused[0].text}; no layer of {rule.layers!r}")
-    if errors:
-        raise PolicyError("\n".join(errors))
-
-
 def _is_whole(gm: fx.GraphModule, root: identity.Root | None, frame: identity.FrameModule) -> bool:
     """Whether this graph is all of the compiled model: no graph break before or after it."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -296,27 +280,21 @@ def _is_whole(gm: fx.GraphModule, root: identity.Root | None, frame: identity.Fr
     return not broken and not frame.resumed and root is not None and frame.module is root.module
 
 
-def _use_of_rules(
-    gm: fx.GraphModule, policy: Policy, outcome: Outcome, root: identity.Root | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Patterns that matched attention here, and those that matched other modules here only."""
-    layers = [row.layer for row in outcome.rows]
-    matched = tuple(r.layers for r in policy.rule if any(map(r.matches, layers)))
-    if root is None:
-        return matched, ()
-    ran = {
-        name
-        for node in gm.graph.nodes
-        for key in node.meta.get("nn_module_stack") or ()
-        if (module := str(key).partition("@")[0]).isdecimal()  # an exported program has names here
-        for name in root.names.get(int(module), ())
-    }
-    unmatched = tuple(
-        rule.layers
-        for rule in policy.rule
-        if rule.layers not in matched and any(map(rule.matches, ran))
-    )
-    return matched, unmatched
+def _attended(rows: tuple[SiteRow, ...]) -> Iterator[Attended]:
+    """The attention of a graph, as the rules of a policy see it."""
+    for row in rows:
+        misfits = [reason.text for reason in row.reasons if reason.code == "rank"]
+        yield Attended(row.layer, misfits[0] if misfits else None)
+
+
+def _modules_of(gm: fx.GraphModule, root: identity.Root | None) -> Iterator[str]:
+    """Names of the modules whose code is in a graph, as far as they are known."""
+    names = {} if root is None else root.names
+    for node in gm.graph.nodes:
+        for key in node.meta.get("nn_module_stack") or ():
+            module = str(key).partition("@")[0]
+            if module.isdecimal():  # an exported program has names here
+                yield from names.get(int(module), ())
 
 
 def _with_break(graph: GraphReport, gm: fx.GraphModule, frame: identity.FrameModule) -> GraphReport:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile import identity
-from distr_compile.backend import check_group_sizes, run_pass
+from distr_compile.backend import run_pass
 from distr_compile.lowering.judge import Judge
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.reporting import GraphReport, NotAttention, Reason, Report
@@ -69,11 +69,13 @@ def explain_by(
         model = owner  # type: ignore[assignment]
     graphs: list[GraphReport] = []
     without_attention = 0
+    audit = checked.audit()
     outside = _Outside(owner)
 
     def observe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal without_attention
-        graph = run_pass(gm, checked, judge(), change=False).graph
+        nonlocal without_attention, audit
+        result = run_pass(gm, checked, judge(), change=False)
+        graph, audit = result.graph, audit + result.audit
         if graph.is_empty:
             without_attention += 1
         else:
@@ -97,22 +99,9 @@ def explain_by(
         graphs.append(replace(last, not_attention=found))
     numbered = tuple(replace(graph, index=i) for i, graph in enumerate(graphs))
     report = Report(numbered, name, without_attention)
-    check_group_sizes(checked, report.rows, whole=True)
-    _check_use(checked, report)
+    audit.check_sizes()
+    audit.check_use()
     return report
-
-
-def _check_use(policy: Policy, report: Report) -> None:
-    """Refuse rules that name modules, but no attention."""
-    layers = list(dict.fromkeys(row.layer for row in report.rows))
-    errors = [
-        f'{policy.where(index)}: layers: got "{rule.layers}", which names modules without '
-        f"attention; accepted: a pattern for one of {', '.join(layers) or 'no layer at all'}"
-        for index, rule in enumerate(policy.rule)
-        if not any(map(rule.matches, layers))
-    ]
-    if errors:
-        raise PolicyError("\n".join(errors))
 
 
 @contextlib.contextmanager

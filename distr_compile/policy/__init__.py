@@ -9,7 +9,6 @@ messages are made from it, so a new field is one entry there. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 import tomlkit
 
 from distr_compile.policy import document
+from distr_compile.policy.audit import Attended, RuleAudit
 from distr_compile.policy.edit import text_with_bases, text_with_default, text_with_rule
 from distr_compile.policy.errors import (
     KeyPath,
@@ -33,7 +33,6 @@ from distr_compile.policy.errors import (
     shown,
 )
 from distr_compile.policy.plan import (
-    LAYERS_ACCEPTED,
     OPTIONS,
     BasesFile,
     LayerPlan,
@@ -46,7 +45,16 @@ from distr_compile.policy.plan import (
 )
 from distr_compile.policy.source import Source, parse
 
-__all__ = ["ENV_VAR", "BasesFile", "LayerPlan", "Policy", "PolicyError", "Rule"]
+__all__ = [
+    "ENV_VAR",
+    "Attended",
+    "BasesFile",
+    "LayerPlan",
+    "Policy",
+    "PolicyError",
+    "Rule",
+    "RuleAudit",
+]
 
 ENV_VAR = "DISTR_POLICY"
 """Environment variable with the path of the policy file to use when none is given."""
@@ -354,23 +362,17 @@ class Policy:
         Raises:
             PolicyError: every rule that names none, each with up to three of the nearest names.
         """
-        names = list(module_names)
-        below_root = [name for name in names if name]
-        errors = []
-        for index, rule in enumerate(self.rule):
-            if any(map(rule.matches, names)):
-                continue
-            wanted = rule.layers.removeprefix("re:").replace("\\", "")
-            near = difflib.get_close_matches(wanted, below_root, n=3, cutoff=0.0)
-            advice = (
-                f"nearest modules: {', '.join(near)}" if near else "the model has no submodules"
-            )
-            got = f'"{rule.layers}", which names no module of the model'
-            errors.append(
-                f"{self.where(index)}: {sentence('layers', got, LAYERS_ACCEPTED, advice)}"
-            )
-        if errors:
-            raise collected(errors)
+        self.audit(module_names).check_names()
+
+    def audit(self, module_names: Iterable[str] | None = None) -> RuleAudit:
+        """What the rules do to a model of which no graph was seen yet.
+
+        Args:
+            module_names: as for :meth:`check_layers`; None where they are not known.
+        """
+        rules = ((self.where(index), rule) for index, rule in enumerate(self.rule))
+        modules = None if module_names is None else tuple(module_names)
+        return RuleAudit(tuple(rules), modules)
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
