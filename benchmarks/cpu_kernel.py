@@ -69,7 +69,7 @@ def arms(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> dict[str, Callable
         "rank d": lambda: cpu_fused.exact_attention(q, k, v, **common),
         "projection G=2": approximate(2, "projection"),
         "projection G=4": approximate(4, "projection"),
-        "calibrated G=2": approximate(2, "calibrated", fixed=(basis, basis)),
+        "calibrated G=2": approximate(2, "calibrated", bases=(basis, basis)),
     }
     if causal:
         calls["strict projection G=2"] = approximate(2, "projection", strict=True)

@@ -121,7 +121,7 @@ class Verification:
         return all(status == "ok" for status in statuses)
 
     def summary(self) -> str:
-        """The totals in one line."""
+        """Say the totals in one line."""
         sites = _totals("attention", [row.status for row in self.rows])
         outputs = _totals("output", [check.status for check in self.outputs])
         return ("ok: " if self.ok else "NOT OK: ") + f"{sites}; {outputs}"
@@ -140,7 +140,7 @@ class Verification:
         return f"<Verification of {self.name}: {self.summary()}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The verification as plain data; an infinite error is "inf"."""
+        """Return the verification as plain data; an infinite error is "inf"."""
         return {
             "schema": SCHEMA_VERSION,
             "name": self.name,
@@ -150,7 +150,7 @@ class Verification:
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The verification as JSON; also written to ``path``.
+        """Return the verification as JSON; it is also written to ``path``.
 
         Raises:
             OSError: the file cannot be written.

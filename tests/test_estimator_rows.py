@@ -82,7 +82,7 @@ def defined(name: str, dtype: torch.dtype = torch.float64, **form: Any) -> Tenso
 
 def on_cpu(name: str, fused: bool, **form: Any) -> Tensor:
     (q, k, v), (mask, options) = inputs(), lowered(name, form)
-    options = OPTIONS | {"estimator": name, "fixed": bases_for(name), "fused": fused} | options
+    options = OPTIONS | {"estimator": name, "bases": bases_for(name), "fused": fused} | options
     return cpu.attention(q, k, v, mask, out=torch.full((1, 2, 50, 24), torch.nan), **options)
 
 

@@ -31,7 +31,7 @@ class Batch:
 
     @classmethod
     def of(cls, item: Any) -> Batch:
-        """``item`` as a batch.
+        """Take ``item`` as a batch.
 
         Args:
             item: a batch; a mapping of keyword arguments, such as a tokenizer's encoding; a tuple
@@ -44,11 +44,11 @@ class Batch:
         return cls(args=item if isinstance(item, tuple) else (item,))
 
     def call(self, model: Callable[..., Any]) -> Any:
-        """The output of ``model`` for the arguments."""
+        """Call ``model`` with the arguments and return its output."""
         return model(*self.args, **self.kwargs)
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with the tensors of the arguments on ``device``; labels stay where they are."""
+        """Return a copy with the arguments' tensors on ``device``; labels stay where they are."""
         args = tuple(_moved(value, device) for value in self.args)
         return Batch(args, _moved(dict(self.kwargs), device), self.labels)
 

@@ -46,7 +46,7 @@ class Metric:
     result: Callable[[Tensor], float]
 
     def loss(self, exact: float, value: float) -> float:
-        """How much worse ``value`` is than ``exact``; negative where it is better.
+        """Say how much worse ``value`` is than ``exact``; negative where it is better.
 
         A share of ``exact`` for metrics with labels. Else the distance from the ideal, and for an
         infinite one (dB) the noise over the signal as a ratio of norms, 10^(-value / 20).

@@ -67,7 +67,7 @@ class Regression:
         return not self.failures
 
     def table(self) -> str:
-        """A line for each policy; the exact model's value of a metric is in brackets."""
+        """Write a line for each policy; the exact model's value of a metric is in brackets."""
         names = list(dict.fromkeys(m for p in self.result.policies.values() for m in p.metrics))
         lines = [
             [self.result.name, policy, f"{item.approximated}/{item.attentions}"]
@@ -79,7 +79,7 @@ class Regression:
         return tabulate(lines, headers, disable_numparse=True)
 
     def failure_table(self) -> str:
-        """A line for each failure: model, policy, layer, metric, baseline, now, tolerance."""
+        """Write a line for each failure: model, policy, layer, metric, baseline, now, tolerance."""
         return baselines.failure_table(self.failures)
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Regression:
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return plain data, as JSON has it."""
         failures = [baselines.strict_json(failure._asdict()) for failure in self.failures]
         return {
             **self.result.to_dict(),

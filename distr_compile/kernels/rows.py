@@ -1,4 +1,4 @@
-"""Rows of Q and K as the estimators take and give them: stacked, in a working dtype, rounded."""
+"""Rows of Q and K, and of their masks: stacked, sliced, in a working dtype, rounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import Tensor
 def stack(Q: Tensor) -> Tensor:
     """``(b, h, rep, l, d)`` to ``(b h, l rep, d)``, rows token by token, in the working dtype."""
     return working(Q.transpose(2, 3)).reshape(-1, Q.shape[2] * Q.shape[3], Q.shape[4])
+
+
+def sliced(mask: Tensor, *ranges: slice) -> Tensor:
+    """The mask in ranges of its leading dimensions, all of those that it is broadcast over."""
+    whole = slice(None)
+    return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=False))]
 
 
 def working(t: Tensor) -> Tensor:

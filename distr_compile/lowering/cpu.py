@@ -31,7 +31,7 @@ from torch import Tensor
 from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.roles import Asked, prefix_edge
-from distr_compile.kernels.rows import stack, working
+from distr_compile.kernels.rows import sliced, stack, working
 from distr_compile.lowering import cpu_fused
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
@@ -54,7 +54,7 @@ FUNCTIONS = ("ONE_BLOCK", "READS_PANELS", "elements", "counted", "bases", "group
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class _Pieces:
     """How one call is cut up: keys per step, tokens per panel and per tile, key heads at a time."""
 
     keys: int
@@ -63,13 +63,13 @@ class _Sizes:
     heads: int
 
 
-def _sizes(block: int, rep: int, num_keys: int, width: int, matrices: int) -> _Sizes:
+def _pieces(block: int, rep: int, num_keys: int, width: int, matrices: int) -> _Pieces:
     """Cut up so that what has one size per head, ``matrices``, and what is cut fit ``CHUNK``."""
     keys = max(1, min(num_keys, KEY_ROWS, CHUNK // width))
     panel = max(1, min(block, PANEL_ROWS // rep, CHUNK // (rep * width)))
     tile = max(1, min(panel, CHUNK // (keys * rep)))
     largest = max(tile * rep * keys, keys * width, panel * rep * width, matrices)
-    return _Sizes(keys, panel, tile, max(1, CHUNK // largest))
+    return _Pieces(keys, panel, tile, max(1, CHUNK // largest))
 
 
 def attention(
@@ -88,7 +88,7 @@ def attention(
     seed: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    fixed: tuple[Tensor, Tensor] | None = None,
+    bases: tuple[Tensor, Tensor] | None = None,
     strict: bool = False,
     fused: bool | None = None,
     out: Tensor,
@@ -113,7 +113,7 @@ def attention(
         seed: names the random numbers of the estimator.
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
         sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
-        fixed: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
+        bases: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
         strict: of ``projection``, the form in which no row depends on later ones.
         fused: whether the fused kernel makes the result; None where it can.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
@@ -129,10 +129,10 @@ def attention(
     block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
     block = max(1, num_queries if module.ONE_BLOCK else min(block, num_queries))
     matrices = module.elements(head_dim, rank)
-    sizes = _sizes(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
+    pieces = _pieces(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
     if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
-        panel = sizes.panel * rep * head_dim if module.READS_PANELS else 0
-        sizes = replace(sizes, heads=max(1, CHUNK // max(panel, matrices)))
+        panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
+        pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
     call = _Call(
         q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block
     )  # fmt: skip
@@ -144,21 +144,21 @@ def attention(
         seed=seed,
         causal_offset=causal_offset if is_causal or strict else None,
         strict=strict,
-        panel=sizes.panel,
-        key_rows=sizes.keys,
+        panel=pieces.panel,
+        key_rows=pieces.keys,
     )
     counts = module.counted(mask, num_queries, num_keys, key_heads, rep, asked)
-    for some in _some_heads(q.shape[0], key_heads, sizes.heads):
+    for some in _some_heads(q.shape[0], key_heads, pieces.heads):
         part = call.part(some)
-        queries, keys = (None if rows is None else _cut(rows, *some) for rows in counts)
-        if fixed is not None:
-            asked = replace(asked, bases=(fixed[0][some[1]], fixed[1][some[1]]))
+        queries, keys = (None if rows is None else sliced(rows, *some) for rows in counts)
+        if bases is not None:
+            asked = replace(asked, bases=(bases[0][some[1]], bases[1][some[1]]))
         if fused:
             groups = module.groups(part.Q, part.K, queries, keys, asked)
             _attend_fused(call, some, part, groups)
         else:
-            bases = module.bases(part.Q, part.K, queries, keys, asked)
-            _attend_blocks(call, part, bases, sizes)
+            made = module.bases(part.Q, part.K, queries, keys, asked)
+            _attend_blocks(call, part, made, pieces)
     return out
 
 
@@ -199,7 +199,7 @@ class _Call:
         K, V = (t[some if t.shape[0] > 1 else (slice(None), some[1])] for t in (self.k, self.v))
         mask, sinks = self.mask, self.sinks
         if mask is not None:
-            mask = _cut(_split_mask_heads(mask, key_heads, Q.shape[2]), *some)
+            mask = sliced(_split_mask_heads(mask, key_heads, Q.shape[2]), *some)
         if sinks is not None:
             sinks = _split_sinks(sinks, self.q.dtype, key_heads)[some[1]]
         return _Heads(Q, K, V, mask, sinks, self.softcap, out)
@@ -213,7 +213,7 @@ def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group
         call.q[wide],
         part.K,
         part.V,
-        None if call.mask is None else _cut(_four_dimensions(call.mask), *wide),
+        None if call.mask is None else sliced(_four_dimensions(call.mask), *wide),
         None if call.sinks is None else call.sinks[wide[1]],
         groups,
         block=call.block,
@@ -227,7 +227,7 @@ def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group
 
 
 def _attend_blocks(
-    call: _Call, part: _Heads, bases: Iterator[tuple[Tensor, Tensor]], sizes: _Sizes
+    call: _Call, part: _Heads, bases: Iterator[tuple[Tensor, Tensor]], pieces: _Pieces
 ) -> None:
     """Fill the output of some heads by PyTorch's products, block by block."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
@@ -235,9 +235,9 @@ def _attend_blocks(
     for start, (A, B) in zip(range(0, num_queries, call.block), bases, strict=False):
         stop = min(start + call.block, num_queries)
         edge = prefix_edge(start, num_keys, call.causal_offset) if call.strict else num_keys
-        for first in range(start, stop, sizes.panel):
-            last = min(first + sizes.panel, stop)
-            _attend_panel(part, first, last, A, B, call.scale, edge, limit, sizes)
+        for first in range(start, stop, pieces.panel):
+            last = min(first + pieces.panel, stop)
+            _attend_panel(part, first, last, A, B, call.scale, edge, limit, pieces)
 
 
 @dataclass(frozen=True)
@@ -275,12 +275,6 @@ def _split_sinks(sinks: Tensor, dtype: torch.dtype, key_heads: int) -> Tensor:
     return split.to(torch.promote_types(dtype, torch.float32))
 
 
-def _cut(mask: Tensor, *ranges: slice) -> Tensor:
-    """Slice the leading dimensions of a mask, leaving alone those it is broadcast over."""
-    whole = slice(None)
-    return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=False))]
-
-
 def _attend_panel(
     part: _Heads,
     first: int,
@@ -290,7 +284,7 @@ def _attend_panel(
     scale: float,
     edge: int,
     causal_offset: int | None,
-    sizes: _Sizes,
+    pieces: _Pieces,
 ) -> None:
     """Fill ``part.out`` for query rows ``first`` to ``last``, one pass over the keys.
 
@@ -320,15 +314,15 @@ def _attend_panel(
     O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
 
     no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
-    chunks = [*range(0, min(edge, end), sizes.keys), *range(edge, end, sizes.keys), end]
+    chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
     at_once = len(chunks) == 2 and no_empty_row and part.sinks is None
     for key, key_stop in itertools.pairwise(chunks):
         V = _units(part.V[..., key:key_stop, :], b)
         left, right = Q, _units(part.K[..., key:key_stop, :], b)
         if key < edge:
             left, right = Qhat, torch.bmm(right, B)
-        for token in range(first, last, sizes.tile):
-            token_stop = min(token + sizes.tile, last)
+        for token in range(first, last, pieces.tile):
+            token_stop = min(token + pieces.tile, last)
             seen = key_stop if causal_offset is None else min(key_stop, token_stop + causal_offset)
             if seen <= key:
                 continue
@@ -340,7 +334,7 @@ def _attend_panel(
             if part.mask is not None:
                 whole = slice(None)
                 ranges = (whole, whole, slice(token, token_stop), whole, slice(key, seen))
-                _apply_mask(view, _cut(part.mask, *ranges))
+                _apply_mask(view, sliced(part.mask, *ranges))
             if causal_offset is not None:
                 _apply_causal(view, token + causal_offset - key)
 
@@ -402,7 +396,7 @@ def run(call: Call, *, fused: bool) -> None:
         seed=approximation.seed,
         softcap=scores.softcap,
         sinks=call.sinks,
-        fixed=call.bases,
+        bases=call.bases,
         strict=approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix",
         fused=fused,
         out=call.out,

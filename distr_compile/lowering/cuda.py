@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
+from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
@@ -158,7 +159,7 @@ def _attend(
             Qhat,
             Khat,
             V,
-            None if mask is None else _cut(mask, chunk.batch, chunk.heads, rows, slice(seen)),
+            None if mask is None else sliced(mask, chunk.batch, chunk.heads, rows, slice(seen)),
             None if sinks is None else sinks[chunk.heads],
             scale=scale,
             is_causal=causal_offset is not None,
@@ -253,7 +254,7 @@ class _Strict:
 
         V, mask = _of_key_heads(self.v, chunk)[:, :, keys], self.mask
         if mask is not None:
-            mask = _cut(mask, chunk.batch, chunk.heads, rows, keys)
+            mask = sliced(mask, chunk.batch, chunk.heads, rows, keys)
         attention_fwd(Q, K, V, mask, grouping_block=self.block, **options)
 
 
@@ -356,7 +357,7 @@ def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor
             yield None
         else:
             within = (slice(None),) * (rows.dim() - 3)
-            yield _cut(rows, chunk.batch, chunk.key_heads, *within, place)
+            yield sliced(rows, chunk.batch, chunk.key_heads, *within, place)
 
 
 def _chunks(
@@ -398,12 +399,6 @@ def _chunks(
                     slice(h, last),
                     slice(row, min(row + some_rows, num_queries)),
                 )
-
-
-def _cut(mask: Tensor, *ranges: slice) -> Tensor:
-    """Slice a mask, leaving alone the dimensions it is broadcast over."""
-    whole = slice(None)
-    return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=True))]
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

@@ -147,7 +147,7 @@ class Policy:
 
     @classmethod
     def from_any(cls, policy: str | os.PathLike[str] | Mapping[str, Any] | Policy | None) -> Policy:
-        """A policy from whatever the user gave: a path, a dict, a policy, or nothing.
+        """Make a policy of whatever the user gave: a path, a dict, a policy, or nothing.
 
         Args:
             policy: a path is loaded; a dict has the shape of the file, ``{"default": {...}, "rule":
@@ -192,13 +192,13 @@ class Policy:
             temporary.unlink(missing_ok=True)
 
     def to_toml(self) -> str:
-        """The text :meth:`save` writes."""
+        """Return the text that :meth:`save` writes."""
         if self._source is not None:
             return self._source.text
         return tomlkit.dumps({key: value for key, value in self.to_dict().items() if value})
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as plain data, every default spelled out; :meth:`from_any` reads it back."""
+        """Return plain data with every default spelled out; :meth:`from_any` reads it back."""
         tables: dict[str, Any] = {
             "default": plain_data(self.default),
             "rule": [rule.to_dict() for rule in self.rule],
@@ -212,7 +212,7 @@ class Policy:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def with_default(self, **fields: object) -> Policy:
-        """A copy with fields of the default replaced; a file's comments and layout are kept.
+        """Return a copy with changed fields in the default; a file's comments and layout are kept.
 
         Raises:
             PolicyError: an unknown field or a value that is not accepted.
@@ -221,7 +221,7 @@ class Policy:
         return changed._edited_from(self, lambda text: text_with_default(text, fields))
 
     def with_rule(self, layers: str, **fields: object) -> Policy:
-        """A copy with one more rule at the end; a file's comments and layout are kept.
+        """Return a copy with one more rule; a file's comments and layout are kept.
 
         Raises:
             PolicyError: a bad pattern, no field, an unknown field or a value that is not accepted.
@@ -231,7 +231,7 @@ class Policy:
         return changed._edited_from(self, lambda text: text_with_rule(text, rule))
 
     def without_timing(self) -> Policy:
-        """The same policy where nothing hangs on how fast a machine is.
+        """Return the same policy where nothing hangs on how fast a machine is.
 
         ``min_seq_len = "auto"`` becomes 0, and ``exact = "auto"`` "sdpa"; in its own file nothing
         changes.
@@ -257,7 +257,7 @@ class Policy:
         return "auto" in lengths
 
     def with_bases(self, path: str | os.PathLike[str], sha256: str) -> Policy:
-        """A copy with the table ``[bases]`` set; a file's comments and layout are kept.
+        """Return a copy with the table ``[bases]``; a file's comments and layout are kept.
 
         Args:
             path: of the bases, as seen from the working directory; what is written is relative to
@@ -278,7 +278,7 @@ class Policy:
         return None if self.bases is None else Path(self._folder, self.bases.file)
 
     def read_bases(self) -> bytes:
-        """The bytes of the file of bases, which has the checksum that the policy says.
+        """Read the file of bases, which must have the checksum that the policy says.
 
         Raises:
             PolicyError: there is no ``[bases]``, no such file, or one of another checksum.
@@ -321,11 +321,11 @@ class Policy:
         return written
 
     def rules_matching(self, layer: str) -> tuple[int, ...]:
-        """0-based indices of the rules that name the module ``layer``, in order."""
+        """Return the 0-based indices of the rules that name the module ``layer``, in order."""
         return tuple(i for i, rule in enumerate(self.rule) if rule.matches(layer))
 
     def resolve(self, layer: str) -> LayerPlan:
-        """The plan of the module ``layer``, its full dotted name as in ``named_modules()``.
+        """Return the plan of the module ``layer``, a full dotted name as in ``named_modules()``.
 
         Raises:
             PolicyError: the rules that name the layer come to rounds its estimator does not take.
@@ -343,11 +343,11 @@ class Policy:
         return LayerPlan(**fields, rule=matching)
 
     def where(self, index: int) -> str:
-        """The place of ``rule[index]`` for messages: ``distr.toml:7 (rule 2)``, or ``rule 2``."""
+        """Say where ``rule[index]`` stands: ``distr.toml:7 (rule 2)``, or ``rule 2``."""
         return self._place(("rule", index))
 
     def place_of_bases(self) -> str:
-        """The place of the bases' file for messages: ``distr.toml:9 (bases)``, or ``bases``."""
+        """Say where the file of bases is named: ``distr.toml:9 (bases)``, or ``bases``."""
         return self._place(("bases", "file"))
 
     def _place(self, path: KeyPath) -> str:
@@ -376,5 +376,5 @@ class Policy:
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
-        """JSON schema (draft 2020-12) of the policy file, for TOML editors."""
+        """Return the JSON schema (draft 2020-12) of the policy file, for TOML editors."""
         return document.json_schema()

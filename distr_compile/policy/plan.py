@@ -178,7 +178,7 @@ class Rule:
         return _compiled(self.layers).fullmatch(layer) is not None
 
     def to_dict(self) -> dict[str, int | str]:
-        """The rule as it stands in a policy file."""
+        """Return the rule as it stands in a policy file."""
         return {"layers": self.layers, **dict(self.fields)}
 
 

@@ -123,7 +123,7 @@ def record(
 
 
 def report(obj: Any) -> Report:
-    """The report of everything compiled with ``backend="distr"`` for ``obj`` up to now.
+    """Return the report of all that was compiled with ``backend="distr"`` for ``obj`` up to now.
 
     Where one module was compiled under several policies, the report of what ``torch.compile``
     returned is of its own policy, and that of the module itself of the policy compiled last.

@@ -83,7 +83,7 @@ class Report:
         return 100.0 * sum(row.flops for row in self.rows if row.decision == "distr") / total
 
     def summary(self) -> str:
-        """The totals in one line."""
+        """Say the totals in one line."""
         if not self.parts and self.graphs_without_attention:
             return f"no attention in {table.count(self.graphs_without_attention, 'compiled graph')}"
         percent = self.flops_approximated_percent
@@ -96,7 +96,7 @@ class Report:
         return "; ".join(parts)
 
     def table(self, fold: bool = True, width: int = table.WIDTH) -> str:
-        """The report as text.
+        """Return the report as text.
 
         Args:
             fold: write rows that differ only in one number of the layer's name as one line,
@@ -125,7 +125,7 @@ class Report:
         return f"<Report {self.name or 'of a compile'}: {self.summary()}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data; run-time counters as they are now."""
+        """Return the report as plain data; run-time counters are as they are now."""
         return {
             "schema": SCHEMA_VERSION,
             "name": self.name,
@@ -144,7 +144,7 @@ class Report:
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON; also written to ``path``, whole or not at all.
+        """Return the report as JSON; it is also written to ``path``, whole or not at all.
 
         Raises:
             OSError: the folder of ``path`` does not exist or cannot be written.

@@ -36,7 +36,7 @@ _SMALLEST_SCALE = 2.0**-12
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``calibrate`` made.
+    """Bases that ``calibrate`` has made, and the file that holds them.
 
     Attributes:
         path: of the file of bases.
@@ -51,7 +51,7 @@ class Calibration:
     refused: Mapping[str, str]
 
     def policy_lines(self, policy_folder: str | os.PathLike[str] = os.curdir) -> str:
-        """The table ``[bases]`` for a policy file in ``policy_folder``."""
+        """Return the table ``[bases]`` for a policy file in ``policy_folder``."""
         file = Path(os.path.relpath(self.path, policy_folder or os.curdir)).as_posix()
         return tomlkit.dumps({"bases": {"file": file, "sha256": self.sha256}})
 

@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The result.
+    """What ``tune`` found: a policy, what it costs and loses, and the points beside it.
 
     Attributes:
         policy: the policy.
@@ -98,7 +98,7 @@ class Tuning:
         return bool(self.chosen.setting)
 
     def table(self) -> str:
-        """The frontier: a line for each point, by falling cost."""
+        """Write the frontier: a line for each point, by falling cost."""
         rows = [
             [
                 point.name,
@@ -118,7 +118,7 @@ class Tuning:
         return "\n".join([self.table(), "", *self.summary(), *self.notes])
 
     def summary(self) -> list[str]:
-        """Sentences: the losses on both halves and the cost."""
+        """Say in sentences the losses on both halves and the cost."""
         found = [
             f"Metric {self.metric.name}, budget {self.budget:g}"
             f"{' of its exact value' if self.metric.ideal is None else ''}.",
@@ -137,7 +137,7 @@ class Tuning:
         return [*found, *_refused_lines(self.refused)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return plain data, as JSON has it."""
         return {
             "policy": self.policy.to_dict(),
             "metric": self.metric.name,

@@ -188,7 +188,7 @@ class _Call:
     def cut(self) -> tuple[int, int, int, int]:
         """Chunks of a block of Q, chunks of K, partial matrices and their sums; see ``_cut``."""
         num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
-        return _cut(num_rows, num_keys, self.block, self.rep, self.is_causal, self.earlier)
+        return _chunk_counts(num_rows, num_keys, self.block, self.rep, self.is_causal, self.earlier)
 
 
 def _prepared(
@@ -425,7 +425,7 @@ def workspace_bytes(
     """
     matrix = 4 * padded(head_dim, LEAST_WIDTH) ** 2
     panels = padded(head_dim, LEAST_WIDTH) * cdiv(rank, PANEL) * PANEL
-    query_chunks, key_chunks, _, _ = _cut(rows, num_keys, rows, rep, False)
+    query_chunks, key_chunks, _, _ = _chunk_counts(rows, num_keys, rows, rep, False)
     parts = element_bytes * (1 if element_bytes == 4 else 2)
     # In the strict form those of all earlier blocks are there, however few blocks are made.
     chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
@@ -435,12 +435,12 @@ def workspace_bytes(
     )
 
 
-def _cut(
+def _chunk_counts(
     num_rows: int, num_keys: int, block: int, rep: int, is_causal: bool, earlier: int = 0
 ) -> tuple[int, int, int, int]:
     """Chunks of a block of Q, chunks of K, partial matrices and sums of them, of one key head.
 
-    The cut of a block and of K does not depend on what else is in the call.
+    The chunks of a block and of K do not depend on what else is in the call.
     """
     num_blocks = cdiv(num_rows, block)
     query_chunks = cdiv((block if earlier else min(block, num_rows)) * rep, CHUNK_ROWS)

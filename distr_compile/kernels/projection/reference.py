@@ -171,8 +171,8 @@ def counted_before(
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         before, edge = edge, prefix_edge(stop, num_keys, causal_offset)
-        queries = _any_seen(_cut(_cut(mask, -2, start, stop), -1, 0, edge), -1)
-        keys = _any_seen(_cut(_cut(mask, -2, 0, stop), -1, before, edge), -2).any(2)
+        queries = _any_seen(_narrowed(_narrowed(mask, -2, start, stop), -1, 0, edge), -1)
+        keys = _any_seen(_narrowed(_narrowed(mask, -2, 0, stop), -1, before, edge), -2).any(2)
         query_parts.append(queries.expand(-1, -1, rep, stop - start))
         key_parts.append(keys.expand(-1, -1, edge - before))
     key_parts.append(key_parts[0].new_zeros(*key_parts[0].shape[:2], num_keys - edge))
@@ -196,7 +196,7 @@ def _any_seen(mask: Tensor, dim: int) -> Tensor:
     return mask.amax(dim) > torch.finfo(mask.dtype).min / 2
 
 
-def _cut(mask: Tensor, dim: int, start: int, stop: int) -> Tensor:
+def _narrowed(mask: Tensor, dim: int, start: int, stop: int) -> Tensor:
     """Part of a dimension, unless it is broadcast."""
     return mask if mask.shape[dim] == 1 else mask.narrow(dim, start, stop - start)
 
