@@ -110,7 +110,8 @@ def test_tests_with_a_result_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = "tests/lowering/test_choose.py"
-    monkeypatch.setattr(gpu, "CPU_TESTS", (file, "-k", "out_of_memory_is_raised or memory_that_a_cpu"))
+    chosen = "out_of_memory_is_raised or memory_that_a_cpu"
+    monkeypatch.setattr(gpu, "CPU_TESTS", (file, "-k", chosen))
     path = tmp_path / "tests.json"
     known = f"{file}::test_out_of_memory_is_raised_and_not_remembered"
     environment = describe("cpu", TESTED)

@@ -109,5 +109,5 @@ def test_the_shape_of_tensors() -> None:
     plain = Shape(2, 4, 2, 7, 9, 32, 16, True, None, torch.float32, cpu)
     assert Shape.of(q, k, v, None, True) == plain
     mask = torch.ones(7, 9, dtype=torch.bool)
-    masked = plain._replace(mask=((7, 9), torch.bool), is_causal=False)
+    masked = plain._replace(mask=((1, 1, 7, 9), torch.bool), is_causal=False)
     assert Shape.of(q, k, v, mask, False) == masked

@@ -1,22 +1,16 @@
-"""What is faster: how it is measured, when it is not, and how the answer is kept."""
+"""What is faster: how it is measured, and when it is not."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import judge as judging
@@ -24,7 +18,6 @@ from distr_compile.lowering import measure, stored
 from distr_compile.lowering.call import BHND, Approximation, Shape
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import DISTR, EXACT, SDPA, Measured, Race
-from distr_compile.lowering.spelling import SpellingError, read_call, spelled
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 4, 2, 200, 160, 64, 48, False, None, torch.float32, CPU)
@@ -32,84 +25,6 @@ HALF = Approximation("projection", 32)
 
 FAST = Race({SDPA: 4e-3, DISTR: 2e-3}, "d", 1.4, 7, 4)
 SLOW = dataclasses.replace(FAST, gain=0.8)
-
-# --- a call as text -----------------------------------------------------------------------------
-
-sizes = st.integers(1, 9000)
-orders = st.tuples(st.permutations([1, 2, 3]), st.booleans()).map(
-    lambda drawn: (0, *((~i if i == 1 and drawn[1] else i) for i in drawn[0]))
-)
-masks = st.one_of(
-    st.none(),
-    st.tuples(st.tuples(sizes, sizes, sizes, sizes), st.sampled_from([torch.bool, torch.bfloat16])),
-)
-shapes = st.builds(
-    lambda rep, key_heads, is_causal, offset, **rest: Shape(
-        num_heads=rep * key_heads,
-        num_key_heads=key_heads,
-        is_causal=is_causal,
-        causal_offset=offset if is_causal else 0,
-        device=CPU,
-        **rest,
-    ),
-    rep=st.integers(1, 8),
-    key_heads=st.integers(1, 8),
-    is_causal=st.booleans(),
-    offset=st.integers(-50, 50),
-    batch=sizes,
-    num_queries=sizes,
-    num_keys=sizes,
-    head_dim=sizes,
-    value_dim=sizes,
-    mask=masks,
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    softcap=st.booleans(),
-    sinks=st.booleans(),
-    order=st.tuples(orders, orders, orders),
-)
-approximations = st.one_of(
-    st.none(),
-    st.builds(
-        Approximation,
-        estimator=st.sampled_from(list(ESTIMATORS)),
-        rank=st.integers(16, 128),
-        block=st.integers(0, 4096),
-        rounds=st.integers(1, 2),
-        strict=st.booleans(),
-    ),
-)
-
-
-@given(shapes, approximations)
-@settings(max_examples=200, deadline=None)
-def test_a_spelled_call_is_read_again(shape: Shape, approximation: Approximation | None) -> None:
-    assert read_call(spelled(shape, approximation)) == (shape, approximation)
-
-
-def test_the_usual_is_left_out() -> None:
-    text = "q=2x4x200x64 k=2x2x160 v=48 dtype=float32 device=cpu estimator=projection rank=32"
-    assert spelled(SHAPE, HALF) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "got no q, k, v, dtype"),
-        ("q=1x2x3x4", "got no k, v, dtype"),
-        ("q=1x2x3 k=1x2x3 v=4 dtype=float32", "1x2x3 must be 4 sizes"),
-        ("q=1x2x3x4 k=1x2x3 v=4 dtype=floot", "floot is no dtype"),
-        ("q=1x2x3x4 k=1x0x3 v=4 dtype=float32", "1x0x3 must be 3 sizes of at least 1"),
-        ("q=1x3x3x4 k=1x2x3 v=4 dtype=float32", "2 key heads do not divide 3 heads"),
-        ("q=1x2x3x4 k=1x2x3 v=4 dtype=float32 estimator=lsh", "lsh"),
-        ("q=1x2x3x4 k=1x2x3 v=4 dtype=float32 estimator=projection", "needs a rank"),
-        ("q=1x2x3x4 k=1x2x3 v=4 dtype=float32 casual", "got 'casual'; accepted: q=, k="),
-        ("q=1x2x3x4 k=1x2x3 v=4 dtype=float32 order=bhnd,bhnd,bhnn", "three permutations"),
-    ],
-)
-def test_what_is_no_call(text: str, said: str) -> None:
-    with pytest.raises(SpellingError, match=said):
-        read_call(text)
-
 
 # --- measuring ----------------------------------------------------------------------------------
 
@@ -265,6 +180,17 @@ def test_measuring_under_inference_mode() -> None:
     with torch.inference_mode():
         assert isinstance(measure.race(SHAPE, HALF), Race)
         assert torch.is_inference_mode_enabled()
+
+
+def test_a_random_mask_hides_nothing() -> None:
+    """What is timed is full work: an all-True mask, a bias of zeros."""
+    for dtype in (torch.bool, torch.float32):
+        shape = SHAPE._replace(mask=((2, 4, 200, 160), dtype))
+        q, k, v, mask = measure.inputs(shape, 2)
+        assert mask is not None
+        got = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        wanted = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        torch.testing.assert_close(got, wanted)
 
 
 # --- the judge ----------------------------------------------------------------------------------
@@ -512,124 +438,3 @@ def test_a_mask_has_the_sizes_of_its_call() -> None:
     masked = SHAPE._replace(mask=((2, 1, 200, 160), torch.bool))
     assert masked.resized({"num_queries": 7}).mask == ((2, 1, 7, 160), torch.bool)
     assert masked.resized({"num_keys": 7}).mask == ((2, 1, 200, 7), torch.bool)
-
-
-# --- what is stored -----------------------------------------------------------------------------
-
-
-def test_a_file_says_what_it_is_of(may_measure: Path) -> None:
-    stored.store(SHAPE, HALF, SDPA, FAST)
-    (path,) = may_measure.glob("*.json")
-    said = json.loads(path.read_text())
-    assert said["key"]["call"] == spelled(SHAPE, HALF)
-    assert said["key"]["torch"] == torch.__version__
-    assert said["race"]["seconds"] == dict(FAST.seconds)
-
-
-@pytest.mark.parametrize("spoil", ["", "{}", '{"key": 1, "race": {}}', "[" * 9, None])
-def test_what_is_no_answer_is_written_anew(may_measure: Path, spoil: str | None) -> None:
-    stored.store(SHAPE, HALF, SDPA, SLOW)
-    (path,) = may_measure.glob("*.json")
-    text = path.read_text()
-    path.write_text(text.replace('"gain": 0.8', '"gain": "0.8"') if spoil is None else spoil)
-    stored.forget()
-    assert stored.load(SHAPE, HALF, SDPA) is None
-    assert stored.store(SHAPE, HALF, SDPA, FAST) == FAST
-    stored.forget()
-    assert stored.load(SHAPE, HALF, SDPA) == FAST
-
-
-def test_an_error_of_reading_costs_no_answer(
-    may_measure: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored.store(SHAPE, HALF, SDPA, FAST)
-    stored.forget()
-
-    def fail(*_: Any) -> None:
-        raise OSError(24, "Too many open files")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stored.build, "refuse_others", fail)
-        assert stored.load(SHAPE, HALF, SDPA) is None
-        assert stored.store(SHAPE, HALF, SDPA, SLOW) == SLOW
-    stored.forget()
-    assert stored.load(SHAPE, HALF, SDPA) == FAST
-
-
-def test_others_may_not_write_an_answer(may_measure: Path) -> None:
-    stored.store(SHAPE, HALF, SDPA, FAST)
-    (path,) = may_measure.glob("*.json")
-    path.chmod(0o666)
-    stored.forget()
-    assert stored.load(SHAPE, HALF, SDPA) is None
-
-
-def test_without_a_folder_the_process_decides_once(
-    may_measure: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored, "folder", lambda: None)
-    assert stored.store(SHAPE, HALF, SDPA, FAST) == FAST
-    assert stored.store(SHAPE, HALF, SDPA, SLOW) == FAST
-    assert stored.load(SHAPE, HALF, SDPA) == FAST
-
-
-def _race(folder: Path, number: int, results: Any) -> None:
-    stored.folder = lambda: folder
-    stored.forget()
-    mine = dataclasses.replace(FAST, rounds=number)
-    while time.time() < results["start"]:
-        pass
-    results[number] = stored.store(SHAPE, HALF, SDPA, mine).rounds
-
-
-def test_the_first_process_that_writes_wins(may_measure: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    with context.Manager() as manager:
-        results = manager.dict({"start": time.time() + 0.5})
-        racers = [context.Process(target=_race, args=(may_measure, n, results)) for n in range(8)]
-        for racer in racers:
-            racer.start()
-        for racer in racers:
-            racer.join()
-        found = dict(results)
-    del found["start"]
-    assert len(found) == 8
-    (winner,) = set(found.values())
-    stored.forget()
-    kept = stored.load(SHAPE, HALF, SDPA)
-    assert kept is not None
-    assert kept.rounds == winner
-    assert len(list(may_measure.glob("*.json"))) == 1
-    assert not list(may_measure.glob("*.tmp"))
-
-
-def test_the_folder_is_ours_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    folder = stored.build.cache_folder(stored.FOLDER)
-    assert folder.parent == tmp_path
-    assert folder.stat().st_mode & 0o077 == 0
-    os.chmod(folder, 0o777)
-    with pytest.raises(stored.build.UnavailableError, match="others may write"):
-        stored.build.cache_folder(stored.FOLDER)
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_one_thread")
-def test_a_random_mask_hides_nothing() -> None:
-    """What is timed is full work: an all-True mask, a bias of zeros."""
-    for dtype in (torch.bool, torch.float32):
-        shape = SHAPE._replace(mask=((2, 4, 200, 160), dtype))
-        q, k, v, mask = measure.inputs(shape, 2)
-        assert mask is not None
-        got = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        wanted = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        torch.testing.assert_close(got, wanted)
