@@ -55,7 +55,7 @@ def shape_of(dtype: torch.dtype, d: int, tokens: int, kind: str) -> Shape:
 
 def again(shape: Shape, approximation: Approximation, seconds: float) -> dict[str, list[float]]:
     """Seconds of the whole call by each candidate, in turn."""
-    with measuring.undisturbed(shape.device):
+    with measuring.undisturbed(shape):
         arms = measuring.arms(shape, approximation, shape.num_key_heads)
         return cpu_kernel.measure(arms, ROUNDS, seconds)
 

@@ -37,6 +37,9 @@ CALL_S = 2.0
 SLICE_BYTES = 256 << 20
 """Most bytes of inputs and outputs of what is timed."""
 
+SLICE_S = 2e-2
+"""Least time of a round on a CPU, if the call has so many heads."""
+
 SAMPLE_S = 2e-3
 """Least time of a sample: shorter calls are repeated."""
 
@@ -149,10 +152,12 @@ def race(
     with undisturbed(shape):
         pair = _pair(shape, approximation, against, 1)
         rounds = [_round(pair, shape.device, 1)]
+        if sum(rounds[0].values()) * ROUNDS > bound:  # the first touches its memory
+            rounds = [_round(pair, shape.device, 1)]
         taken = sum(rounds[0].values())
         if taken * ROUNDS > bound:
             return _too_long(taken * ROUNDS, bound)
-        count = _units_at_once(shape, units, bound / (ROUNDS + 2) / taken)
+        count = _units_at_once(shape, units, bound / (ROUNDS + 2) / taken, taken)
         if count > 1:
             pair = _pair(shape, approximation, against, count)
             _round(pair, shape.device, 1)  # memory is touched for the first time
@@ -216,12 +221,22 @@ def _too_long(seconds: float, bound: float) -> str:
     return f"it takes about {seconds:.2g} s, more than {bound:.3g} s"
 
 
-def _units_at_once(shape: Shape, units: int, affordable: float) -> int:
-    """Key heads to time together: a multiple of the threads, as far as time and memory go."""
-    step = torch.get_num_threads() if shape.device.type == "cpu" else 16
+def _units_at_once(shape: Shape, units: int, affordable: float, seconds: float) -> int:
+    """Key heads to time together: a multiple of the threads, as far as time and memory go.
+
+    Args:
+        shape: of the call.
+        units: key heads of all batches.
+        affordable: how many of them there is time for.
+        seconds: of a round with one of them.
+    """
     fits = max(1, min(units, SLICE_BYTES // _bytes(shape, 1)))
-    # A CPU's time is proportional from there on, a GPU has to be filled first.
-    most = min(fits, step) if shape.device.type == "cpu" else fits
+    most = fits
+    if shape.device.type == "cpu":  # a GPU has to be filled
+        threads = torch.get_num_threads()
+        # The host's own time for a call does not grow with the heads.
+        enough = math.ceil(SLICE_S / seconds / threads) * threads
+        most = min(fits, enough)
     return most if most <= affordable else 1
 
 

@@ -107,11 +107,21 @@ def test_the_lower_quartile_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slice_is_scaled_to_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    scripted(monkeypatch, {arm: [1e-2] for arm in (SDPA, EXACT, DISTR)}, warming=0)
+    scripted(monkeypatch, {arm: [2e-2] for arm in (SDPA, EXACT, DISTR)}, warming=0)
     found = measure.race(SHAPE._replace(batch=8, num_heads=12, num_key_heads=6), HALF)
     assert isinstance(found, Race)
     assert found.heads == 2 * 2  # key heads of the slice, and query heads of each
-    assert found.seconds[SDPA] == pytest.approx(1e-2 * 8 * 6 / 2)
+    assert found.seconds[SDPA] == pytest.approx(2e-2 * 8 * 6 / 2)
+
+
+def test_a_short_call_is_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host takes for a call is not in proportion to its heads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    scripted(monkeypatch, {arm: [1e-4] for arm in (SDPA, EXACT, DISTR)}, warming=0)
+    found = measure.race(SHAPE._replace(batch=2, num_heads=12, num_key_heads=6), HALF)
+    assert isinstance(found, Race)
+    assert found.heads == 2 * 12
+    assert found.seconds[SDPA] == pytest.approx(1e-4)
 
 
 def test_what_takes_too_long_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
