@@ -203,22 +203,25 @@ class _Site:
         plan = self.decision.plan
         ours = plan.exact == "auto" and self._may_be_ours
         watch = Stopwatch(judge if plan.min_seq_len == "auto" else None, ours)
-        if self.decision.is_distr:
-            try:
-                self._write(watch, change)
-            except RefusedError as refused:
-                reason = Reason(refused.code, refused.text)
-                self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
-        watch.judge = judge
+        refused = self._refused(watch, change) if self.decision.is_distr else None
+        if refused is not None:
+            reason = Reason(refused.code, refused.text)
+            self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
         if not self.decision.is_distr and plan.exact != "keep":
-            try:
-                if judge is None or not ours:
-                    raise RefusedError("not-faster", "nothing is asked")
-                self._write(watch, change)
-            except RefusedError:
+            watch.judge = judge
+            asks = ours and judge is not None
+            if not asks or self._refused(watch, change) is not None:
                 is_sdpa = rewrite_exact(self.graph, self.found, change=change)
                 self.kernel = "sdpa" if is_sdpa else None
         self.measured = watch.measured
+
+    def _refused(self, watch: Stopwatch, change: bool) -> RefusedError | None:
+        """Write the op in the site's place; why it cannot be, where it cannot."""
+        try:
+            self._write(watch, change)
+        except RefusedError as refused:
+            return refused
+        return None
 
     def _write(self, watch: Stopwatch, change: bool) -> None:
         bases = self.bases if self.decision.is_distr else None

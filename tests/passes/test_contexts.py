@@ -395,10 +395,10 @@ def test_nested_compile_region(is_exact: bool) -> None:
         ({"group_size": 4, "min_seq_len": 0}, {}, {"rank"}),
         ({"group_size": 2, "min_seq_len": 17}, {}, set()),
         ({"group_size": 2, "min_seq_len": 18}, {}, {"min-seq-len"}),
-        ({"group_size": 2}, {}, {"not-faster"}),
+        ({"group_size": 2}, {}, set()),  # whether it is faster is asked where a model compiles
         ({"group_size": 2, "min_seq_len": 0}, {"q": (B, H, 15, WIDTH)}, {"decode"}),
         ({"group_size": 2, "min_seq_len": 0}, {"q": (B, H, 16, WIDTH)}, set()),
-        ({"group_size": 3}, {"q": (B, H, 1, WIDTH)}, {"rank", "decode", "not-faster"}),
+        ({"group_size": 3}, {"q": (B, H, 1, WIDTH)}, {"rank", "decode"}),
     ],
 )
 def test_every_reason_is_collected(
