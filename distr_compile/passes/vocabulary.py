@@ -201,7 +201,13 @@ def is_tensor(arg: Any) -> bool:
 def shape_of(node: Any) -> tuple[Any, ...]:
     """Sizes of a node's tensor; ints or SymInts. ``()`` if it is no tensor."""
     value = tensor_of(node)
-    return tuple(value.shape) if value is not None else ()
+    return tuple(map(_settled, value.shape)) if value is not None else ()
+
+
+def _settled(size: Any) -> Any:
+    """The number that a symbol was found to be meanwhile, by a guard that is there already."""
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if number is None else number
 
 
 def hint(size: Any) -> int:
