@@ -229,7 +229,7 @@ def test_compiler_that_fails(
 
 def test_lock_held_too_long(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "LIMIT_S", 0.2)
-    with build._locked(build.cache_folder()):
+    with build.locked(build.cache_folder()):
         works_without("held")
 
 
