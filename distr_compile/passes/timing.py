@@ -32,22 +32,27 @@ class Stopwatch:
     judge: Judge | None
     ours: bool = True
     measured: Measured | None = None
-    kernel: str = ""
+    kernel: str | None = None
 
-    def least_length(self, shape: Shape, approximation: Approximation, moving: list[str]) -> int:
+    def least_length(
+        self, shape: Shape | None, approximation: Approximation, moving: list[str]
+    ) -> int:
         """The length from which on to approximate; 0 for any.
 
         Args:
-            shape: of the call, with hints in the place of symbolic sizes.
+            shape: of the call, with hints in the place of symbolic sizes; None if unknown.
             approximation: of the call.
             moving: which of ``num_queries`` and ``num_keys`` is symbolic.
 
         Raises:
             RefusedError: exact attention is faster, or nobody knows.
         """
-        self.kernel = choose.name_of(shape, approximation)
+        if shape is not None:
+            self.kernel = choose.name_of(shape, approximation)
         if self.judge is None:
             return 0
+        if shape is None:
+            raise RefusedError("not-measured", "the shapes of the operands are not known")
         length = 0
         found: Measured | str
         if moving:
@@ -63,12 +68,14 @@ class Stopwatch:
             raise RefusedError("not-faster", text)
         return length
 
-    def prefer_ours(self, shape: Shape) -> None:
+    def prefer_ours(self, shape: Shape | None) -> None:
         """Let exact attention run in our kernel, if that is faster.
 
         Raises:
             RefusedError: SDPA is faster, or nobody knows.
         """
+        if shape is None:
+            raise RefusedError("not-measured", "the shapes of the operands are not known")
         self.kernel = choose.name_of(shape, Approximation.none(shape.head_dim))
         if self.judge is not None and (self.measured is None or self.measured.exact is None):
             found = self.judge(shape, None)
@@ -88,14 +95,16 @@ def shape_of_call(
     scores: Scores,
     dtype: torch.dtype,
     sinks: bool,
-) -> Shape:
+) -> Shape | None:
     """The shape of a call with these nodes as arguments; symbolic sizes by their hints.
+
+    None where they have no fake values, as behind a scale that is a symbol.
 
     ``dtype`` is that of the attention, to which autocast may bring the operands.
     """
     values = [None if node is None else tensor_of(node) for node in (*operands, mask)]
     if any(value is None for value in values[:3]):
-        raise RefusedError("not-measured", "the shapes of the operands are not known")
+        return None
     with _disable_current_modes():
         Q, K, V, bias = (None if value is None else _known(value) for value in values)
     assert Q is not None

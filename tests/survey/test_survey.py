@@ -25,6 +25,14 @@ serves them all, no guard can tell them apart, and the report says so in a note.
 """
 
 
+SPELLED_BY_HAND = {"hf:inkling_text:eager": -2}
+"""Cases whose report has more entries than the counter saw calls, and how many more.
+
+The counter knows softmax by its names. Inkling's router writes ``exp(x - logsumexp(x))``, which the
+pass lists as no attention; the labels leave it out, too.
+"""
+
+
 @pytest.fixture(autouse=True)
 def _small_and_fresh() -> Iterator[None]:
     """Tensors this small gain nothing from a second thread."""
@@ -65,7 +73,10 @@ def test_committed_results_hold() -> None:
     assert results.keys() == CASES.keys()
     assert [key for key, line in results.items() if line.error] == []
     missing = {k: line.runtime_count - line.count_ours for k, line in results.items()}
-    assert {key: count for key, count in missing.items() if count} == SHARED_GRAPH
+    assert {key: count for key, count in missing.items() if count} == {
+        **SHARED_GRAPH,
+        **SPELLED_BY_HAND,
+    }
     assert [key for key, line in results.items() if not line.max_rel_err <= TOLERANCE] == []
     assert [key for key, line in results.items() if not line.max_rel_err_op <= TOLERANCE] == []
     right = sum(line.right for line in results.values())
