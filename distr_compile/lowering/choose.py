@@ -11,10 +11,12 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape
 
@@ -51,6 +53,34 @@ class Call:
     approximation: Approximation
     bases: tuple[Tensor, Tensor] | None
     out: Tensor
+
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """Scale, causality, soft cap and sinks as keywords of an implementation."""
+        scores = self.scores
+        return {
+            "scale": scores.scale,
+            "is_causal": scores.is_causal,
+            "causal_offset": scores.offset or 0,
+            "softcap": scores.softcap,
+            "sinks": self.sinks,
+        }
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """The approximation as keywords of an implementation.
+
+        Strict is asked only of estimators that have a form for it; the others are so anyway.
+        """
+        how = self.approximation
+        return {
+            "rank": how.rank,
+            "estimator": how.estimator,
+            "grouping_block": how.block,
+            "rounds": how.rounds,
+            "seed": how.seed,
+            "strict": how.strict and ESTIMATORS[how.estimator].strict == "prefix",
+        }
 
     @property
     def shape(self) -> Shape:
@@ -128,29 +158,19 @@ def run(call: Call) -> str | None:
     """
     shape, failures = call.shape, []
     for each in willing(shape, call.approximation):
-        key = (each.name, *_variant(call, shape))
-        if key not in _failed:
+        failure = _failed.get(_kind(each, call, shape)) if _failed else None
+        if failure is None:
             try:
                 each.run(call)
                 return None
             except Exception as error:  # what compilers raise has no common base class
                 if is_out_of_memory(error):
                     raise
-                _remember(key, each, call, error)
-        failures.append(_failed[key])
-    scores = call.scores
-    exact = sdpa.attention(
-        call.q,
-        call.k,
-        call.v,
-        call.mask,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        softcap=scores.softcap,
-        sinks=call.sinks,
-    )
-    call.out.copy_(exact)
+                failure = _failed[_kind(each, call, shape)] = _said(each, call, error)
+                text = "distr.attention: a kernel failed, the next one computes the call"
+                warnings.warn(f"{text}: {failure}", KernelWarning, stacklevel=2)
+        failures.append(failure)
+    call.out.copy_(sdpa.attention(call.q, call.k, call.v, call.mask, **call.softmax))
     return "; ".join(failures) or "no implementation takes the call"
 
 
@@ -160,21 +180,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def _remember(
-    key: tuple[object, ...], failed: Implementation, call: Call, error: Exception
-) -> None:
+def _said(failed: Implementation, call: Call, error: Exception) -> str:
     why = str(error).strip().partition("\n")[0] or "no message"
     widths = f"d = {call.q.shape[3]}, r = {call.approximation.rank}, d_v = {call.v.shape[3]}"
-    _failed[key] = (
-        f"{failed.name}, {call.q.device}, {call.q.dtype}, {widths}: {type(error).__name__}: {why}"
-    )
-    text = f"distr.attention: a kernel failed, the next one computes the call: {_failed[key]}"
-    warnings.warn(text, KernelWarning, stacklevel=3)
+    where = f"{failed.name}, {call.q.device}, {call.q.dtype}, {widths}"
+    return f"{where}: {type(error).__name__}: {why}"
 
 
-def _variant(call: Call, shape: Shape) -> tuple[object, ...]:
+def _kind(each: Implementation, call: Call, shape: Shape) -> tuple[object, ...]:
+    """What a failure holds for: a kernel is compiled for no less."""
     tensors = [t for t in (call.q, call.k, call.v, call.mask, call.out) if t is not None]
     return (
+        each.name,
         shape.device,
         shape.dtype,
         shape.head_dim,

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
+from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack, working
@@ -380,27 +380,8 @@ def _apply_causal(scores: Tensor, diagonal: int) -> None:
 
 def run(call: Call, *, fused: bool) -> None:
     """Compute an approximated call of the op."""
-    approximation, scores = call.approximation, call.scores
-    attention(
-        call.q,
-        call.k,
-        call.v,
-        call.mask,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        rank=approximation.rank,
-        estimator=approximation.estimator,
-        grouping_block=approximation.block,
-        rounds=approximation.rounds,
-        seed=approximation.seed,
-        softcap=scores.softcap,
-        sinks=call.sinks,
-        bases=call.bases,
-        strict=approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix",
-        fused=fused,
-        out=call.out,
-    )
+    options = {**call.softmax, **call.grouping, "bases": call.bases, "fused": fused}
+    attention(call.q, call.k, call.v, call.mask, **options, out=call.out)
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

@@ -133,22 +133,10 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
 def _run(call: Call) -> None:
     from distr_compile.lowering import cpu  # which calls this module for every other estimator
 
-    scores = call.scores
     if call.approximation.rank < call.q.shape[3]:
-        return cpu.run(call, fused=True)
-    exact_attention(
-        call.q,
-        call.k,
-        call.v,
-        call.mask,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        softcap=scores.softcap,
-        sinks=call.sinks,
-        out=call.out,
-    )
-    return None
+        cpu.run(call, fused=True)
+    else:
+        exact_attention(call.q, call.k, call.v, call.mask, **call.softmax, out=call.out)
 
 
 IMPLEMENTATION = Implementation("distr-cpu", _refuses, _run)

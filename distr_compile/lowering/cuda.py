@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS, arithmetic, auto_grouping_block
+from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.architecture import architecture
@@ -410,29 +410,12 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
 
 
 def _run(call: Call) -> None:
-    approximation, scores, (Q, K) = call.approximation, call.scores, (call.q, call.k)
+    how, (Q, K) = call.approximation, (call.q, call.k)
     if call.bases is not None:  # of them its module makes Qhat and Khat of the whole call
-        module = arithmetic(approximation.estimator, "gpu", "prologue")
-        asked = Asked(approximation.estimator, approximation.rank, Q.shape[2], bases=call.bases)
+        module = arithmetic(how.estimator, "gpu", "prologue")
+        asked = Asked(how.estimator, how.rank, Q.shape[2], bases=call.bases)
         Q, K = module.prologue(Q, K, call.mask, asked).factors(Q, K)
-    attention(
-        Q,
-        K,
-        call.v,
-        call.mask,
-        call.sinks,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        rank=approximation.rank,
-        estimator=approximation.estimator,
-        grouping_block=approximation.block,
-        rounds=approximation.rounds,
-        seed=approximation.seed,
-        softcap=scores.softcap,
-        strict=approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix",
-        out=call.out,
-    )
+    attention(Q, K, call.v, call.mask, **call.softmax, **call.grouping, out=call.out)
 
 
 IMPLEMENTATION = Implementation("distr-triton", _refuses, _run)

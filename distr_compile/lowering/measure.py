@@ -199,8 +199,6 @@ def warm_up(
     Returns:
         Why there is no use in racing; None where there may be.
     """
-    if shape.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being recorded"
     size = _bytes(shape, 1)
     if limit is not None and size > SLICE_BYTES:
         return f"one key head takes {size >> 20} MiB, more than {SLICE_BYTES >> 20}"
