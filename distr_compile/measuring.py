@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -125,27 +124,21 @@ def measure_model(
         PolicyError: the policy is wrong.
     """
     known: dict[str, Measured | str] = {}
-    calls: dict[str, Call] = {}
+    asking = Asking()
     while True:  # where the approximation is slower, exact attention is asked about next
-        asking = Asking()
-        report = explain_by(partial(_same, asking), model, args, kwargs, policy)
-        new = {text: call for text, call in asking.asked.items() if text not in known}
+        report = explain_by(lambda: asking, model, args, kwargs, policy)
+        new = [call for text, call in asking.asked.items() if text not in known]
         if not new:
             break
-        calls |= new
-        known |= measure_calls(list(new.values()), progress).calls
+        known |= measure_calls(new, progress).calls
     # What is known of an approximation says how fast exact attention is, too.
-    narrow = {shape for shape, approximation in calls.values() if approximation is not None}
+    narrow = {shape for shape, approximation in asking.asked.values() if approximation is not None}
     said = {
-        text: found
-        for text, found in known.items()
-        if calls[text][1] is not None or calls[text][0] not in narrow
+        text: known[text]
+        for text, (shape, approximation) in asking.asked.items()
+        if approximation is not None or shape not in narrow
     }
     return Measurements(said, report)
-
-
-def _same(judge: Judge) -> Judge:
-    return judge
 
 
 def pinned(policy: Policy, report: Report) -> Policy:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 
 from distr_compile import Report
 from distr_compile.estimators import DEFAULT_ESTIMATOR
@@ -22,6 +24,17 @@ DISTR = {"group_size": 2, "min_seq_len": 0}
 SAME = {"rtol": 1e-4, "atol": 1e-5}
 # An approximation with G = 2 moves the outputs of these random layers by more than this.
 MOVED = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing compiled or counted before; no gradients."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
 
 
 class Attention(nn.Module):

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +37,11 @@ from tests.backend_models import (
     codes,
     compiled,
     decisions,
+    fresh,  # noqa: F401 (a fixture of every test)
     inner,
     tokens,
     two_layers,
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
-
 
 # --- a process that has never heard of us --------------------------------------------------------
 

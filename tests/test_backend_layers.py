@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import distr_compile
 from tests.backend_models import (
@@ -23,19 +19,10 @@ from tests.backend_models import (
     attend,
     compiled,
     decisions,
+    fresh,  # noqa: F401 (a fixture of every test)
     tokens,
     two_layers,
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def test_a_policy_for_one_of_12_equal_blocks_behind_graph_breaks() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distr_compile.targets import Target
@@ -39,6 +40,33 @@ def count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of batches >= 1")
     return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a target is built and looked at; ``build_model`` reads it."""
+    parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model")
+    parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
+    parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
+    parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
+
+
+def build_model(options: argparse.Namespace) -> Target:
+    """The target that was asked for, with inputs that fit it.
+
+    Raises:
+        CommandError: it cannot be built, or its inputs do not fit.
+    """
+    target = build(options.target, options.shape, options.dtype, options.attn)
+    check_inputs(target)
+    return target
+
+
+def symbolic_sizes(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """A context in which every size is symbolic, if ``--dynamic`` asks for it."""
+    import torch._dynamo.config as dynamo
+
+    return dynamo.patch(assume_static_by_default=False) if options.dynamic else nullcontext()
 
 
 def build(

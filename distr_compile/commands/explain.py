@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import Any
 
 from distr_compile.commands.common import (
-    DTYPES,
     OK,
     TARGET_HELP,
     CommandError,
-    build,
-    check_inputs,
-    shape,
+    add_model_arguments,
+    build_model,
+    symbolic_sizes,
 )
 from distr_compile.policy import Policy
 
@@ -27,12 +25,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-    parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model")
-    parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
-    parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
+    add_model_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
-    parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -45,17 +39,14 @@ def run(options: argparse.Namespace) -> int:
     """Print the report."""
     # A wrong policy is told at once, before a model is built.
     policy = Policy.from_any(options.policy)
-    target = build(options.target, options.shape, options.dtype, options.attn)
-    check_inputs(target)
+    target = build_model(options)
 
     import torch
-    import torch._dynamo.config as dynamo
 
     from distr_compile.explaining import explain
 
-    sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
     verification = None
-    with torch.no_grad(), sizes or contextlib.nullcontext():
+    with torch.no_grad(), symbolic_sizes(options):
         report = explain(target.model, *target.args, policy=policy, **target.kwargs)
         print(report.table(fold=not options.no_fold))
         if options.verify:

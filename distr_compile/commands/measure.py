@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from distr_compile.commands.common import (
-    DTYPES,
     OK,
     TARGET_HELP,
     USAGE,
     CommandError,
-    build,
-    check_inputs,
-    shape,
+    add_model_arguments,
+    build_model,
+    symbolic_sizes,
 )
 from distr_compile.policy import Policy
 
@@ -37,12 +35,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a call as a report's not-measured reason spells it; may be repeated, needs no TARGET",
     )
-    parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model")
-    parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
+    add_model_arguments(parser)
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--policy", metavar="FILE", help="policy file (default: $DISTR_POLICY)")
-    parser.add_argument("--dynamic", action="store_true", help="symbolic sizes")
     parser.add_argument(
         "--pin",
         metavar="POLICY",
@@ -63,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
     policy = Policy.from_any(options.policy or options.pin)
 
     import torch
-    import torch._dynamo.config as dynamo
 
     from distr_compile.kernels.attention.cpu import unavailable_reason
     from distr_compile.lowering.spelling import SpellingError, read_call
@@ -78,14 +71,12 @@ def run(options: argparse.Namespace) -> int:
             raise CommandError(str(error), USAGE) from None
         found = measure_calls(calls)
     else:
-        target = build(options.target, options.shape, options.dtype, options.attn)
-        check_inputs(target)
+        target = build_model(options)
         model = target.model.to(options.device)
         args, kwargs = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: t.to(options.device), (target.args, target.kwargs)
         )
-        sizes = dynamo.patch(assume_static_by_default=False) if options.dynamic else None
-        with sizes or contextlib.nullcontext():
+        with symbolic_sizes(options):
             found = measure_model(model, *args, policy=policy, **kwargs)
     print(found if found.calls else "no attention leaves anything to what is faster here")
     if options.json:
