@@ -152,6 +152,8 @@ def test_what_is_asked_about_is_what_runs(
     assert asked == [(shape, None), (shape, approximation)]
     assert row.measured == {**BOTH.seconds, **BOTH.gains}
     assert row.kernel == choose.name_of(*ran[0])
+    assert row.refused == choose.refusals(*ran[0])
+    assert row.refused["distr-triton"] == "Triton's kernels need a GPU"
     assert out.shape == function(*args).shape
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -180,6 +180,7 @@ class _Site:
         decision: may become exact when it is rewritten.
         bases: A and B, for an estimator that needs them.
         kernel: what computes it; None where its nodes are left alone.
+        refused: why our implementations before that one do not, by name.
         measured: what was found of its speed, if that was asked.
     """
 
@@ -190,6 +191,7 @@ class _Site:
     decision: Decision
     bases: tuple[torch.Tensor, torch.Tensor] | None = None
     kernel: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     measured: Measured | None = None
 
     @property
@@ -213,7 +215,7 @@ class _Site:
             if not asks or self._refused(watch, change) is not None:
                 is_sdpa = rewrite_exact(self.graph, self.found, change=change)
                 self.kernel = "sdpa" if is_sdpa else None
-        self.measured = watch.measured
+        self.measured, self.refused = watch.measured, watch.refused
 
     def _refused(self, watch: Stopwatch, change: bool) -> RefusedError | None:
         """Write the op in the site's place; why it cannot be, where it cannot."""
@@ -283,6 +285,7 @@ class _Site:
             flops=decisions.flops(found),
             site=number,
             kernel=self.kernel,
+            refused=self.refused,
             min_seq_len=decision.min_seq_len,
             measured=None if measured is None else {**measured.seconds, **measured.gains},
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -27,12 +27,14 @@ class Stopwatch:
         ours: whether exact attention would run in our kernel, if that is faster than SDPA.
         measured: what was found, if anything was asked.
         kernel: what computes the call.
+        refused: why what comes before it does not, by name.
     """
 
     judge: Judge | None
     ours: bool = True
     measured: Measured | None = None
     kernel: str | None = None
+    refused: dict[str, str] = field(default_factory=dict)
 
     def least_length(
         self, shape: Shape | None, approximation: Approximation, moving: list[str]
@@ -48,7 +50,7 @@ class Stopwatch:
             RefusedError: exact attention is faster, or nobody knows.
         """
         if shape is not None:
-            self.kernel = choose.name_of(shape, approximation)
+            self._name(shape, approximation)
         if self.judge is None:
             return 0
         if shape is None:
@@ -76,12 +78,16 @@ class Stopwatch:
         """
         if shape is None:
             raise RefusedError("not-measured", "the shapes of the operands are not known")
-        self.kernel = choose.name_of(shape, Approximation.none(shape.head_dim))
+        self._name(shape, Approximation.none(shape.head_dim))
         if self.judge is not None and (self.measured is None or self.measured.exact is None):
             found = self.judge(shape, None)
             self.measured = None if isinstance(found, str) else found
         if self.measured is None or not self.measured.prefers_ours:
             raise RefusedError("not-faster", "SDPA is faster, or nobody knows")
+
+    def _name(self, shape: Shape, approximation: Approximation) -> None:
+        self.kernel = choose.name_of(shape, approximation)
+        self.refused = choose.refusals(shape, approximation)
 
 
 def _not_measured(why: str, shape: Shape, approximation: Approximation) -> RefusedError:
