@@ -29,6 +29,8 @@ NEITHER = Measured(dataclasses.replace(EXACT_WINS, gain=0.9), OURS.distr)
 
 SMALL = Shape(1, 1, 1, 20, 20, 32, 32, False, None, torch.float32, torch.device("cpu"))
 
+OUR_KERNEL = choose.name_of(SMALL, Approximation.none(32))
+
 Asked = list[tuple[Shape, "Approximation | None"]]
 
 
@@ -189,6 +191,7 @@ def test_neither_is_faster(answers: Callable[[Any], Asked]) -> None:
     assert (row.decision, row.kernel) == ("exact", "sdpa")
     (reason,) = row.reasons
     assert reason.code == "not-faster"
+    assert row.refused[OUR_KERNEL].startswith("not-faster: SDPA is as fast: sdpa 4 ms, exact (e)")
     assert "sdpa 4 ms, exact (e) 3 ms, distr (d) 2 ms; min_seq_len = 0 forces it" in reason.text
     torch.testing.assert_close(out, spelled_out(q, k, v))
 
@@ -196,6 +199,7 @@ def test_neither_is_faster(answers: Callable[[Any], Asked]) -> None:
 def test_what_was_not_measured_names_the_command(answers: Callable[[Any], Asked]) -> None:
     asked = answers("it takes too long")
     _, (row,) = run(spelled_out, *qkv())
+    assert row.refused[OUR_KERNEL].startswith("not-measured: it takes too long; to measure it: ")
     (reason,) = row.reasons
     assert (row.decision, row.kernel, reason.code) == ("exact", "sdpa", "not-measured")
     why, _, command = reason.text.partition("; to measure it: distr measure --call ")

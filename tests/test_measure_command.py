@@ -91,6 +91,7 @@ def test_a_model_and_a_pinned_policy(
         (["timm:x", "--call", CALL], "TARGET, --call: got both"),
         (["--call", CALL, "--pin", "x.toml"], "--pin: got no TARGET"),
         (["--call", "q=1"], "call: got no k, v, dtype; must be there"),
+        (["--call", CALL, "--json", "/no/such/x.json"], "--json: got '/no/such/x.json'; accepted:"),
     ],
 )
 def test_what_is_wrong(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

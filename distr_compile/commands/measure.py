@@ -61,7 +61,13 @@ def run(options: argparse.Namespace) -> int:
     from distr_compile.kernels.attention.cpu import unavailable_reason
     from distr_compile.lowering.spelling import SpellingError, read_call
     from distr_compile.measuring import measure_calls, measure_model, pinned
+    from distr_compile.tuning.tune import check_folder
 
+    if options.json:
+        try:
+            check_folder(options.json, "--json")
+        except ValueError as error:
+            raise CommandError(str(error), USAGE) from None
     if why := unavailable_reason():
         print(f"the fused CPU kernel is not available: {why}\n")
     if options.call:

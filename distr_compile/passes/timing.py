@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -79,18 +80,26 @@ class Stopwatch:
         if shape is None:
             raise RefusedError("not-measured", "the shapes of the operands are not known")
         self._name(shape, Approximation.none(shape.head_dim))
+        if self.kernel == choose.EXACT:
+            raise RefusedError("not-faster", "no implementation of ours computes it")
         if self.judge is not None and (self.measured is None or self.measured.exact is None):
             found = self.judge(shape, None)
-            self.measured = None if isinstance(found, str) else found
+            if isinstance(found, str):
+                self._give_way(_not_measured(found, shape, None))
+            self.measured = found
         if self.measured is None or not self.measured.prefers_ours:
-            raise RefusedError("not-faster", "SDPA is faster, or nobody knows")
+            self._give_way(RefusedError("not-faster", f"SDPA is as fast: {self.measured}"))
+
+    def _give_way(self, why: RefusedError) -> NoReturn:
+        self.refused[str(self.kernel)] = f"{why.code}: {why.text}"
+        raise why
 
     def _name(self, shape: Shape, approximation: Approximation) -> None:
         self.kernel = choose.name_of(shape, approximation)
         self.refused = choose.refusals(shape, approximation)
 
 
-def _not_measured(why: str, shape: Shape, approximation: Approximation) -> RefusedError:
+def _not_measured(why: str, shape: Shape, approximation: Approximation | None) -> RefusedError:
     command = f"distr measure --call {shlex.quote(spelled(shape, approximation))}"
     return RefusedError("not-measured", f"{why}; to measure it: {command}")
 
