@@ -209,7 +209,8 @@ class _Site:
         if refused is not None:
             reason = Reason(refused.code, refused.text)
             self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
-        if not self.decision.is_distr and plan.exact != "keep":
+        may_change = plan.exact != "keep" and not self.found.written_later
+        if not self.decision.is_distr and may_change:
             watch.judge = judge
             asks = ours and judge is not None
             if not asks or self._refused(watch, change) is not None:

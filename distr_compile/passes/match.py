@@ -8,6 +8,7 @@ whose last axis is the one the softmax runs over, and the product that contracts
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -119,7 +120,20 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
                 raise RefusedError("in-place-write", "the scores are written into an input")
             if looks and position > memory.position[writer] and reader not in nodes | memory.dead:
                 raise RefusedError("in-place-write", f"{reader} reads what is written in place")
+    if site.requires_grad:
+        last = next(reversed(site.output.graph.nodes))
+        kept = read_too | {site.output} | _tensors(site)
+        is_written = any(memory.writers(n, site.output, last) for n in kept)
+        site = replace(site, written_later=is_written)
     return site
+
+
+def _tensors(site: AttentionSite) -> set[fx.Node]:
+    """What a call in the site's place is given: operands, masks and biases, as they are."""
+    found = {s.tensor for s in site.steps if isinstance(s, AddStep | FillStep)}
+    if isinstance(site, OpenSite):
+        found |= {x.node for x in (site.q, site.k, site.v, *(site.shared or ()))}
+    return found
 
 
 def _flops(node: fx.Node, kind: str, flow: Flow) -> int:

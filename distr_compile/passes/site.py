@@ -133,6 +133,8 @@ class AttentionSite(Sizes):
             score of one more key, whose weight is dropped.
         interior: the nodes from the product to the output, which nothing else reads, and what is
             dead around them.
+        written_later: a gradient is recorded, and an input or the output is written in place after
+            the attention: one call, which keeps them for its backward, would not find them again.
     """
 
     kind: str
@@ -148,6 +150,7 @@ class AttentionSite(Sizes):
     softcap: float = 0.0
     sinks: fx.Node | None = None
     interior: tuple[fx.Node, ...] = ()
+    written_later: bool = False
 
     @property
     def is_causal(self) -> bool:

@@ -398,3 +398,43 @@ EAGER = {"policy": {"default": {"group_size": 2, "min_seq_len": 0}}, "compiler":
 def _fixed(count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(B, H, N, D, generator=generator) for _ in range(count)]
+
+
+WEIGHT = torch.randn(H, 1, D, requires_grad=True)
+
+
+def output_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.enable_grad():
+        out = (q * WEIGHT @ k.mT).softmax(-1) @ v
+    out[:, :, 0] = 0.0
+    return out
+
+
+def query_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.clone()
+    with torch.enable_grad():
+        out = ((q / 6) @ (k * WEIGHT).mT).softmax(-1) @ v
+    q.zero_()
+    return out
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("function", [output_written, query_written])
+def test_what_is_written_later_is_not_kept_for_a_backward(
+    function: Callable[..., Tensor], compiler: str
+) -> None:
+    """SDPA keeps Q, K, V and its output for its backward; the products and the softmax need not."""
+    torch._dynamo.reset()
+    inputs = [torch.randn(B, H, N, D) for _ in range(3)]
+    found = []
+    compiled = torch.compile(function, backend="distr", options={"compiler": compiler})
+    for run in (function, compiled):
+        WEIGHT.grad = None
+        with torch.no_grad():
+            out = run(*(x.clone() for x in inputs))
+        out.square().sum().backward()
+        assert WEIGHT.grad is not None
+        found.append((out.detach(), WEIGHT.grad.clone()))
+    for mine, eagers in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
+    assert [row.decision for row in report(compiled).rows] == ["exact"]
