@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-error bench-tune gpu plots clean
+.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune gpu plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,11 +53,14 @@ regress: $(VENV)/stamp ## accuracy of every model of the zoo under every estimat
 baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds us to
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.regression --workers $(WORKERS) --update-baseline
 
-bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, and of our passes
+bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, and of our passes (hours; goes on where it stopped)
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python -m benchmarks.cpu_kernel
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
 	$(BIN)/python benchmarks/pass_time.py
+
+bench-quick: $(VENV)/stamp ## the CPU kernel beside other libraries, 16 calls only (10 minutes)
+	$(BIN)/python -m benchmarks.peers --grid quick
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
 	$(BIN)/python -m benchmarks.estimator_error

@@ -1,18 +1,15 @@
 """Attention on a CPU by what people turn to for it, beside ours: whole calls, in turn in one run.
 
-    python -m benchmarks.peers [--threads 1] [--rounds 7] [--seconds 0.2] [--json PATH]
-        [--dtypes float32 bfloat16] [--widths 64 128] [--tokens 512 1024 4096]
+    python -m benchmarks.peers [--grid full|quick] [--threads 1] [--rounds 7] [--seconds 0.2]
+        [--json PATH] [--dtypes ...] [--kinds ...] [--widths ...] [--tokens ...]
 
-Besides PyTorch's own it asks ONNX Runtime for its ``MultiHeadAttention`` and OpenVINO for its
-``scaled_dot_product_attention`` (``pip install onnx onnxruntime openvino``; neither is needed). A
-peer that is not there, refuses, or errs too much is written down with the reason. With ``--json`` a
-cell that the file has of the same machine, versions and settings is not measured again.
+Who is compared stands in ``peer_calls.py``. A peer that is not there, refuses, or errs too much is
+written down with the reason. With ``--json`` a cell that the file has of the same machine, versions
+and settings is not measured again: a grid that was cut short goes on.
 
 The output of an arm is checked before it is timed, on eight rows against the definition in fp64: it
 may err by ``FACTOR`` times what the same formula errs in the dtype of the inputs, and a
-rounding (``arms.errors``). An arm gets its inputs in the layout that it takes without a copy: ours,
-PyTorch's and ONNX Runtime's tokens before heads, as models leave them, OpenVINO's heads before
-tokens. Outputs of ours, of ONNX Runtime and of OpenVINO lie in memory that is kept.
+rounding (``arms.errors``).
 """
 
 from __future__ import annotations
@@ -23,28 +20,39 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from tqdm import tqdm
 
 from benchmarks import cpu_kernel
-from benchmarks.arms import Inputs, errors, make_inputs, samples
+from benchmarks.arms import Inputs, errors, make_inputs
 from benchmarks.cells import Cell
+from benchmarks.peer_calls import ARMS, RANK_D, RUNTIMES, SDPA, Arm, Call
 from benchmarks.store import MEASURED, ROOT, Store, describe, version
 from distr_compile.kernels.attention import cpu
-from distr_compile.lowering import cpu as lowering
-from distr_compile.lowering import cpu_fused
 
-HEADS = {512: 8, 1024: 8, 4096: 2}
-"""Query heads by tokens, so that no call takes longer than a sample should."""
+HEADS = {197: 16, 512: 8, 1024: 8, 4096: 2, 16384: 1}
+"""Query heads by tokens, so that no call takes much longer than a sample should."""
+
+KINDS = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "padding": {"mask": "padding"},
+    "bias": {"mask": "bias"},
+}
+"""Fields of a cell."""
+
+WIDTHS = (32, 64, 80, 128)
+
+QUICK = {"kinds": ("full", "causal"), "widths": (64, 128), "tokens": (1024, 4096)}
+"""Ten minutes on one core that is not asked for anything else."""
+
+OURS = (RANK_D, "projection G=2")
+"""Held against the better of the other runtimes in the table."""
 
 DTYPES = list(cpu_kernel.DTYPES)
 
@@ -68,189 +76,6 @@ SOURCES = (
 """What a result of ours depends on."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call that is ready to be timed.
-
-    Attributes:
-        run: computes the output, and may return anything.
-        output: what ``run`` left, ``(1, H, N, d)``.
-        keeps: memory that ``run`` reads and does not own.
-    """
-
-    run: Callable[[], object]
-    output: Callable[[], Tensor]
-    keeps: list[Tensor] = field(default_factory=list)
-
-
-Maker = Callable[[Cell, Inputs, int], Call]  # cell, inputs, threads
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to compute a cell.
-
-    Attributes:
-        make: prepares a call; its error says why this peer does not do it here.
-        group_size: G of ``projection``; 1 is exact.
-    """
-
-    make: Maker
-    group_size: int = 1
-
-
-# --- PyTorch, and ours ----------------------------------------------------------------------------
-
-
-def _returning(run: Callable[[], Tensor]) -> Call:
-    return Call(run, run)
-
-
-def sdpa(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    q, k, v = inputs.q, inputs.k, inputs.v
-    return _returning(lambda: F.scaled_dot_product_attention(q, k, v, scale=cell.scale))
-
-
-def compiled(function: Callable[..., Tensor]) -> Maker:
-    """A maker of calls of ``function(q, k, v, scale=...)``, compiled for the shapes of the cell."""
-
-    def make(cell: Cell, inputs: Inputs, threads: int) -> Call:
-        fast = torch.compile(function, dynamic=False)
-        q, k, v = inputs.q, inputs.k, inputs.v
-        return _returning(lambda: fast(q, k, v, scale=cell.scale))
-
-    return make
-
-
-def _output_like(q: Tensor) -> Tensor:
-    """Room for the output, tokens before heads in memory."""
-    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
-        1, 2
-    )
-
-
-def rank_d(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    q, k, v = inputs.q, inputs.k, inputs.v
-    out = _output_like(q)
-    return _returning(lambda: cpu_fused.exact_attention(q, k, v, scale=cell.scale, out=out))
-
-
-def projection(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    q, k, v = inputs.q, inputs.k, inputs.v
-    out, rank = _output_like(q), cell.head_dim // 2
-    return _returning(
-        lambda: lowering.attention(
-            q, k, v, scale=cell.scale, rank=rank, estimator="projection", out=out
-        )
-    )
-
-
-# --- other runtimes -------------------------------------------------------------------------------
-
-
-def onnx_runtime(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    """``com.microsoft.MultiHeadAttention``, which takes ``(B, N, H d)`` and splits heads itself."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    shape = [cell.batch, cell.tokens, cell.heads * cell.head_dim]
-    element = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16}[cell.dtype]
-    names, domain = ["query", "key", "value"], "com.microsoft"
-    graph = helper.make_graph(
-        [
-            helper.make_node(
-                "MultiHeadAttention",
-                names,
-                ["output"],
-                domain=domain,
-                num_heads=cell.heads,
-                scale=cell.scale,
-            )
-        ],
-        "attention",
-        [helper.make_tensor_value_info(name, element, shape) for name in names],
-        [helper.make_tensor_value_info("output", element, shape)],
-    )
-    versions = [helper.make_opsetid("", 17), helper.make_opsetid(domain, 1)]
-    model = helper.make_model(graph, opset_imports=versions, ir_version=10)
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Workers that spin while they wait would slow every other arm.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    value = onnxruntime.OrtValue.ortvalue_from_numpy  # shares memory
-    binding, out = session.io_binding(), torch.empty(shape, dtype=inputs.q.dtype)
-    kept = [t.transpose(1, 2).reshape(shape) for t in (inputs.q, inputs.k, inputs.v)]
-    for name, t in zip(names, kept, strict=True):
-        binding.bind_ortvalue_input(name, value(t.numpy()))
-    binding.bind_ortvalue_output("output", value(out.numpy()))
-    heads = (cell.heads, cell.head_dim)
-    return Call(
-        lambda: session.run_with_iobinding(binding),
-        lambda: out.unflatten(2, heads).transpose(1, 2),
-        kept,
-    )
-
-
-def openvino(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    """``scaled_dot_product_attention`` of opset 13 for fixed sizes, in the dtype of the inputs."""
-    import openvino as ov
-    from openvino import opset13
-
-    core, name = ov.Core(), {"float32": "FP32", "bfloat16": "BF16"}[cell.dtype]
-    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if name not in offered:
-        raise NotImplementedError(f"on this CPU it offers {', '.join(offered)}, not {name}")
-    element = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}[cell.dtype]
-    shape = [cell.batch, cell.heads, cell.tokens, cell.head_dim]
-    parameters = [opset13.parameter(shape, element) for _ in range(3)]
-    node = opset13.scaled_dot_product_attention(*parameters, causal=False)
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        # One request at a time by one stream of all threads, whose workers (TBB's) sleep between
-        # requests. Pinned ones would not make way for other work on their core.
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": element,
-    }
-    request = core.compile_model(ov.Model([node], parameters), "CPU", settings)
-    request = request.create_infer_request()
-    out = torch.empty(shape, dtype=inputs.q.dtype)
-    kept = [t.contiguous() for t in (inputs.q, inputs.k, inputs.v)]
-    for i, t in enumerate(kept):
-        request.set_input_tensor(i, _openvino_tensor(t, element))
-    request.set_output_tensor(_openvino_tensor(out, element))
-    return Call(lambda: request.infer(share_outputs=True), lambda: out, kept)
-
-
-def _openvino_tensor(t: Tensor, element: Any) -> Any:
-    """The same memory as OpenVINO sees it; numpy, which is in between, has no bf16."""
-    import openvino as ov
-
-    return ov.Tensor(t.view(torch.uint8).numpy(), list(t.shape), element)
-
-
-SDPA = "SDPA"
-RUNTIMES = ("ONNX Runtime", "OpenVINO")
-OURS = ("rank d", "projection G=2")
-
-ARMS = {
-    SDPA: Arm(sdpa),
-    "compiled SDPA": Arm(compiled(F.scaled_dot_product_attention)),
-    "FlexAttention": Arm(compiled(flex_attention)),
-    "ONNX Runtime": Arm(onnx_runtime),
-    "OpenVINO": Arm(openvino),
-    "rank d": Arm(rank_d),
-    "projection G=2": Arm(projection, group_size=2),
-}
-
-
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -259,9 +84,7 @@ def checked(arm: Arm, cell: Cell, inputs: Inputs, threads: int) -> tuple[Call | 
     try:
         call = arm.make(cell, inputs, threads)
         call.run()
-        rank = cell.head_dim // arm.group_size
-        # At rank d all estimators are exact; only what ``projection`` adds may err more.
-        wanted = samples(cell, inputs, rank, "lsh-mean" if arm.group_size == 1 else "projection")
+        wanted = arm.wanted(cell, inputs)
         found = errors(wanted, call.output(), scale=cell.scale, factor=FACTOR)
     except ModuleNotFoundError as error:
         return None, {"reason": f"not installed: {error.name}"}
@@ -281,7 +104,9 @@ def measure(
     torch._dynamo.reset()  # after a few shapes it would compile for any, or no more
     inputs = make_inputs(cell, "cpu")
     before = os.getloadavg()[0]
-    found = {name: checked(arm, cell, inputs, threads) for name, arm in arms.items()}
+    found = {
+        name: checked(arm, cell, inputs, threads) for name, arm in arms.items() if arm.takes(cell)
+    }
     calls = {name: call.run for name, (call, _) in found.items() if call is not None}
     told = {name: facts for name, (_, facts) in found.items()}
     for name, seconds in cpu_kernel.measure(calls, rounds, least_s).items():
@@ -291,10 +116,16 @@ def measure(
         "head_dim": cell.head_dim,
         "tokens": cell.tokens,
         "heads": cell.heads,
+        "kind": kind_of(cell),
         "date": time.strftime("%Y-%m-%d"),
         "load": [before, os.getloadavg()[0]],
         "arms": told,
     }
+
+
+def kind_of(cell: Cell) -> str:
+    """A key of ``KINDS``."""
+    return "causal" if cell.is_causal else {"none": "full"}.get(cell.mask, cell.mask)
 
 
 def environment(threads: int, rounds: int, least_s: float) -> dict[str, str]:
@@ -346,9 +177,9 @@ def table(cells: list[dict[str, Any]]) -> str:
         better = better_runtime(cell)
         ratios = [speed(cell, name, SDPA) for name in names]
         ratios += [speed(cell, name, better) for name in OURS]
-        shape = [cell["dtype"], cell["head_dim"], cell["tokens"]]
+        shape = [cell["dtype"], cell["head_dim"], cell["tokens"], cell["kind"]]
         rows.append([*shape, *("-" if r is None else f"{r:.2f}" for r in ratios), better or "-"])
-    header = ["dtype", "d", "N", *names, *(f"{name} / runtime" for name in OURS), "runtime"]
+    header = ["dtype", "d", "N", "kind", *names, *(f"{name} / runtime" for name in OURS), "runtime"]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
@@ -358,19 +189,61 @@ def refusals(cells: list[dict[str, Any]]) -> list[str]:
     for cell in cells:
         for name, arm in cell["arms"].items():
             if "reason" in arm:
-                shape = f"{cell['dtype']} d={cell['head_dim']} N={cell['tokens']}"
+                shape = f"{cell['dtype']} d={cell['head_dim']} N={cell['tokens']} {cell['kind']}"
                 where.setdefault((name, arm["reason"]), []).append(shape)
     return [f"{name}: {reason} ({', '.join(at)})" for (name, reason), at in where.items()]
 
 
+BARS: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...], str, tuple[float, float]], ...] = (
+    # arm, over, head widths, tokens, kind: the least ratio in fp32 and in bf16
+    (RANK_D, SDPA, (64, 128), (1024, 4096, 16384), "full", (1.6, 2.8)),
+    ("projection G=2", SDPA, (128,), (4096,), "full", (2.0, 3.2)),
+    ("projection G=4", SDPA, (128,), (4096,), "full", (2.3, 3.6)),
+    ("projection G=2", RANK_D, (128,), (16384,), "full", (1.15, 1.10)),
+    ("calibrated G=2", RANK_D, (128,), (16384,), "full", (1.22, 1.15)),
+    (RANK_D, "runtime", (64, 128), (4096,), "full", (0.95, 1.0)),
+    ("projection G=2", "runtime", (128,), (4096,), "full", (1.1, 1.2)),
+    ("strict projection G=2", SDPA, (128,), (4096,), "causal", (1.6, 2.4)),
+)
+"""What was asked for, on a quiet machine with AVX-512 and bf16 dot products, one thread."""
+
+
+def held(cells: list[dict[str, Any]]) -> list[list[object]]:
+    """A row for each bar and each of the cells that it is about: asked for, and measured."""
+    rows: list[list[object]] = []
+    for (arm, over, widths, tokens, kind, bars), cell in itertools.product(BARS, cells):
+        if cell["head_dim"] in widths and cell["tokens"] in tokens and cell["kind"] == kind:
+            least = bars[DTYPES.index(cell["dtype"])]
+            got = speed(cell, arm, better_runtime(cell) if over == "runtime" else over)
+            verdict = "not measured" if got is None else "held" if got >= least else "missed"
+            told = "-" if got is None else f"{got:.2f}"
+            shape = [cell["dtype"], cell["head_dim"], cell["tokens"], kind]
+            rows.append([arm, over, *shape, least, told, verdict])
+    return rows
+
+
+def grid(options: argparse.Namespace) -> list[Cell]:
+    """The cells that are asked for, the longest ones last."""
+    quick = QUICK if options.grid == "quick" else {}
+    kinds, widths, tokens = (
+        getattr(options, name) or quick.get(name, every)
+        for name, every in (("kinds", KINDS), ("widths", WIDTHS), ("tokens", HEADS))
+    )
+    axes = itertools.product(sorted(tokens), kinds, widths, options.dtypes)
+    return [Cell(1, HEADS[n], HEADS[n], n, d, dtype, **KINDS[kind]) for n, kind, d, dtype in axes]
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description="attention on a CPU: others beside ours")
+    parser.add_argument("--grid", choices=("full", "quick"), default="full")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a sample")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--tokens", type=int, nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="instead of the grid's")
+    parser.add_argument("--widths", type=int, nargs="+", help="instead of the grid's")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=HEADS, help="likewise")
     parser.add_argument("--json", type=Path, help="results, to be written or gone on with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -378,13 +251,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         store = Store(args.json or Path(folder) / "peers.json", told)
         shown = []
-        for dtype, d, tokens in itertools.product(args.dtypes, args.widths, args.tokens):
-            cell = Cell(1, HEADS[tokens], HEADS[tokens], tokens, d, dtype)
+        progress = tqdm(grid(args), unit="cell", smoothing=0)
+        for cell in progress:
+            progress.set_postfix_str(cell.key)
             if not store.is_finished(cell.key):
                 store.put(cell.key, measure(cell, args.threads, args.rounds, args.seconds))
             shown.append(store.cells[cell.key])
-            print(cell.key, "load", *shown[-1]["load"], flush=True)
     print(table(shown), *refusals(shown), sep="\n")
+    header = ["arm", "over", "dtype", "d", "N", "kind", "asked", "measured", ""]
+    print(tabulate(held(shown), header))
 
 
 if __name__ == "__main__":

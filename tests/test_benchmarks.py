@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import statistics
@@ -22,6 +23,7 @@ from benchmarks import (
     cells,
     cpu_plot,
     gpu,
+    peer_calls,
     peers,
     plot,
     resumable,
@@ -387,14 +389,14 @@ def test_a_peer_without_a_time_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "openvino", None)
 
-    def refuse(cell: Cell, inputs: arms.Inputs, threads: int) -> peers.Call:
+    def refuse(cell: Cell, inputs: arms.Inputs, threads: int) -> peer_calls.Call:
         raise NotImplementedError("no kernel\nfor this")
 
-    def zeros(cell: Cell, inputs: arms.Inputs, threads: int) -> peers.Call:
-        return peers.Call(lambda: None, lambda: torch.zeros_like(inputs.q))
+    def zeros(cell: Cell, inputs: arms.Inputs, threads: int) -> peer_calls.Call:
+        return peer_calls.Call(lambda: None, lambda: torch.zeros_like(inputs.q))
 
     tried = {name: peers.ARMS[name] for name in (peers.SDPA, *peers.RUNTIMES)}
-    tried |= {"refuses": peers.Arm(refuse), "errs": peers.Arm(zeros)}
+    tried |= {"refuses": peer_calls.Arm(refuse), "errs": peer_calls.Arm(zeros)}
     cell = peers.measure(Cell(1, 2, 2, 64, 32, "float32"), 1, 2, 0.0, tried)
     found = cell["arms"]
     assert list(found) == list(tried)
@@ -417,7 +419,8 @@ def beside_peers() -> list[dict[str, Any]]:
             name: {"ms": t} if isinstance(t, list) else {"reason": t} for name, t in told.items()
         }
         told = {name.replace("_", " "): arm for name, arm in told.items()}
-        return {"dtype": dtype, "head_dim": 64, "tokens": 1024, "arms": told}
+        shape = {"dtype": dtype, "head_dim": 64, "tokens": 1024, "kind": "full"}
+        return {**shape, "arms": told}
 
     return [
         cell("float32", SDPA=[8.0, 16.0, 8.0], ONNX_Runtime=[6.0] * 3, OpenVINO=[5.0, 10.0, 5.0]),
@@ -438,17 +441,57 @@ def test_ours_is_compared_with_the_better_runtime(beside_peers: list[dict[str, A
     lines = peers.table(beside_peers).splitlines()
     words = [[word.strip() for word in line.split("|")[1:-1]] for line in lines]
     assert dict(zip(words[0], words[2], strict=True)) == {
-        "dtype": "float32", "d": "64", "N": "1024", "compiled SDPA": "-", "FlexAttention": "-",
-        "ONNX Runtime": "1.33", "OpenVINO": "1.60", "rank d": "2.00", "projection G=2": "-",
+        **dict.fromkeys(peer_calls.ARMS.keys() - {peers.SDPA}, "-"),
+        "dtype": "float32", "d": "64", "N": "1024", "kind": "full",
+        "ONNX Runtime": "1.33", "OpenVINO": "1.60", "rank d": "2.00",
         "rank d / runtime": "1.25", "projection G=2 / runtime": "-", "runtime": "OpenVINO",
     }  # fmt: skip
     assert words[3][-1] == words[3][-3] == "-"
     assert peers.refusals(beside_peers) == [
-        "ONNX Runtime: no kernel (bfloat16 d=64 N=1024)",
-        "OpenVINO: not installed: x (bfloat16 d=64 N=1024)",
+        "ONNX Runtime: no kernel (bfloat16 d=64 N=1024 full)",
+        "OpenVINO: not installed: x (bfloat16 d=64 N=1024 full)",
     ]
     same = [half, half | {"tokens": 4096}]
-    assert peers.refusals(same)[0].endswith("(bfloat16 d=64 N=1024, bfloat16 d=64 N=4096)")
+    assert peers.refusals(same)[0].endswith(
+        "(bfloat16 d=64 N=1024 full, bfloat16 d=64 N=4096 full)"
+    )
+
+
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_our_arms_compute_what_they_say(kind: str) -> None:
+    """768 tokens: two blocks of the strict form, and more rows that count in each than are wide."""
+    cell = Cell(1, 2, 2, 768, 32, "float32", **peers.KINDS[kind])
+    others = ("compiled SDPA", "FlexAttention", *peer_calls.RUNTIMES)
+    ours = {name: arm for name, arm in peer_calls.ARMS.items() if name not in others}
+    found = peers.measure(cell, 1, 2, 0.0, ours)
+    assert found["kind"] == kind
+    assert {name: arm.get("reason") for name, arm in found["arms"].items()} == {
+        name: None
+        for name in ours
+        if "G=4" not in name and ("strict" not in name or kind == "causal")
+    }
+
+
+def test_bars_are_about_the_cells_that_were_measured(beside_peers: list[dict[str, Any]]) -> None:
+    single = beside_peers[0]
+    single["arms"]["rank d"] = {"ms": [4.0, 8.0, 4.0]}
+    lines = peers.held(beside_peers)
+    shape = ["rank d", "SDPA", "float32", 64, 1024, "full"]
+    assert lines[0] == [*shape, 1.6, "2.00", "held"]
+    assert lines[1][2:] == ["bfloat16", 64, 1024, "full", 2.8, "-", "not measured"]
+    assert len(lines) == 2
+
+
+def test_grids_of_the_cpu() -> None:
+    def cells(**asked: Any) -> list[Cell]:
+        unset = {"grid": "full", "kinds": None, "widths": None, "tokens": None}
+        asked = {**unset, "dtypes": peers.DTYPES, **asked}
+        return peers.grid(argparse.Namespace(**asked))
+
+    assert len(cells()) == len(set(cells())) == 4 * 5 * 4 * 2
+    assert len(cells(grid="quick")) == 2 * 2 * 2 * 2
+    (only,) = cells(kinds=["bias"], widths=[80], tokens=[197], dtypes=["bfloat16"])
+    assert only == Cell(1, 16, 16, 197, 80, "bfloat16", mask="bias")
 
 
 @pytest.fixture
