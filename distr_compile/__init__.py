@@ -63,8 +63,14 @@ _HOMES = {
 }
 
 
+_MODULES = ("ops", "transformers")
+"""Modules that are reached by their names without an import of their own."""
+
+
 # Lazy: TORCH_LOGS="+distr_compile" makes torch import this package while torch itself is loading.
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -90,49 +90,33 @@ def attention(
         grouping_block=grouping_block,
         causal=causal,
     )
-    q, k, v = _four_axes(query, key, value, attn_mask, enable_gqa)
-    out = planned(q, k, v, attn_mask, plan, scale=scale, is_causal=is_causal)
+    q, k, v = four_axes(query, key, value, attn_mask, enable_gqa)
+    width = q.shape[3]
+    approximation = approximated(q, k, v, attn_mask, plan, is_causal)
+    if isinstance(approximation, str):
+        raise ValueError(approximation)
+    scores = Scores(width**-0.5 if scale is None else scale, is_causal)
+    out: Tensor = op.call(q, k, v, attn_mask, **op_arguments(approximation, scores))
     return out if query.dim() == 4 else out.squeeze(0)
 
 
-def planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    plan: LayerPlan,
-    *,
-    scale: float | None,
-    is_causal: bool,
-) -> Tensor:
-    """One call of the op as a plan has it, at any length.
+def approximated(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: LayerPlan, is_causal: bool
+) -> Approximation | str:
+    """What a call comes to, as far as its tensors tell; of how fast it is nothing is asked.
 
     Args:
-        q: ``(B, H, N, d)``.
-        k: ``(B or 1, H_k, M, d)``; H_k divides H.
-        v: ``(B or 1, H_k, M, d_v)``.
-        mask: as the op takes it.
-        plan: what is asked for; its ``min_seq_len`` is not looked at.
-        scale: multiplies the scores; ``1 / sqrt(d)`` if None.
+        q: ``(B, H, N, d)``; k, v and mask as the op takes them.
+        k: see ``q``.
+        v: see ``q``.
+        mask: see ``q``.
+        plan: what is asked for; "auto" for ``min_seq_len`` counts as 0.
         is_causal: row i sees keys ``j <= i`` only.
 
-    Raises:
-        ValueError: the plan does not fit the width of q, or cannot be strict.
+    Returns:
+        The approximation, of rank d where the call is exact; or why the plan cannot stand here.
     """
-    width = q.shape[3]
-    if not plan.is_exact and (fault := rank_fault(width, plan)):
-        raise ValueError(f"{fault}; or take exact attention: group_size = 1")
-    approximation = _approximation(q, k, v, mask, plan, is_causal)
-    scores = Scores(width**-0.5 if scale is None else scale, is_causal)
-    out: Tensor = op.call(q, k, v, mask, **op_arguments(approximation, scores))
-    return out
-
-
-def _approximation(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: LayerPlan, is_causal: bool
-) -> Approximation:
     (batch, heads, queries, width), (_, key_heads, keys, _) = q.shape, k.shape
-    sizes = None if mask is None else tuple(mask.shape)
     shape = Shape(
         batch=batch,
         num_heads=heads,
@@ -142,20 +126,25 @@ def _approximation(
         head_dim=width,
         value_dim=v.shape[3],
         is_causal=is_causal,
-        mask=None if mask is None or sizes is None else (sizes, mask.dtype),
+        mask=None if mask is None else (tuple(mask.shape), mask.dtype),
         dtype=q.dtype,
         device=q.device,
     )
+    if plan.is_exact:
+        return Approximation.none(width)
+    if fault := rank_fault(width, plan):
+        return f"{fault}; or take exact attention: group_size = 1"
     if plan.causal == "strict" and (is_causal or may_be_causal(shape)):
         row = ESTIMATORS[plan.estimator]
-        if row.strict == "never" and not plan.is_exact:
+        if row.strict == "never":
             able = " or ".join(
                 e.name for e in ESTIMATORS.values() if e.strict != "never" and e.needs == "nothing"
             )
             got = f"'strict' with estimator {plan.estimator!r}, which sees {row.sees}"
-            advice = f"take estimator={able!r}, or causal='block'"
-            raise ValueError(sentence("causal", got, "'block' with it", advice))
-        if not is_causal and keys < queries:
+            return sentence(
+                "causal", got, "'block' with it", f"take estimator={able!r}, or causal='block'"
+            )
+        if row.strict == "prefix" and not is_causal and keys < queries:
             return Approximation.none(width)
     return decide_bare(shape, plan) or Approximation.none(width)
 
@@ -210,10 +199,21 @@ def _accepts(
     return value >= at_least and (at_most is None or value <= at_most)
 
 
-def _four_axes(
+def four_axes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V as the op takes them; the leading axis of three counts as heads, as in SDPA."""
+    """Q, K and V as the op takes them, views; the leading axis of three counts as heads.
+
+    Args:
+        query: ``(B, H, N, d)`` or ``(H, N, d)``.
+        key: ``(B, H_k, M, d)`` or ``(H_k, M, d)``.
+        value: ``(B, H_k, M, d_v)`` or ``(H_k, M, d_v)``.
+        mask: looked at for its number of axes only.
+        enable_gqa: H may be another multiple of H_k than 1.
+
+    Raises:
+        ValueError: other numbers of axes, or sizes that do not broadcast.
+    """
     axes = query.dim()
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() not in (3, 4) or t.dim() != axes:
