@@ -9,6 +9,7 @@ a policy says so; what it cannot or should not approximate stays exact, with a r
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from distr_compile.accuracy.metrics import Metric
     from distr_compile.accuracy.regress import Regression, regress
     from distr_compile.explaining import explain
+    from distr_compile.functional import attention
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
     from distr_compile.tuning.calibrate import Calibration, calibrate
@@ -37,6 +39,7 @@ __all__ = [
     "SiteRow",
     "Tuning",
     "Verification",
+    "attention",
     "calibrate",
     "explain",
     "regress",
@@ -48,6 +51,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("LayerPlan", "Policy", "PolicyError", "Rule"), "policy"),
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
+    "attention": "functional",
     "explain": "explaining",
     **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),
     **dict.fromkeys(("Regression", "regress"), "accuracy.regress"),
@@ -59,8 +63,14 @@ _HOMES = {
 }
 
 
+_MODULES = ("ops", "transformers")
+"""Modules that are reached by their names without an import of their own."""
+
+
 # Lazy: TORCH_LOGS="+distr_compile" makes torch import this package while torch itself is loading.
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -68,3 +78,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a module was imported to its end."""
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    return module is not None and not getattr(spec, "_initializing", False)
+
+
+# Saved programs then load after ``import torch, distr_compile``; ``distr_compile.ops`` always does.
+if _is_loaded("torch"):
+    importlib.import_module(f"{__name__}.ops")

@@ -137,7 +137,7 @@ def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     reasons = []
     if not isinstance(site.head_dim, int):
         reasons.append(Reason("rank", "the head width is not known while compiling"))
-    elif fault := _rank_fault(site.head_dim, plan):
+    elif fault := rank_fault(site.head_dim, plan):
         reasons.append(Reason("rank", fault))
     if _must_not_look_ahead(site, plan):
         estimator, why = ESTIMATORS[plan.estimator], ""
@@ -165,7 +165,7 @@ def _must_not_look_ahead(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
     front; what it sees beyond is exact. Only a negative offset, fewer keys than queries aligned at
     the end, would make some of these keys later than the row: see ``_may_lack_keys``.
     """
-    return plan.causal == "strict" and (call.is_causal or _may_be_causal(call))
+    return plan.causal == "strict" and (call.is_causal or may_be_causal(call))
 
 
 def _one_block(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
@@ -188,7 +188,7 @@ def _may_lack_keys(site: AttentionSite) -> bool:
     return not same_size(queries, keys)
 
 
-def _rank_fault(width: int, plan: LayerPlan) -> str | None:
+def rank_fault(width: int, plan: LayerPlan) -> str | None:
     """Why a width cannot become the rank of the plan, and what it can become."""
     divides = ESTIMATORS[plan.estimator].divides
     if plan.rank is None:
@@ -220,7 +220,7 @@ def _rank_fault(width: int, plan: LayerPlan) -> str | None:
     )
 
 
-def _may_be_causal(call: AttentionSite | Shape) -> bool:
+def may_be_causal(call: AttentionSite | Shape) -> bool:
     """Whether a mask of unknown content could hide later keys: it has a row for each query."""
     if isinstance(call, Shape):
         shapes: list[tuple[Any, ...]] = [] if call.mask is None else [call.mask[0]]

@@ -1,0 +1,286 @@
+"""Attention of transformers' models: ``from_pretrained(..., attn_implementation="distr")``.
+
+A model calls the function that is registered here with its own module; :func:`apply` gave that
+module its name and its plan. There is no graph: what a row of a report would say is for
+``distr_compile.explain`` on the same model.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from distr_compile.bases import BasesOfModel
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.functional import approximated, four_axes
+from distr_compile.lowering import op, sdpa
+from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
+from distr_compile.lowering.judge import Judge
+from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError
+from distr_compile.policy.errors import sentence
+
+NAME = "distr"
+"""What ``attn_implementation`` is to be."""
+
+ATTRIBUTE = "_distr_assigned"
+"""Where a module keeps what :func:`apply` gave it."""
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What a policy has for one module of a model.
+
+    Attributes:
+        name: full dotted name in the model that was given to :func:`apply`.
+        plan: what the policy says of it.
+        bases: of the model, where its estimator needs them.
+    """
+
+    name: str
+    plan: LayerPlan
+    bases: BasesOfModel | None = None
+
+
+def register() -> None:
+    """Make ``attn_implementation="distr"`` known to transformers, with the masks of SDPA.
+
+    Models without a plan from :func:`apply` take the ``[default]`` of the policy that the
+    environment variable ``DISTR_POLICY`` names, or of the defaults.
+
+    Raises:
+        PolicyError: ``DISTR_POLICY`` names something that is no policy.
+    """
+    global _read
+    _read = _policy(os.environ.get(ENV_VAR))
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def apply(model: nn.Module, policy: Any = None) -> None:
+    """Give each module of a model its name and its plan.
+
+    A later call replaces what an earlier one gave. Names are those of ``model.named_modules()``, as
+    for ``torch.compile(model, backend="distr")``.
+
+    Args:
+        model: of transformers, or one that contains such models; loaded with
+            ``attn_implementation="distr"``.
+        policy: a path, a dict, a ``Policy``; None is the file that ``DISTR_POLICY`` names, or the
+            defaults.
+
+    Raises:
+        PolicyError: the policy is wrong, or a rule names no module.
+        ValueError: no model in it asks for ``attn_implementation="distr"``, or one that asks has
+            attention that transformers cannot exchange.
+    """
+    asked = Policy.from_any(policy)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    asked.check_layers([name for group in names.values() for name in group])
+    _check_asked(model)
+    bases = BasesOfModel(asked, model)
+    for module, group in names.items():
+        plans = [(name, asked.resolve(name)) for name in group]
+        name, plan = next((each for each in plans if each[1].rule), plans[0])
+        needs = ESTIMATORS[plan.estimator].needs == "bases"
+        setattr(module, ATTRIBUTE, Assigned(name, plan, bases if needs else None))
+
+
+def _check_asked(model: nn.Module) -> None:
+    found: dict[str, nn.Module] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            found.setdefault(str(config._attn_implementation), module)
+    if NAME not in found:
+        got = f"a model with {', '.join(map(repr, found)) or 'no config of transformers'}"
+        advice = f'load it with attn_implementation="{NAME}", or model.set_attn_implementation'
+        accepted = f"{NAME!r}"
+        raise ValueError(sentence("attn_implementation", got, accepted, f'{advice}("{NAME}")'))
+    can_set = getattr(found[NAME], "_can_set_attn_implementation", None)
+    if can_set is not None and not can_set():
+        got = f"{NAME!r} for {type(found[NAME]).__name__}, whose code does not look at it"
+        accepted = "models whose attention goes through transformers' AttentionInterface"
+        advice = 'compile this one: model.compile(backend="distr", options={"policy": ...})'
+        raise ValueError(sentence("attn_implementation", got, accepted, advice))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in the place of its own attention functions.
+
+    Args:
+        module: of the model, whose attention this is.
+        query: ``(B, H, N, d)``.
+        key: ``(B, H_k, M, d)``; H_k divides H.
+        value: ``(B, H_k, M, d_v)``.
+        attention_mask: as ``sdpa_mask`` makes it: ``(B, 1, N, M)``, bool; or floating, which is
+            added.
+        dropout: on the weights; such a call is exact.
+        scaling: multiplies Q K^T; ``1 / sqrt(d)`` if None.
+        is_causal: where there is no mask; the module's own ``is_causal`` if None.
+        position_bias: ``(B or 1, H, N, M)``, added to the scaled scores.
+        options: ``softcap`` and ``s_aux`` (sinks) are heeded, what else models hand over tells
+            masks, which are in ``attention_mask`` already.
+
+    Returns:
+        ``(B, N, H, d_v)`` and None, as there are no weights to give.
+
+    Raises:
+        ValueError: ``output_attentions``, or dropout beside a soft cap or sinks.
+        PolicyError: the policy of the environment has rules, and :func:`apply` was not called.
+    """
+    softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
+    if options.get("output_attentions"):
+        advice = 'load the model with attn_implementation="eager"'
+        raise ValueError(sentence("output_attentions", "True", "False or None", advice))
+    queries, keys = query.shape[2], key.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal) and attention_mask is None and queries > 1
+    if is_causal and keys > queries:  # an empty static cache: from the top left nothing sees these
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        position_bias = None if position_bias is None else position_bias[..., :queries]
+    mask = _with_bias(attention_mask, position_bias)
+    q, k, v = four_axes(query, key, value, mask, enable_gqa=True)
+    scale = q.shape[3] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, is_causal, softcap=softcap)
+    assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
+    approximation = Approximation.none(q.shape[3])
+    if not _needs_gradient(q, k, v, mask, sinks) and dropout == 0:
+        approximation = _chosen(q, k, v, mask, sinks, assigned, scores)
+    if approximation.rank < q.shape[3]:
+        bases = _bases(assigned, approximation, k)
+        given = op_arguments(approximation, scores)
+        out: Tensor = op.call(q, k, v, mask, *bases, sinks, **given)
+    else:
+        out = _exactly(q, k, v, mask, sinks, scores, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return mask + bias
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Such a call is exact, as with the backend: the place to change once there is a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    assigned: Assigned,
+    scores: Scores,
+) -> Approximation:
+    """The approximation, of rank d where the call is exact."""
+    exact, plan = Approximation.none(q.shape[3]), assigned.plan
+    found = approximated(q, k, v, mask, plan, scores.is_causal)
+    if isinstance(found, str) or found.rank == q.shape[3]:
+        return exact
+    needs_bases = ESTIMATORS[plan.estimator].needs == "bases"
+    if torch.compiler.is_compiling() and (plan.min_seq_len == "auto" or needs_bases):
+        return exact  # nothing is timed or read in a trace: SDPA stands there, for the backend
+    if plan.min_seq_len == "auto":
+        has = {"softcap": scores.softcap > 0, "sinks": sinks is not None}
+        if not _is_faster(Shape.of(q, k, v, mask, scores.is_causal, **has), found):
+            return exact
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_faster(shape: Shape, approximation: Approximation) -> bool:
+    found = Judge()(shape, approximation)
+    return not isinstance(found, str) and found.prefers_distr
+
+
+def _bases(
+    assigned: Assigned, approximation: Approximation, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if ESTIMATORS[approximation.estimator].needs == "nothing":
+        return None, None
+    if assigned.bases is None:
+        raise PolicyError(
+            sentence(
+                "estimator",
+                f"{approximation.estimator!r} for a model without plans",
+                "estimators that need no bases",
+                "call distr_compile.transformers.apply(model, policy)",
+            )
+        )
+    sizes = {"head_dim": k.shape[3], "key_heads": k.shape[1]}
+    A, B = assigned.bases(assigned.name, rank=approximation.rank, **sizes)
+    return A.contiguous().to(k.device), B.contiguous().to(k.device)
+
+
+def _exactly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scores: Scores,
+    dropout: float,
+) -> Tensor:
+    given = {"scale": scores.scale, "is_causal": scores.is_causal}
+    if dropout == 0:
+        return sdpa.attention(q, k, v, mask, **given, softcap=scores.softcap, sinks=sinks)
+    if not sdpa.says(scores.softcap, sinks):
+        got = f"{dropout} beside a soft cap or sinks"
+        advice = 'set it to 0, or train with attn_implementation="eager"'
+        raise ValueError(sentence("dropout", got, "0 there", advice))
+    if scores.is_causal and mask is not None:
+        mask, given = sdpa.with_causal(mask, q, k, 0), {**given, "is_causal": False}
+    k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
+    gqa = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=gqa, **given)
+
+
+_read: Policy | None = None
+"""What ``DISTR_POLICY`` named when :func:`register` was called: Dynamo cannot read files."""
+
+
+def _plan_without_apply() -> LayerPlan:
+    path = os.environ.get(ENV_VAR)
+    policy = _read if torch.compiler.is_compiling() and _read is not None else _policy(path)
+    if policy.rule:
+        raise PolicyError(
+            sentence(
+                f"{path} (named by the environment variable {ENV_VAR})",
+                f"{len(policy.rule)} rules for a model whose layers have no names",
+                "a policy with [default] only",
+                "call distr_compile.transformers.apply(model, policy)",
+            )
+        )
+    return policy.default
+
+
+@functools.lru_cache(maxsize=8)
+def _policy(path: str | None) -> Policy:
+    return Policy.from_any(None) if path else Policy()
