@@ -260,8 +260,7 @@ def checked(arm: Arm, cell: Cell, inputs: Inputs, threads: int) -> tuple[Call | 
         call = arm.make(cell, inputs, threads)
         call.run()
         rank = cell.head_dim // arm.group_size
-        # At rank d all estimators are exact; only what ``projection`` adds may err more.
-        wanted = samples(cell, inputs, rank, "lsh-mean" if arm.group_size == 1 else "projection")
+        wanted = samples(cell, inputs, rank, "projection")
         found = errors(wanted, call.output(), scale=cell.scale, factor=FACTOR)
     except ModuleNotFoundError as error:
         return None, {"reason": f"not installed: {error.name}"}
