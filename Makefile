@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune gpu plots clean
+.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune gpu gpu-wheel plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; r
 
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
+
+gpu-wheel: $(VENV)/stamp ## wheels for a GPU machine without a network, into dist/gpu; the line that runs there
+	@$(BIN)/python -m benchmarks.wheels
 
 plots: $(VENV)/stamp ## docs/cpu_speed.png; plots of what `make gpu` measured
 	$(BIN)/python -m benchmarks.cpu_plot

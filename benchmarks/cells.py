@@ -105,6 +105,42 @@ def deciding(device: str) -> list[Cell]:
     return _fit(device, (Cell(b, h, h, n, d) for d, n, (b, h) in shapes))
 
 
+FIRST = (Cell(4, 32, 32, 8192, 128), Cell(4, 32, 32, 4096, 128))
+"""What the first minutes on a GPU are for."""
+
+SECOND = (
+    replace(FIRST[0], tokens=16384),
+    Cell(1, 10, 10, 8192, 128),
+    replace(FIRST[0], head_dim=64),
+    replace(FIRST[0], is_causal=True),
+    replace(FIRST[0], key_heads=8),
+    replace(FIRST[0], dtype="bfloat16"),
+)
+"""What comes after it: one thing each is otherwise than in ``FIRST``."""
+
+
+FIRST_TILES = ((FIRST[0], 64), (replace(FIRST[0], head_dim=64), 32), (FIRST[0], 32))
+"""Shapes and ranks to try other tiles on."""
+
+PAPER = tuple(Cell(1, 10, 10, n, 128) for n in PROLOGUE_LENGTHS)
+"""Shapes of the paper's section 4.8."""
+
+
+def first_tiles(device: str) -> list[tuple[Cell, int]]:
+    """``FIRST_TILES``, or one tiny case of them."""
+    if device == "cuda":
+        return list(FIRST_TILES)
+    return [(cell, 16) for cell in short_run(device, (cell for cell, _ in FIRST_TILES))]
+
+
+def short_run(device: str, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells of a run of minutes; the smallest that have their forms, without a GPU."""
+    if device == "cuda":
+        return list(cells)
+    small = [replace(cell, head_dim=32, tokens=48) for cell in _fit(device, cells)]
+    return list(dict.fromkeys(small))
+
+
 def variants(device: str) -> list[Cell]:
     """One shape of everything else that the kernel does."""
     plain = Cell(4, 32, 32, 4096, 128)
@@ -124,9 +160,8 @@ def variants(device: str) -> list[Cell]:
 
 def prologue(device: str) -> list[Cell]:
     """Shapes for the share of the prologue: the paper's, then those of the targets."""
-    paper = [Cell(1, 10, 10, n, 128) for n in PROLOGUE_LENGTHS]
     ours = [Cell(4, 32, 32, n, d) for n in (4096, 8192) for d in (64, 128)]
-    return _fit(device, [*paper, *ours])
+    return _fit(device, [*PAPER, *ours])
 
 
 def sweep(device: str) -> list[Cell]:

@@ -1,38 +1,31 @@
-"""Measures cell by cell, in a process of its own that ``gpu.py`` starts, watches and may kill."""
+"""Measures one cell: what ``stages.py`` gives the sessions as jobs."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import arms, cells, timing
+from benchmarks import arms, smoke, timing
 from benchmarks.cells import Cell
-from benchmarks.session import Job, Measured, Session
-from distr_compile.estimators import auto_grouping_block
+from benchmarks.session import Measured, Session
+from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
-from distr_compile.kernels.lsh.launch import lsh_factors
-from distr_compile.kernels.projection.launch import projection_factors
-from distr_compile.lowering import cuda, op  # noqa: F401  (op registers itself)
+from distr_compile.lowering import op
 from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.call import Approximation, Scores, op_arguments
 from distr_compile.lowering.tiles import tile_for
 
-# --- ceilings -----------------------------------------------------------------------------------
+ATTENTION_KERNEL = "_attention_fwd"
 
 
-def ceilings(session: Session) -> Iterator[Job]:
-    yield "ceilings", session.run, partial(measure_ceilings, session)
-
-
-def measure_ceilings(session: Session, key: str) -> Measured:
+def ceilings(session: Session, file: str, key: str) -> Measured:
     """What the device can do: copy memory, multiply matrices of random numbers."""
     is_cuda = session.device == "cuda"
     size = 8192 if is_cuda else 256
@@ -48,162 +41,180 @@ def measure_ceilings(session: Session, key: str) -> Measured:
         a, b = torch.randn(shape, device=session.device, dtype=getattr(torch, dtype))
         calls[f"matmul {dtype}"] = partial(torch.matmul, a, b)
         work[f"matmul {dtype}"] = 2 * size**3 / 1e9
-    found = session.compare("ceilings", key, calls, seconds=2.0)
+    found = session.compare(file, key, calls, seconds=2.0)
     for name, what in found.items():
-        what["gb_per_s" if name == "copy" else "tflops"] = work[name] / what["median_ms"]
-    return {"matmul_size": size, "copy_bytes": source.numel(), "arms": found}
+        if "error" not in what:
+            what["gb_per_s" if name == "copy" else "tflops"] = work[name] / what["median_ms"]
+    told = {"matmul_size": size, "copy_bytes": source.numel()}
+    return {"kind": "ceilings", "run": session.run, **told, "arms": found}
 
 
 def rates(session: Session, cell: Cell, flops: float, ms: float) -> Measured:
     """A time, beside the work done and the ceilings measured in this run."""
-    peak, bandwidth = session.ceilings[f"matmul {cell.dtype}"], session.ceilings["copy"]
-    floor_ms = max(flops / (1e9 * peak), cell.bytes / (1e6 * bandwidth))
     done = flops / (1e9 * ms)
+    told = {"exact_tflops": cell.exact_flops / (1e9 * ms), "done_tflops": done}
+    peak, bandwidth = (session.ceilings.get(name) for name in (f"matmul {cell.dtype}", "copy"))
+    if peak is None or bandwidth is None:
+        return told
+    floor_ms = max(flops / (1e9 * peak), cell.bytes / (1e6 * bandwidth))
     return {
-        "exact_tflops": cell.exact_flops / (1e9 * ms),
-        "done_tflops": done,
+        **told,
         "percent_of_peak": 100 * done / peak,
         "floor_ms": floor_ms,
         "fraction_of_floor": floor_ms / ms,
     }
 
 
-# --- attention ----------------------------------------------------------------------------------
+def small_calls(session: Session, case: smoke.Case, file: str, key: str) -> Measured:
+    """One call of ``smoke.py``, held against fp64."""
+    arm, inputs, call = smoke.run(case, session.device)
+    check = partial(smoke.check, case, arm, inputs)
+    found = session.first_calls(file, key, {case.name: call}, lambda _, out: check(out))
+    return {"kind": "smoke", "run": session.run, "arms": found}
 
 
 def attention(
-    session: Session, shapes: list[Cell], seconds: float, with_flex: bool
-) -> Iterator[Job]:
-    for cell in shapes:
-        yield "attention", cell.key, partial(measure_attention, session, cell, seconds, with_flex)
-
-
-def measure_attention(
-    session: Session, cell: Cell, seconds: float, with_flex: bool, key: str
+    session: Session,
+    cell: Cell,
+    file: str,
+    key: str,
+    *,
+    seconds: float,
+    with_flex: bool = False,
+    only: Collection[str] = (),
+    sustained: Collection[str] = (),
 ) -> Measured:
-    """All ways to compute one shape, against each other."""
+    """All ways to compute one shape, against each other.
+
+    Args:
+        session: which measures.
+        cell: the shape.
+        file: of the results.
+        key: of the cell.
+        seconds: for all rounds together.
+        with_flex: FlexAttention too, which takes long to compile.
+        only: names of arms; empty for all of them.
+        sustained: those of them that also run for a second without a pause.
+    """
     inputs = arms.make_inputs(cell, session.device)
     table = arms.make_arms(cell, inputs, with_flex=with_flex)
+    table = {name: arm for name, arm in table.items() if not only or name in only}
 
     def check(name: str, out: Tensor) -> Measured:
-        arm = table[name]
         told = {"picked": arms.picked(cell, inputs)} if name == arms.DEFAULT else {}
-        sampled = arms.samples(cell, inputs, arm.rank, arm.estimator)
+        arm = table[name]
+        sampled = arms.samples(cell, inputs, arm.rank, arm.estimator, arm.bases)
         return {**told, **arms.errors(sampled, out, scale=cell.scale)}
 
     calls = {name: arm.call for name, arm in table.items()}
-    found = session.compare("attention", key, calls, seconds=seconds, check=check)
+    found = session.compare(file, key, calls, seconds=seconds, check=check)
     for name, what in found.items():
-        if "error" not in what:
-            what.update(
-                rates(
-                    session,
-                    cell,
-                    cell.flops(table[name].rank, table[name].estimator),
-                    what["median_ms"],
-                )
-            )
-    return {**asdict(cell), "run": session.run, "arms": found}
+        if "error" in what:
+            continue
+        flops = cell.flops(table[name].rank, table[name].estimator)
+        what.update(rates(session, cell, flops, what["median_ms"]))
+        if name in sustained and session.device == "cuda":
+            session.mark(file, key, name)
+            what["sustained_ms"] = timing.sustained_ms(calls[name], seconds=1.0)
+    return {"kind": "attention", **asdict(cell), "run": session.run, "arms": found}
 
 
-# --- prologue and host --------------------------------------------------------------------------
+def launches(
+    session: Session, cell: Cell, group_size: int, estimators: Sequence[str], file: str, key: str
+) -> Measured:
+    """Each kernel of the whole call, and the share of what comes before attention, in percent.
 
-
-def prologue(session: Session) -> Iterator[Job]:
-    for cell in cells.prologue(session.device):
-        for group_size in (2, 4):
-            measure = partial(measure_prologue, session, cell, cell.head_dim // group_size)
-            yield "prologue", f"{cell.key} G={group_size}", measure
-
-
-def measure_prologue(session: Session, cell: Cell, rank: int, key: str) -> Measured:
-    """Making Qhat and Khat alone, the attention after it alone, and the whole call.
-
-    For the default estimator, and for ``projection`` beside it.
+    Of ``calibrated``, whose products are PyTorch's, only the whole call and attention are told.
     """
-    inputs = arms.make_inputs(cell, session.device)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    out = torch.empty_like(q)
-    calls: dict[str, Callable[[], Any]] = {}
-    makers = {
-        "lsh-mean": partial(lsh_factors, estimator="lsh-mean"),
-        "projection": projection_factors,
-    }
-    suffixes = {"lsh-mean": "", "projection": ", projection"}
-    for estimator, suffix in suffixes.items():
-        block = auto_grouping_block(cell.tokens, estimator)
-        size: dict[str, Any] = {"rank": rank, "grouping_block": block}
-        make = partial(makers[estimator], q, k, **size, seed=0)
-        calls[f"prologue{suffix}"] = make
-        calls[f"attention{suffix}"] = partial(
-            attention_fwd,
-            *make(),
-            v,
-            scale=cell.scale,
-            grouping_block=block,
-            tile=current_tile(session, cell, rank),
-            out=out,
+    inputs, rank = arms.make_inputs(cell, session.device), cell.head_dim // group_size
+    made = {name: arms.our_arm(cell, inputs, Approximation(name, rank)) for name in estimators}
+
+    def check(name: str, out: Tensor) -> Measured:
+        sampled = arms.samples(cell, inputs, rank, name, made[name].bases)
+        return arms.errors(sampled, out, scale=cell.scale)
+
+    calls = {name: arm.call for name, arm in made.items()}
+    tried = session.first_calls(file, key, calls, check)
+    found: dict[str, Measured] = {}
+    shares = {}
+    for name, what in tried.items():
+        found[f"{name}: {timing.WHOLE}"] = what
+        if "error" in what:
+            continue
+        times = timing.time_launches(
+            session.device,
+            calls[name],
+            rounds=20 if session.device == "cuda" else 2,
+            tick=lambda name=name: session.mark(file, key, name),
         )
-        calls[f"whole{suffix}"] = partial(
-            cuda.attention, q, k, v, scale=cell.scale, estimator=estimator, **size, out=out
+        for kernel, ms in times.items():
+            told = what if kernel == timing.WHOLE else {}
+            found[f"{name}: {kernel}"] = {**timing.summary(ms), **told}
+        attention_ms, whole_ms = (
+            statistics.median(times[kernel]) for kernel in (ATTENTION_KERNEL, timing.WHOLE)
         )
-    found = session.compare("prologue", key, calls)
-    measured = {**asdict(cell), "rank": rank, "run": session.run, "arms": found}
-    for suffix in suffixes.values():
-        part, whole = found[f"prologue{suffix}"], found[f"whole{suffix}"]
-        if "error" not in part and "error" not in whole:
-            measured[f"prologue_percent{suffix}"] = 100 * part["median_ms"] / whole["median_ms"]
-    return measured
+        shares[name] = 100 * (1 - attention_ms / whole_ms)
+    told = {"rank": rank, "prologue_percent": shares, "run": session.run}
+    return {"kind": "prologue", **asdict(cell), **told, "arms": found}
 
 
-def host(session: Session) -> Iterator[Job]:
-    yield "host", "host time of a call", partial(measure_host, session)
-
-
-def measure_host(session: Session, key: str) -> Measured:
+def host(session: Session, file: str, key: str) -> Measured:
     """Time of the host per call, on a shape that takes the device almost no time."""
-    cell = Cell(1, 2, 2, 64, 64)
+    cell = Cell(1, 2, 2, 64, 64 if session.device == "cuda" else 32)
     inputs = arms.make_inputs(cell, session.device)
     q, k, v = inputs.q, inputs.k, inputs.v
-    table = arms.make_arms(cell, inputs, with_flex=False)
-    options = {"scale": cell.scale, "estimator": "lsh-mean", "grouping_block": 0}
+
+    def through_op(how: Approximation, *bases: Tensor) -> Callable[[], Tensor]:
+        arguments = op_arguments(how, Scores(cell.scale))
+        return lambda: op.call(q, k, v, None, *bases, **arguments)
+
     calls: dict[str, Callable[[], Any]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
-        "op, exact": lambda: torch.ops.distr.attention(q, k, v, rank=64, **options),
-        "op, G=2": lambda: torch.ops.distr.attention(q, k, v, rank=32, **options),
-        "kernels, rank d": table[arms.EXACT].call,
-        "kernels, G=2": table["lsh-mean G=2"].call,
+        "op, exact": through_op(Approximation.none(cell.head_dim)),
     }
-    found = session.first_calls("host", key, calls)
+    for name in ESTIMATORS:
+        how = Approximation(name, cell.head_dim // 2)
+        arm = arms.our_arm(cell, inputs, how)
+        calls[f"op, {name} G=2"] = through_op(how, *(arm.bases or ()))
+        calls[f"kernels, {name} G=2"] = arm.call
+    calls["kernels, rank d"] = arms.our_arm(cell, inputs, Approximation.none(cell.head_dim)).call
+    found = session.first_calls(file, key, calls)
     alive = {name: calls[name] for name, what in found.items() if "error" not in what}
     repeats, rounds = (100, 20) if session.device == "cuda" else (1, 3)
     times = timing.time_host(session.device, alive, repeats=repeats, rounds=rounds)
     for name, us in times.items():
         found[name].update(timing.summary(us, "us"))
-    return {**asdict(cell), "run": session.run, "arms": found}
+    return {"kind": "host", **asdict(cell), "run": session.run, "arms": found}
 
 
-# --- tiles --------------------------------------------------------------------------------------
+def tiles(
+    session: Session, cell: Cell, rank: int, tried: Sequence[Tile], file: str, key: str
+) -> Measured:
+    """The attention kernel alone, with the tile of the table and with those that are tried."""
+    current = current_tile(architecture(torch.device(session.device)), cell, rank)
+    calls, check = tile_calls(cell, rank, [current, *tried], session.device)
+    found = session.compare(file, key, calls, seconds=2.0, check=check)
+    flops = cell.flops(rank) - cell.prologue_flops(rank)
+    for what in found.values():
+        if "error" not in what:
+            what.update(rates(session, cell, flops, what["median_ms"]))
+    names = {"kind": "tiles", "rank": rank, "tile": spell(current)}
+    return {**asdict(cell), **names, "run": session.run, "arms": found}
 
 
-def tiles(session: Session) -> Iterator[Job]:
-    for cell in cells.tiles(session.device):
-        for group_size in (2, 4, 1):
-            rank = cell.head_dim // group_size
-            yield "tiles", f"{cell.key} r{rank}", partial(measure_tiles, session, cell, rank)
-
-
-def measure_tiles(session: Session, cell: Cell, rank: int, key: str) -> Measured:
-    """The attention kernel alone, with the tile of the table and with others."""
-    inputs = arms.make_inputs(cell, session.device)
+def tile_calls(
+    cell: Cell, rank: int, tried: Sequence[Tile], device: str
+) -> tuple[dict[str, Callable[[], Tensor]], Callable[[str, Tensor], Measured]]:
+    """The attention kernel with each tile, and what checks what it gives."""
+    inputs = arms.make_inputs(cell, device)
     block = cell.tokens
     if rank < cell.head_dim:
         block = auto_grouping_block(cell.tokens, "lsh-mean")
     blocks = -(-cell.tokens // block)
     Qhat = inputs.q[..., :rank].contiguous()
-    Khat = torch.randn(
-        (cell.batch, cell.heads, blocks, cell.tokens, rank), dtype=Qhat.dtype, device=session.device
-    )
+    shape = (cell.batch, cell.key_heads, blocks, cell.tokens, rank)
+    make = torch.empty if device == "meta" else torch.randn
+    Khat = make(shape, dtype=Qhat.dtype, device=device)
     out = torch.empty_like(inputs.q)
 
     def call(tile: Tile) -> Callable[[], Tensor]:
@@ -223,15 +234,16 @@ def measure_tiles(session: Session, cell: Cell, rank: int, key: str) -> Measured
         return run
 
     def samples() -> Iterator[arms.Sample]:
+        rep = cell.heads // cell.key_heads
         for row in torch.linspace(0, cell.tokens - 1, 4).long():
             seen = int(row) + 1 if cell.is_causal else cell.tokens
             yield arms.Sample(
                 -1,
                 cell.heads - 1,
                 row[None],
-                Qhat[-1, -1, row][None, None, None].double(),
-                Khat[-1, -1, int(row) // block][None, None].double(),
-                inputs.v[-1, -1][None, None].double(),
+                Qhat[-1, -1, int(row)][None, None, None].cpu().double(),
+                Khat[-1, (cell.heads - 1) // rep, int(row) // block][None, None].cpu().double(),
+                inputs.v[-1, -1][None, None].cpu().double(),
                 torch.arange(cell.tokens)[None] < seen,
             )
 
@@ -240,21 +252,13 @@ def measure_tiles(session: Session, cell: Cell, rank: int, key: str) -> Measured
         got.fill_(torch.nan)  # so that what the next tile leaves unwritten is seen
         return found
 
-    current = current_tile(session, cell, rank)
-    tried = neighbours(current) if session.device == "cuda" else neighbours(current)[:2]
-    calls = {spell(tile): call(tile) for tile in tried}
-    found = session.compare("tiles", key, calls, seconds=2.0, check=check)
-    flops = cell.flops(rank) - cell.prologue_flops(rank)
-    for what in found.values():
-        if "error" not in what:
-            what.update(rates(session, cell, flops, what["median_ms"]))
-    names = {"rank": rank, "tile": spell(current)}
-    return {**asdict(cell), **names, "run": session.run, "arms": found}
+    return {spell(tile): call(tile) for tile in tried}, check
 
 
-def current_tile(session: Session, cell: Cell, rank: int) -> Tile:
+def current_tile(architecture: str, cell: Cell, rank: int) -> Tile:
+    """The one that ``lowering/tiles.py`` has."""
     return tile_for(
-        architecture(torch.device(session.device)),
+        architecture,
         value_dim=cell.head_dim,
         rank=rank,
         is_causal=cell.is_causal,
@@ -263,65 +267,29 @@ def current_tile(session: Session, cell: Cell, rank: int) -> Tile:
     )
 
 
-def neighbours(tile: Tile) -> list[Tile]:
-    """The tile itself, then others: some in one field only, some usual ones, each switch."""
-    steps: dict[str, list[Any]] = {
-        "block_m": [64, 128],
-        "block_n": [32, 64, 128],
-        "num_warps": [4, 8],
-        "num_stages": [tile.num_stages - 1, tile.num_stages + 1],
-    }
-    found = [tile]
-    for name, values in steps.items():
-        found += [replace(tile, **{name: value}) for value in values]
-    usual = [
-        replace(tile, block_m=m, block_n=n, num_warps=warps)
-        for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8))
-    ]
-    for field in fields(tile):
-        if isinstance(getattr(tile, field.name), bool):
-            usual += [replace(t, **{field.name: not getattr(t, field.name)}) for t in usual]
-    return [t for t in dict.fromkeys(found + usual) if t.num_stages >= 1]
+CANDIDATES = {
+    64: ("128x128/4/2", "128x128/4/3", "128x64/4/3", "128x64/4/2", "128x128/8/2"),
+    128: ("128x128/8/2", "128x64/4/2", "128x64/4/3", "128x128/8/3", "64x64/4/3"),
+}
+"""Tiles to try, by the width of V: what a model of one multiprocessor ranks highest on Hopper, what
+was in the table before, and one that is smaller. Warp specialisation comes last: it may hang."""
+
+
+def candidates(tile: Tile, value_dim: int) -> list[Tile]:
+    """At most six tiles to try beside the one in the table, in the order of their promise."""
+    sizes = (map(int, text.replace("x", "/").split("/")) for text in CANDIDATES[_wide(value_dim)])
+    names = ("block_m", "block_n", "num_warps", "num_stages")
+    found = [replace(tile, **dict(zip(names, size, strict=True))) for size in sizes]
+    if tile.use_tma:
+        found.append(replace(found[1], num_warps=4, block_m=128, warp_specialize=True))
+    return list(dict.fromkeys(found))
+
+
+def _wide(value_dim: int) -> int:
+    return 64 if value_dim <= 64 else 128
 
 
 def spell(tile: Tile) -> str:
     """A tile in the form 128x64/4/2; switches come after, where they are on."""
     text = f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}"
     return "/".join([text, *(f.name for f in fields(tile) if getattr(tile, f.name) is True)])
-
-
-# --- all of it ----------------------------------------------------------------------------------
-
-STAGES: dict[str, Callable[[Session], Iterator[Job]]] = {
-    "deciding": lambda s: attention(s, cells.deciding(s.device), seconds=6.0, with_flex=True),
-    "prologue": prologue,
-    "host": host,
-    "variants": lambda s: attention(s, cells.variants(s.device), seconds=3.0, with_flex=False),
-    "tiles": tiles,
-    "sweep": lambda s: attention(s, cells.sweep(s.device), seconds=1.5, with_flex=False),
-}
-"""In the order in which they run; the ceilings come before all of them, in every run."""
-
-
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="started by gpu.py; see session.Session")
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--marker", type=Path, required=True)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--until", type=float, required=True)
-    parser.add_argument("--stages", nargs="*", choices=list(STAGES), required=True)
-    options = parser.parse_args(argv)
-    session = Session(options.results, options.marker, options.run, options.until)
-    if not session.work_through(ceilings(session)):
-        return 0
-    for name, what in session.store("ceilings").current()[session.run]["arms"].items():
-        session.ceilings[name] = what["gb_per_s" if name == "copy" else "tflops"]
-    for stage in options.stages:
-        if not session.work_through(STAGES[stage](session)):
-            break
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,9 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.cells import speedup_limit
-from benchmarks.rows import FLASH, GROUP_SIZES, Row, load
+from benchmarks.rows import FLASH, GROUP_SIZES, TABLED, Row, is_ours, load
 
 COLOURS = {2: "tab:blue", 4: "tab:red"}
+MARKS = dict(zip(TABLED, "osv", strict=True))
 Panels = dict[tuple[bool, int], list[Row]]  # (causal, head width) -> rows by length
 
 
@@ -74,7 +75,7 @@ def save(path: Path, panels: Panels, title: str, draw: Any) -> None:
 def draw_times(ax: Any, rows: list[Row], head_dim: int) -> None:
     for name in dict.fromkeys(name for row in rows for name in row.times):
         found = [(row.cell["tokens"], row.times[name]) for row in rows if name in row.times]
-        style = "o-" if name.startswith("lsh") else "s--"
+        style = "o-" if is_ours(name) else "s--"
         ax.plot(*zip(*found, strict=True), style, markersize=3, linewidth=1, label=name)
     ax.set_yscale("log")
     ax.set_ylabel("ms")
@@ -82,23 +83,29 @@ def draw_times(ax: Any, rows: list[Row], head_dim: int) -> None:
 
 def draw_speedups(ax: Any, rows: list[Row], head_dim: int) -> None:
     for group_size in GROUP_SIZES:
-        colour = COLOURS[group_size]
-        for style, name in (("o-", "flash"), ("s--", "best exact")):
-            found = []
-            for row in rows:
-                ms, best = row.ours(group_size), row.best_exact()
-                other = row.times.get(FLASH) if name == "flash" else best and best[1]
-                if ms is not None and other is not None:
-                    found.append((row.cell["tokens"], other / ms))
-            if found:
-                label = f"G = {group_size}, over {name}"
-                ax.plot(*zip(*found, strict=True), style, color=colour, markersize=3, label=label)
+        for estimator in TABLED:
+            _draw_speedup(ax, rows, estimator, group_size)
         if head_dim // group_size >= 16:
             limit = speedup_limit(head_dim, group_size)
             label = f"limit 2d / (d/G + d), G = {group_size}"
+            colour = COLOURS[group_size]
             ax.axhline(limit, color=colour, linestyle=":", linewidth=1, label=label)
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set_ylabel("speedup")
+
+
+def _draw_speedup(ax: Any, rows: list[Row], estimator: str, group_size: int) -> None:
+    for line, name in (("-", "flash"), ("--", "best exact")):
+        found = []
+        for row in rows:
+            ms, best = row.ours(group_size, estimator), row.best_exact()
+            other = row.times.get(FLASH) if name == "flash" else best and best[1]
+            if ms is not None and other is not None:
+                found.append((row.cell["tokens"], other / ms))
+        if found:
+            label = f"{estimator}, G = {group_size}, over {name}"
+            style, colour = MARKS[estimator] + line, COLOURS[group_size]
+            ax.plot(*zip(*found, strict=True), style, color=colour, markersize=3, label=label)
 
 
 def main() -> None:

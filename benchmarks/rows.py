@@ -1,4 +1,4 @@
-"""Reads ``attention.json``: what is compared in plots and tables.
+"""Reads the cells of attention in a file of results: what is compared in plots and tables.
 
     python -m benchmarks.rows DIR [...]
 
@@ -13,10 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import ESTIMATED, EXACT
 from benchmarks.cells import speedup_limit
 
 FLASH = "sdpa flash"
 GROUP_SIZES = (2, 4)
+TABLED = ("projection", "calibrated", "lsh-mean")
+"""Estimators in tables and plots."""
+
+
+def is_ours(arm: str) -> bool:
+    """Whether our kernels compute it."""
+    return arm == EXACT or arm in ESTIMATED
+
+
+def is_attention(cell: dict[str, Any]) -> bool:
+    """Whether it holds ways to compute one attention."""
+    return "run" in cell and cell.get("kind", "attention") == "attention"
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,10 @@ class Row:
 
     def best_exact(self) -> tuple[str, float] | None:
         """Name and time of the fastest exact arm, FlexAttention and our own kernel included."""
-        exact = [(ms, name) for name, ms in self.times.items() if not name.startswith("lsh")]
+        exact = [(ms, name) for name, ms in self.times.items() if name not in ESTIMATED]
         return (min(exact)[1], min(exact)[0]) if exact else None
 
-    def ours(self, group_size: int, estimator: str = "lsh-mean") -> float | None:
+    def ours(self, group_size: int, estimator: str) -> float | None:
         """The approximation, prologue included."""
         return self.times.get(f"{estimator} G={group_size}")
 
@@ -52,7 +65,7 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
         ValueError: the file has no cell.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
-    cells = [cell for cell in data["cells"].values() if "run" in cell]
+    cells = [cell for cell in data["cells"].values() if is_attention(cell)]
     if not cells:
         raise ValueError(f"{path}: got no measured cell; run `make gpu` first")
     latest = max(cells, key=lambda cell: cell["run"])["environment"]
@@ -69,13 +82,14 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: milliseconds of FlashAttention-2 and of the best exact kernel, and our speedups."""
-    lines = [
-        "| dtype | B, H | N | d | | flash | best exact | "
-        + " | ".join(f"G = {g}: x flash, x best (limit)" for g in GROUP_SIZES)
-        + " |",
-        "|---" * (7 + len(GROUP_SIZES)) + "|",
-    ]
+    """Markdown: milliseconds of FlashAttention-2 and of the best exact kernel, and our speedups.
+
+    Of every estimator, with groups of 2 and of 4: over flash, and over the best exact kernel.
+    """
+    ours = [(estimator, size) for estimator in TABLED for size in GROUP_SIZES]
+    names = [f"{estimator} G={size}: x flash, x best" for estimator, size in ours]
+    columns = ["dtype", "B, H", "N", "d", "", "flash", "best exact", *names, "limits"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in sorted(rows, key=_order):
         cell, flash, best = row.cell, row.times.get(FLASH), row.best_exact()
         heads = f"{cell['heads']}"
@@ -91,15 +105,15 @@ def table(rows: list[Row]) -> str:
             "-" if flash is None else f"{flash:.3f}",
             "-" if best is None else f"{best[1]:.3f} ({best[0]})",
         ]
-        for group_size in GROUP_SIZES:
-            ms = row.ours(group_size)
+        for estimator, size in ours:
+            ms = row.ours(size, estimator)
             over = [
                 "-" if ms is None or other is None else f"{other / ms:.2f}"
                 for other in (flash, best and best[1])
             ]
-            limit = speedup_limit(cell["head_dim"], group_size)
-            columns.append(f"{', '.join(over)} ({limit:.2f})")
-        lines.append("| " + " | ".join(columns) + " |")
+            columns.append(", ".join(over))
+        limits = (f"{speedup_limit(cell['head_dim'], size):.2f}" for size in GROUP_SIZES)
+        lines.append("| " + " | ".join([*columns, ", ".join(limits)]) + " |")
     return "\n".join(lines)
 
 

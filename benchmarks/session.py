@@ -23,8 +23,8 @@ from benchmarks.store import Store, describe
 DEVICE_LOST = 3  # exit status: an error after which this process can use the device no more
 
 Measured = dict[str, Any]
-Job = tuple[str, str, Callable[[str], Measured]]
-"""(file, key, what measures the cell, given its key)"""
+Job = tuple[str, str, Callable[[str, str], Measured]]
+"""(file, key, what measures the cell, given both)"""
 
 Check = Callable[[str, Any], Measured]
 """Is given the name of a call and what it returned; what it finds is kept beside the times."""
@@ -38,6 +38,9 @@ class Session:
         marker: file that says what is being done.
         run: names the call of ``gpu.py`` that this process belongs to.
         until: when to have ended, in seconds since the epoch.
+
+    Attributes:
+        once: keys of cells from whose time nothing follows for the next ones.
     """
 
     def __init__(self, results: Path, marker: Path, run: str, until: float) -> None:
@@ -48,6 +51,7 @@ class Session:
         self.stores: dict[str, Store] = {}
         self.ceilings: dict[str, float] = {}
         self.longest_s = 0.0
+        self.once: set[str] = set()
 
     def store(self, file: str) -> Store:
         """Results of one kind."""
@@ -133,11 +137,17 @@ class Session:
                 return False
             start = time.time()
             self.mark(file, key, None)
-            self.store(file).put(key, measure(key))
+            try:
+                self.store(file).put(key, measure(file, key))
+            except Exception as error:  # one cell less, and on to the next
+                self.store(file).put(key, {"error": _text(error, []), "arms": {}})
+                self.synchronize()  # raises if nothing can be measured any more
             took = time.time() - start
-            self.longest_s = max(self.longest_s, took)
-            print(f"{file}: {key} ({took:.1f} s)", flush=True)
-            for name, what in self.store(file).cells[key]["arms"].items():
+            if key not in self.once:
+                self.longest_s = max(self.longest_s, took)
+            cell = self.store(file).cells[key]
+            print(f"{file}: {key} ({took:.1f} s) {cell.get('error', '')}".rstrip(), flush=True)
+            for name, what in cell["arms"].items():
                 print(f"    {name:24} {_line(what)}", flush=True)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
@@ -153,8 +163,10 @@ def _text(error: Exception, said: list[warnings.WarningMessage]) -> str:
 def _line(what: Measured) -> str:
     if "error" in what:
         return f"error: {what['error'][:100]}"
-    unit = "us" if "median_us" in what else "ms"
-    text = f"{what[f'median_{unit}']:10.3f} {unit}"
+    unit = next((unit for unit in ("ms", "us", "s") if f"median_{unit}" in what), None)
+    text = "" if unit is None else f"{what[f'median_{unit}']:10.3f} {unit}"
+    if unit is None and "max_error" in what:
+        text = f"error {what['max_error']:.1e}, allowed {what['allowed_error']:.1e}"
     if "percent_of_peak" in what:
         text += f" {what['percent_of_peak']:6.1f} % of peak"
     return text + ("" if what.get("is_right", True) else "  WRONG RESULT")

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,6 +27,7 @@ Calls = Mapping[str, Callable[[], Any]]
 FLUSH_BYTES = 256 << 20
 CYCLES_PER_S = 2e9  # at least the highest clock there is: a slower one sleeps longer
 MAX_ROUNDS = 100
+WHOLE = "whole call"  # beside the names of its kernels
 MIN_ROUNDS = {"cuda": 8, "cpu": 3}
 
 
@@ -87,6 +91,97 @@ def time_host(device: str, calls: Calls, *, repeats: int, rounds: int) -> dict[s
                 call()
             times[name].append(1e6 * (time.perf_counter() - start) / repeats)
     return times
+
+
+def time_launches(
+    device: str, call: Callable[[], Any], *, rounds: int, tick: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Milliseconds of each Triton kernel that a call launches, and of all of it, in every round.
+
+    A kernel that is launched several times in a call counts with all of them. What PyTorch launches
+    is in ``WHOLE`` only.
+
+    Args:
+        device: "cuda" or "cpu", where the interpreter is timed.
+        call: has been called before, so that nothing is compiled now.
+        rounds: how often.
+        tick: is called once a round, a sign of life.
+    """
+    times: dict[str, list[float]] = defaultdict(list)
+    nap = int(3 * _queueing_s(call) * CYCLES_PER_S) if device == "cuda" else 0
+    for _ in range(rounds):
+        tick()
+        if nap:
+            torch.cuda._sleep(nap)
+        stop = _watch(device)
+        with _seen_launches(device) as seen:
+            call()
+        seen.append((WHOLE, stop()))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        total: dict[str, float] = defaultdict(float)
+        for name, milliseconds in seen:
+            total[name] += milliseconds()
+        for name, ms in total.items():
+            times[name].append(ms)
+    return dict(times)
+
+
+Milliseconds = Callable[[], float]
+
+
+def _watch(device: str) -> Callable[[], Milliseconds]:
+    """Start a watch; what is returned stops it, and gives what reads it when the work is done."""
+    if device == "cpu":
+        start = time.perf_counter()
+
+        def stop_wall() -> Milliseconds:
+            ms = 1e3 * (time.perf_counter() - start)
+            return lambda: ms
+
+        return stop_wall
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def stop_events() -> Milliseconds:
+        last.record()
+        return lambda: first.elapsed_time(last)
+
+    return stop_events
+
+
+@contextmanager
+def _seen_launches(device: str) -> Iterator[list[tuple[str, Milliseconds]]]:
+    """The kernels that are launched inside by name, each with its time."""
+    from distr_compile.kernels.attention.triton_fwd import _attention_fwd
+
+    kind: Any = type(_attention_fwd)  # compiled or interpreted, as Triton was imported
+    run, seen = kind.run, []
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stop = _watch(device)
+        result = run(self, *args, **kwargs)
+        seen.append((self.fn.__name__, stop()))
+        return result
+
+    with mock.patch.object(kind, "run", timed):
+        yield seen
+
+
+def sustained_ms(call: Callable[[], Any], seconds: float) -> float:
+    """Milliseconds a call on a GPU, one after another for some seconds: hot, without any flush."""
+    torch.cuda.synchronize()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, calls = time.perf_counter(), 0
+    start.record()
+    while time.perf_counter() - begin < seconds:
+        for _ in range(8):  # in pieces, so that the queue stays short
+            call()
+        calls += 8
+        torch.cuda.synchronize()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / calls
 
 
 def summary(times: list[float], unit: str = "ms") -> dict[str, Any]:

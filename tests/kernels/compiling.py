@@ -6,8 +6,7 @@ compiles every case below with the tile that ``lowering/tiles.py`` has for it an
 spills, shared memory and instructions; ``--write`` puts the rows into ``compiled.csv``, in place of
 those of the same Triton version and architectures. Another Triton: the same in its environment.
 
-The kernels' own host functions are called, on tensors without storage and under a driver that only
-knows the name of an architecture: what is compiled is what a launch there would compile.
+``benchmarks/compile_only.py`` says how that is done.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tabulate import tabulate
+
+from benchmarks.compile_only import compiling
 
 COMPILED = Path(__file__).with_name("compiled.csv")
 ROOT = Path(__file__).parents[2]
@@ -131,30 +131,6 @@ class Row:
 # --- compile, in a process of its own -----------------------------------------------------------
 
 
-class _Driver:
-    """Stands where Triton's driver of a device stands, and knows the device's architecture only."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:  # Triton caches by it
-        return str(self.target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-def _target(architecture: str) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    if architecture.startswith("gfx"):
-        return GPUTarget("hip", architecture, 64)
-    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-
 def compile_case(architecture: str, case: Case, tile: Any = None) -> list[Row]:
     """One row for every kernel of the call; not in a process with TRITON_INTERPRET set.
 
@@ -163,22 +139,8 @@ def compile_case(architecture: str, case: Case, tile: Any = None) -> list[Row]:
         case: what to call.
         tile: of attention_fwd, None for the one in the table.
     """
-    import torch
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    driver.set_active(_Driver(_target(architecture)))
-    run = JITFunction.run
     compiled: list[Any] = []
-
-    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
-
-    with (
-        mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(torch.version, "hip", "0" if architecture.startswith("gfx") else None),
-    ):
+    with compiling(architecture, compiled.append):
         tile = CALLS[case.function](architecture, case, tile)
     return [_row(architecture, case, tile, kernel) for kernel in compiled]
 
