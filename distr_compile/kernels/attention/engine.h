@@ -300,7 +300,11 @@ template <bool PAIRS> struct Engine {
                        (t.batch * st[0] + t.head * st[1] + t.row * st[2] + key * st[3]) * bytes;
     bool seen = false;
     auto row = [&](int64_t i, float* to) {
-      read_floats(from + i * st[2] * bytes, c.mask_kind, st[3], n, to);
+      const char* at = from + i * st[2] * bytes;
+      // Rows lie far apart: ask for those of the next tile while this one is computed.
+      for (int64_t b = 0; st[3] == 1 && b < n * bytes; b += 64)
+        __builtin_prefetch(at + KEY_TILE * bytes + b, 0, 2);
+      read_floats(at, c.mask_kind, st[3], n, to);
       bool any = false;
       for (int64_t j = 0; j < n; j++) any |= to[j] != -INFINITY;
       seen |= any;
