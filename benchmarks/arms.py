@@ -123,7 +123,9 @@ def make_inputs(cell: Cell, device: str, *, drawn_on: str = "") -> Inputs:
     return Inputs(q, k, v, mask)
 
 
-def make_arms(cell: Cell, inputs: Inputs, *, with_flex: bool) -> dict[str, Arm]:
+def make_arms(
+    cell: Cell, inputs: Inputs, *, with_flex: bool, by_pointers: bool = False
+) -> dict[str, Arm]:
     """All arms by name. None has been called: what this device refuses raises then."""
     q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
     d, scale = cell.head_dim, cell.scale
@@ -141,7 +143,7 @@ def make_arms(cell: Cell, inputs: Inputs, *, with_flex: bool) -> dict[str, Arm]:
 
         return call
 
-    arms = make_ours(cell, inputs)
+    arms = make_ours(cell, inputs, by_pointers)
     for name, backend in SDPA.items():
         arms[name] = Arm(forced(backend), d)
     arms[DEFAULT] = Arm(sdpa, d)
@@ -154,28 +156,39 @@ def make_arms(cell: Cell, inputs: Inputs, *, with_flex: bool) -> dict[str, Arm]:
     return arms
 
 
-def make_ours(cell: Cell, inputs: Inputs) -> dict[str, Arm]:
+def make_ours(cell: Cell, inputs: Inputs, by_pointers: bool = False) -> dict[str, Arm]:
     """Our kernels at the full width and with every estimator of ``ESTIMATED``."""
     d = cell.head_dim
-    arms = {EXACT: our_arm(cell, inputs, Approximation.none(d))}
+    hows = {EXACT: Approximation.none(d)}
     for name, (estimator, group_size) in ESTIMATED.items():
         if d // group_size >= 16:
-            arms[name] = our_arm(cell, inputs, Approximation(estimator, d // group_size))
-    return arms
+            hows[name] = Approximation(estimator, d // group_size)
+    return {name: our_arm(cell, inputs, how, by_pointers) for name, how in hows.items()}
 
 
-def our_arm(cell: Cell, inputs: Inputs, how: Approximation) -> Arm:
-    """Our kernels, called as the op calls them, bases given where the estimator needs them."""
+def our_arm(cell: Cell, inputs: Inputs, how: Approximation, by_pointers: bool = False) -> Arm:
+    """Our kernels, called as the op calls them, bases given where the estimator needs them.
+
+    Args:
+        cell: the shape.
+        inputs: of it.
+        how: the approximation.
+        by_pointers: in the form that the op falls back to where descriptors fail.
+    """
     q, k, v = inputs.q, inputs.k, inputs.v
     bases = None
     if ESTIMATORS[how.estimator].needs == "bases" and how.rank < cell.head_dim:
         drawn = random_bases(cell.key_heads, cell.head_dim, how.rank, torch.device("cpu"))
         bases = (drawn[0].to(q.device), drawn[1].to(q.device))
     scores = Scores(cell.scale, cell.is_causal)
+    kernels = cuda.IMPLEMENTATION
+    if by_pointers:
+        assert kernels.fallback is not None
+        kernels = kernels.fallback
 
     def call() -> Tensor:
         out = q.new_empty(cell.batch, cell.tokens, cell.heads, cell.head_dim).transpose(1, 2)
-        cuda.IMPLEMENTATION.run(Call(q, k, v, inputs.mask, None, scores, how, bases, out))
+        kernels.run(Call(q, k, v, inputs.mask, None, scores, how, bases, out))
         return out
 
     return Arm(call, how.rank, how.estimator, bases)

@@ -72,14 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     is_green = True
     try:
         if short:
-            is_green = measure(device, results, short, until)
+            is_green = measure(device, results, short, until, options.by_pointers)
         if "second" in short:
             is_green = run_tests(device, results, until, only_marked=True) and is_green
         if "tests" in stages:
             share = start + TESTS_SHARE * (until - start)
             is_green = run_tests(device, results, share) and is_green
         if long:
-            is_green = measure(device, results, long, until) and is_green
+            measured = measure(device, results, long, until, options.by_pointers)
+            is_green = measured and is_green
     finally:
         if device == "cuda":
             triton_cache.pack(results)
@@ -99,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=ROOT / "dist" / "gpu" / triton_cache.NAME,
         help="Triton's cache of another machine, used if it is there",
+    )
+    parser.add_argument(
+        "--by-pointers",
+        action="store_true",
+        help="our kernels without tensor descriptors; first finds out by itself",
     )
     every = [*SHORT, "tests", *(stage for stage in STAGES if stage not in SHORT)]
     parser.add_argument("--stages", nargs="*", choices=every, default=every)
@@ -182,7 +188,9 @@ def note_running(store: Store, status: int | None) -> bool:
 # --- measurements -------------------------------------------------------------------------------
 
 
-def measure(device: str, results: Path, stages: list[str], until: float) -> bool:
+def measure(
+    device: str, results: Path, stages: list[str], until: float, by_pointers: bool = False
+) -> bool:
     """Let processes measure, one after another, until one of them ends well or the time is over.
 
     False if one did not even come to its first cell.
@@ -194,6 +202,7 @@ def measure(device: str, results: Path, stages: list[str], until: float) -> bool
             marker.unlink(missing_ok=True)
             command = ["-m", "benchmarks.stages", "--results", str(results), "--run", run]
             command += ["--marker", str(marker), "--until", str(until), "--stages", *stages]
+            command += ["--by-pointers"] * by_pointers
             status = watch(start_python(command), marker, until)
             if status == 0 or time.time() >= until:
                 break

@@ -97,7 +97,8 @@ def attention(
         sustained: those of them that also run for a second without a pause.
     """
     inputs = arms.make_inputs(cell, session.device)
-    table = arms.make_arms(cell, inputs, with_flex=with_flex)
+    form = {"by_pointers": session.by_pointers}
+    table = arms.make_arms(cell, inputs, with_flex=with_flex, **form)
     table = {name: arm for name, arm in table.items() if not only or name in only}
 
     def check(name: str, out: Tensor) -> Measured:
@@ -116,7 +117,7 @@ def attention(
         if name in sustained and session.device == "cuda":
             session.mark(file, key, name)
             what["sustained_ms"] = timing.sustained_ms(calls[name], seconds=1.0)
-    return {"kind": "attention", **asdict(cell), "run": session.run, "arms": found}
+    return {"kind": "attention", **asdict(cell), **form, "run": session.run, "arms": found}
 
 
 def launches(
@@ -127,7 +128,10 @@ def launches(
     Of ``calibrated``, whose products are PyTorch's, only the whole call and attention are told.
     """
     inputs, rank = arms.make_inputs(cell, session.device), cell.head_dim // group_size
-    made = {name: arms.our_arm(cell, inputs, Approximation(name, rank)) for name in estimators}
+    made = {
+        name: arms.our_arm(cell, inputs, Approximation(name, rank), session.by_pointers)
+        for name in estimators
+    }
 
     def check(name: str, out: Tensor) -> Measured:
         sampled = arms.samples(cell, inputs, rank, name, made[name].bases)
@@ -174,10 +178,11 @@ def host(session: Session, file: str, key: str) -> Measured:
     }
     for name in ESTIMATORS:
         how = Approximation(name, cell.head_dim // 2)
-        arm = arms.our_arm(cell, inputs, how)
+        arm = arms.our_arm(cell, inputs, how, session.by_pointers)
         calls[f"op, {name} G=2"] = through_op(how, *(arm.bases or ()))
         calls[f"kernels, {name} G=2"] = arm.call
-    calls["kernels, rank d"] = arms.our_arm(cell, inputs, Approximation.none(cell.head_dim)).call
+    exact = Approximation.none(cell.head_dim)
+    calls["kernels, rank d"] = arms.our_arm(cell, inputs, exact, session.by_pointers).call
     found = session.first_calls(file, key, calls)
     alive = {name: calls[name] for name, what in found.items() if "error" not in what}
     repeats, rounds = (100, 20) if session.device == "cuda" else (1, 3)
@@ -192,6 +197,10 @@ def tiles(
 ) -> Measured:
     """The attention kernel alone, with the tile of the table and with those that are tried."""
     current = current_tile(architecture(torch.device(session.device)), cell, rank)
+    if session.by_pointers:
+        current, *tried = (
+            replace(tile, use_tma=False, warp_specialize=False) for tile in (current, *tried)
+        )
     calls, check = tile_calls(cell, rank, [current, *tried], session.device)
     found = session.compare(file, key, calls, seconds=2.0, check=check)
     flops = cell.flops(rank) - cell.prologue_flops(rank)

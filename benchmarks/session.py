@@ -41,6 +41,7 @@ class Session:
 
     Attributes:
         once: keys of cells from whose time nothing follows for the next ones.
+        by_pointers: whether our kernels run in the form that the op falls back to.
     """
 
     def __init__(self, results: Path, marker: Path, run: str, until: float) -> None:
@@ -52,6 +53,7 @@ class Session:
         self.ceilings: dict[str, float] = {}
         self.longest_s = 0.0
         self.once: set[str] = set()
+        self.by_pointers = False
 
     def store(self, file: str) -> Store:
         """Results of one kind."""

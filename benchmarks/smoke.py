@@ -35,12 +35,14 @@ class Case:
         cell: its shape.
         how: the approximation.
         is_recorded: as a CUDA graph, replayed on other numbers.
+        by_pointers: in the form that the op falls back to.
     """
 
     name: str
     cell: Cell
     how: Approximation
     is_recorded: bool = False
+    by_pointers: bool = False
 
 
 def cases(device: str) -> list[Case]:
@@ -101,7 +103,7 @@ def _tiny(case: Case) -> Case:
 def run(case: Case, device: str) -> tuple[arms.Arm, arms.Inputs, Callable[[], Tensor]]:
     """What a case calls, on which inputs, and the call itself, which is recorded if it asks."""
     inputs = arms.make_inputs(case.cell, device, drawn_on="meta" if device == "meta" else "cpu")
-    arm = arms.our_arm(case.cell, inputs, case.how)
+    arm = arms.our_arm(case.cell, inputs, case.how, case.by_pointers)
     if not case.is_recorded or device != "cuda":
         return arm, inputs, arm.call
 

@@ -270,7 +270,7 @@ def _attention(cell: dict[str, Any]) -> list[str]:
         f"{arm} {row.times[arm]:.3f} ms" if arm in row.times else f"{arm} {NOTHING}"
         for arm in (FLASH, CUDNN, EXACT)
     )
-    lines = [f"{name}: {exact}"]
+    lines = [f"{name}: {exact}" + (", all of ours by pointers" * bool(cell.get("by_pointers")))]
     best = row.best_exact()
     for estimator in TABLED:
         parts = []

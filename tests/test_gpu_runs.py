@@ -32,7 +32,9 @@ from benchmarks import (
 from benchmarks.session import Session
 from benchmarks.store import ROOT, Store, describe
 from distr_compile.kernels.attention.triton_fwd import Tile
+from distr_compile.lowering import cuda
 from distr_compile.lowering.call import Approximation
+from distr_compile.lowering.choose import Implementation
 
 ENVIRONMENT = {"device": "no such device", "commit": "0", "torch": "0"}
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes on a GPU")
@@ -64,6 +66,31 @@ def test_the_first_stage_runs_without_a_gpu(
     assert (tmp_path / "report.txt").read_text().splitlines()[-3:] == last[-3:]
     assert f"22 of {kinds.count('smoke')} right" in "\n".join(last[start:])
     assert any(targets.NOTHING in line for line in last[start:])
+
+
+def test_small_calls_that_fail_are_tried_by_pointers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tmp_path, tmp_path / "doing.json", "a run", time.time() + 60)
+    exact, lsh = (smoke.cases("cpu")[i] for i in (0, 13))
+    monkeypatch.setattr(smoke, "cases", lambda device: [exact, lsh])
+
+    def fail(call: Any) -> None:
+        raise RuntimeError("no descriptors")
+
+    assert session.work_through(stages._small_calls(session))
+    assert not session.by_pointers
+    assert len(session.store("first").current()) == 2
+    fallback = cuda.IMPLEMENTATION.fallback
+    monkeypatch.setattr(cuda, "IMPLEMENTATION", Implementation("x", str, fail, fallback))
+    session.results = tmp_path / "again"
+    session.stores.clear()
+    assert session.work_through(stages._small_calls(session))
+    assert session.by_pointers
+    found = session.store("first").current()
+    assert len(found) == 4
+    assert "no descriptors" in found["smoke: exact"]["arms"]["exact"]["error"]
+    assert found["smoke: exact, by pointers"]["arms"]["exact, by pointers"]["is_right"]
 
 
 def test_a_wrong_small_call_is_seen() -> None:

@@ -105,11 +105,13 @@ class Implementation:
         name: as the report shows it.
         refuses: says of a shape and an approximation why they cannot be computed, or None.
         run: computes a call: writes all of ``out``. It may raise whatever its compiler does.
+        fallback: the same kernels in another form, which is asked where ``run`` fails.
     """
 
     name: str
     refuses: Callable[[Shape, Approximation], str | None]
     run: Callable[[Call], object]
+    fallback: Implementation | None = None
 
 
 @functools.cache
@@ -147,7 +149,9 @@ def run(call: Call) -> str | None:
     """Fill ``call.out``; exactly, if nothing else can.
 
     An implementation that fails is not asked again for calls of its kind: the same variant, with
-    strides and addresses of the same divisibility, which is what a kernel is compiled for.
+    strides and addresses of the same divisibility, which is what a kernel is compiled for. What the
+    device reports at a launch is no such failure, and the next call tries again: it may be the
+    fault of an earlier kernel, of anybody's.
 
     Returns:
         What failed, where an approximated call was computed exactly for it; else None.
@@ -157,7 +161,7 @@ def run(call: Call) -> str | None:
             attention is not the answer to it.
     """
     shape, failures = call.shape, []
-    for each in willing(shape, call.approximation):
+    for each in _attempts(shape, call.approximation):
         failure = _failed.get(_kind(each, call, shape)) if _failed else None
         if failure is None:
             try:
@@ -166,12 +170,29 @@ def run(call: Call) -> str | None:
             except Exception as error:  # what compilers raise has no common base class
                 if is_out_of_memory(error):
                     raise
-                failure = _failed[_kind(each, call, shape)] = _said(each, call, error)
+                failure = _said(each, call, error)
+                if not is_from_device(error):
+                    _failed[_kind(each, call, shape)] = failure
                 text = "distr.attention: a kernel failed, the next one computes the call"
                 warnings.warn(f"{text}: {failure}", KernelWarning, stacklevel=2)
         failures.append(failure)
     call.out.copy_(sdpa.attention(call.q, call.k, call.v, call.mask, **call.softmax))
     return "; ".join(failures) or "no implementation takes the call"
+
+
+def _attempts(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:
+    """Those that do not refuse, each before its fallback."""
+    for each in willing(shape, approximation):
+        yield each
+        other = each.fallback
+        if other is not None and other.refuses(shape, approximation) is None:
+            yield other
+
+
+def is_from_device(error: Exception) -> bool:
+    """Whether a device reported it, perhaps late, and no compiler before the launch."""
+    texts = ("CUDA error", "HIP error", "Triton Error [CUDA]", "Triton Error [HIP]")
+    return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in texts)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
+
+if TYPE_CHECKING:
+    from distr_compile.kernels.attention.triton_fwd import Tile
 
 WORKSPACE_MIB = 256
 """Most MiB of Qhat, Khat and what makes them at a time; one grouping block of one key head is the
@@ -50,6 +53,7 @@ def attention(
     strict: bool = False,
     out: Tensor,
     workspace: int = WORKSPACE_MIB << 20,
+    by_pointers: bool = False,
 ) -> Tensor:
     """Arguments and result as in ``kernels.attention.reference.attention``; ``rank == d`` is exact.
 
@@ -72,6 +76,7 @@ def attention(
         out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
         workspace: bound on Qhat, Khat and what the estimator needs to make them, with ``strict``
             also on what a block's two parts need to become one, bytes.
+        by_pointers: load keys and values by pointers, also where the tile has descriptors.
 
     Raises:
         NoArithmeticError: the table names no module with kernels for the estimator.
@@ -89,6 +94,7 @@ def attention(
         "softcap": softcap,
         "out": out,
         "workspace": workspace,
+        "by_pointers": by_pointers,
     }
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
@@ -118,18 +124,18 @@ def _attend(
     softcap: float,
     out: Tensor,
     workspace: int,
+    by_pointers: bool,
 ) -> None:
     # Here, not above: without Triton this fails, and the next implementation runs.
     from distr_compile.kernels.attention.triton_fwd import attention_fwd
-    from distr_compile.lowering.tiles import tile_for
 
     num_queries, num_keys, value_dim = q.shape[2], *v.shape[2:]
-    tile = tile_for(
-        architecture(q.device),
+    tile = _tile(
+        q,
+        by_pointers,
         value_dim=value_dim,
         rank=rank,
         is_causal=causal_offset is not None,
-        dtype=q.dtype,
         has_mask=mask is not None,
     )
     for chunk in _chunks(
@@ -187,21 +193,14 @@ def _attend_strictly(
     softcap: float,
     out: Tensor,
     workspace: int,
+    by_pointers: bool,
 ) -> None:
     """Each grouping block in two parts: keys before it with width r, the others exactly.
 
     They share a softmax, whose two halves are put together by their denominators.
     """
-    from distr_compile.lowering.tiles import tile_for
-
     value_dim = v.shape[3]
-    tile_of_width = partial(
-        tile_for,
-        architecture(q.device),
-        value_dim=value_dim,
-        dtype=q.dtype,
-        has_mask=mask is not None,
-    )
+    tile_of_width = partial(_tile, q, by_pointers, value_dim=value_dim, has_mask=mask is not None)
     known_tile = tile_of_width(rank=rank, is_causal=False)
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
     softmax = {"scale": scale, "softcap": softcap}
@@ -217,6 +216,14 @@ def _attend_strictly(
         q.shape, k.shape, block, rank * q.element_size(), workspace, head_bytes, block_bytes
     ):
         _attend_chunk(call, chunk)
+
+
+def _tile(q: Tensor, by_pointers: bool, **options: Any) -> Tile:
+    """That of the table, or the same without descriptors."""
+    from distr_compile.lowering.tiles import tile_for
+
+    tile = tile_for(architecture(q.device), dtype=q.dtype, **options)
+    return replace(tile, use_tma=False, warp_specialize=False) if by_pointers else tile
 
 
 @dataclass(frozen=True)
@@ -409,13 +416,29 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
     return None
 
 
-def _run(call: Call) -> None:
+def _refuses_pointers(shape: Shape, approximation: Approximation) -> str | None:
+    why = _refuses(shape, approximation)
+    if why is None:
+        try:
+            from distr_compile.lowering.tiles import has_descriptors
+        except ImportError:
+            return "Triton is not installed"
+        if not has_descriptors(architecture(shape.device), shape.dtype):
+            why = "no tile of this device has descriptors: pointers are the first form"
+    return why
+
+
+def _run(call: Call, by_pointers: bool = False) -> None:
     how, (Q, K) = call.approximation, (call.q, call.k)
     if call.bases is not None:  # of them its module makes Qhat and Khat of the whole call
         module = arithmetic(how.estimator, "gpu", "prologue")
         asked = Asked(how.estimator, how.rank, Q.shape[2], bases=call.bases)
         Q, K = module.prologue(Q, K, call.mask, asked).factors(Q, K)
-    attention(Q, K, call.v, call.mask, **call.softmax, **call.grouping, out=call.out)
+    options = {**call.softmax, **call.grouping, "out": call.out, "by_pointers": by_pointers}
+    attention(Q, K, call.v, call.mask, **options)
 
 
-IMPLEMENTATION = Implementation("distr-triton", _refuses, _run)
+_BY_POINTERS = Implementation(
+    "distr-triton by pointers", _refuses_pointers, partial(_run, by_pointers=True)
+)
+IMPLEMENTATION = Implementation("distr-triton", _refuses, _run, fallback=_BY_POINTERS)

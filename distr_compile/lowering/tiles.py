@@ -105,6 +105,12 @@ FP32 = {
 """Tiles of fp32: twice the bytes, and on NVIDIA three products for one."""
 
 
+def has_descriptors(architecture: str, dtype: torch.dtype) -> bool:
+    """Whether a tile of this architecture and dtype loads by tensor descriptors."""
+    table = FP32 if dtype == torch.float32 else HALF
+    return any(entry.tile.use_tma for entry in table.get(architecture, table["default"]))
+
+
 def tile_for(
     architecture: str,
     *,

@@ -372,7 +372,7 @@ def test_tensor_descriptors(calls, dtype, layout, masked):
     assert calls == ["_descriptor", "_descriptor"]
 
 
-@pytest.mark.parametrize("why", ["strides", "base", "expanded"])
+@pytest.mark.parametrize("why", ["strides", "base", "expanded", "step of 0"])
 def test_what_descriptors_cannot_read_goes_by_pointers(calls, why):
     Qhat, Khat, V = factors(torch.float16, r=16, layout=torch.clone)
     if why == "strides":
@@ -381,6 +381,8 @@ def test_what_descriptors_cannot_read_goes_by_pointers(calls, why):
         Khat = F.pad(Khat, (1, 0)).flatten()[1:].as_strided(Khat.shape, (5440, 2720, 1440, 16, 1))
     elif why == "expanded":
         V = V[:, :1].expand(-1, 2, -1, -1)
+    elif why == "step of 0":  # of one batch entry, where it is never taken
+        V = V[:1].as_strided((1, *V.shape[1:]), (0, *V.stride()[1:]))
     tile = Tile(32, 32, 4, use_tma=True)
     check(Qhat, Khat, V, scale=0.2, grouping_block=40, tile=tile)
     assert calls == []

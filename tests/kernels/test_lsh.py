@@ -72,10 +72,14 @@ def factors_of_order(
 
 
 def assert_as_precise(got: Tensor, own: Tensor, exact: Tensor) -> None:
-    """Error at most twice that of the formula in its own precision, and one rounding."""
+    """Error at most twice that of the formula in its own precision, and one rounding.
+
+    Of fp32 on a GPU eight times: three tf32 products stand for one.
+    """
     assert got.shape == exact.shape
     rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max()
-    bound = 2 * (own.double() - exact).abs().max() + rounding
+    factor = 8 if ON_GPU and got.dtype == torch.float32 else 2
+    bound = factor * (own.double() - exact).abs().max() + rounding
     assert (got.double() - exact).abs().max() <= bound
 
 

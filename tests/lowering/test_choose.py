@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,45 @@ def test_a_failure_is_remembered_for_calls_of_its_kind_only(order: Callable[...,
     longer = qkv(N=52, M=56)  # the length alone does not matter
     op(*longer, **OPTIONS)
     assert not seen
+
+
+def test_the_fallback_of_what_failed_comes_before_the_next(order: Callable[..., None]) -> None:
+    seen: list[str] = []
+    other = filling("another form", 2.0, seen)
+    first = replace(failing("first", RuntimeError("x"), seen), fallback=other)
+    order(first, filling("second", 3.0, seen))
+    q, k, v = qkv()
+    with pytest.warns(KernelWarning, match="first"):
+        assert (op(q, k, v, **OPTIONS) == 2).all()
+    assert (op(q, k, v, **OPTIONS) == 2).all()
+    assert seen == ["first", "another form", "another form"]
+    assert not choose.refusals(Shape.of(q, k, v, None, False), Approximation("projection", 16))
+    order(replace(first, name="first again", fallback=refusing("none")), filling("second", 3.0, []))
+    with pytest.warns(KernelWarning, match="first again"):
+        assert (op(q, k, v, **OPTIONS) == 3).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+        RuntimeError("HIP error: unspecified launch failure"),
+    ],
+    ids=str,
+)
+def test_what_a_device_reports_is_not_remembered(
+    order: Callable[..., None], error: Exception
+) -> None:
+    seen: list[str] = []
+    order(failing("first", error, seen), filling("second", 3.0, seen))
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert (op(*qkv(), **OPTIONS) == 3).all()
+        assert [w.category for w in said] == [KernelWarning]
+    assert seen == ["first", "second"] * 2
+    assert not choose._failed
 
 
 def test_out_of_memory_is_raised_and_not_remembered(order: Callable[..., None]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention import reference, triton_fwd
 from distr_compile.lowering import cuda
+from distr_compile.lowering.call import Approximation, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -132,6 +133,34 @@ def test_a_batch_of_one_is_shared() -> None:
     got = run(q, k[:1], v[:1], workspace=9_000)
     reference_out = wanted(q, k[:1], v[:1])
     torch.testing.assert_close(got.double().cpu(), reference_out, rtol=1e-5, atol=1e-5)
+
+
+def test_pointers_in_the_place_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, with the tiles of sm_90."""
+    made: list[Tensor] = []
+    real = triton_fwd._descriptor
+    monkeypatch.setattr(
+        triton_fwd, "_descriptor", lambda t, block: made.append(t) or real(t, block)
+    )
+    monkeypatch.setattr(cuda, "architecture", lambda device: "sm_90")
+    q, k, v = (t.half() for t in qkv(d=32, dv=32))
+    for options in ({}, {"rank": 32}, {"estimator": "projection", "strict": True}):
+        made.clear()
+        got = run(q, k, v, grouping_block=50, **options)
+        assert made
+        made.clear()
+        other = run(q, k, v, grouping_block=50, by_pointers=True, **options)
+        assert not made
+        torch.testing.assert_close(other, got, rtol=0, atol=0)
+    fallback = cuda.IMPLEMENTATION.fallback
+    assert fallback is not None
+    shape = Shape.of(q, k, v, None, False)._replace(device=torch.device("cuda"))
+    how = Approximation("lsh-mean", 16)
+    assert fallback.refuses(shape, how) is None
+    assert "descriptors" in str(fallback.refuses(shape._replace(dtype=torch.float32), how))
+    assert "need a GPU" in str(fallback.refuses(shape._replace(device=torch.device("cpu")), how))
+    monkeypatch.setattr(cuda, "architecture", lambda device: "sm_80")
+    assert "descriptors" in str(fallback.refuses(shape, how))
 
 
 @pytest.mark.parametrize("rank", [16, 32])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import distr_compile
 import distr_compile.lowering.op
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.random import projections
 from distr_compile.lowering import cuda
 
 pytestmark = [
@@ -35,10 +36,25 @@ def qkv(
     d: int = 64,
     dtype: torch.dtype = torch.float16,
     device: str = "cuda",
+    seed: int = 4,
 ) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(N)
+    """Drawn on the CPU: every device sees the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
     shapes = ((B, H, N, d), (B, Hk, N, d), (B, Hk, N, d))
-    return [torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes]
+    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+
+
+FACTOR = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 8}
+"""A kernel may err by this times the formula in its own precision: on a GPU three tf32 products
+stand for one of fp32."""
+
+
+def least_projection(q: Tensor, key_heads: int) -> float:
+    """The cosine of the projection that is nearest to 0, of all that LSH takes the signs of."""
+    rows = q.cpu().double().unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3)
+    P = projections(0, rows.shape[2], seed=0).double()
+    cosines = rows.mT @ P / (rows.norm(dim=2)[..., None] * P.norm(dim=0))
+    return cosines.abs().min().item()
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -55,11 +71,12 @@ def test_the_op_is_the_definition(
 ) -> None:
     """The groupings can differ only where a projection is nearly 0, which these inputs avoid."""
     q, k, v = qkv(Hk=key_heads, dtype=dtype)
+    assert least_projection(q, key_heads) > 2e-6  # fp32 errs by 1e-7
     options = {**OPTIONS, "rank": rank, "is_causal": is_causal, "estimator": estimator}
     wide = [t.double() for t in (q, k, v)]
     wanted = reference.attention(*wide, **options)
     limit = error(reference.attention(q, k, v, **options), wanted)
-    assert error(op(q, k, v, **options), wanted) <= 2 * limit + torch.finfo(dtype).eps
+    assert error(op(q, k, v, **options), wanted) <= FACTOR[dtype] * limit + torch.finfo(dtype).eps
 
 
 def test_streams() -> None:
@@ -86,7 +103,7 @@ def test_the_strict_form_is_the_definition(dtype: torch.dtype, key_heads: int) -
     wanted = reference.attention(*(t.double() for t in (q, k, v)), **options)
     limit = error(reference.attention(q, k, v, **options), wanted)
     got = op(q, k, v, **options)
-    assert error(got, wanted) <= 2 * limit + 2 * torch.finfo(dtype).eps
+    assert error(got, wanted) <= FACTOR[dtype] * limit + 2 * torch.finfo(dtype).eps
     for t in (q, k, v):  # later rows move nothing before them
         t[:, :, 700:] *= -3
     assert torch.equal(op(q, k, v, **options)[:, :, :700], got[:, :, :700])
@@ -106,9 +123,9 @@ def test_cuda_graph_of_the_op(estimator: str, strict: bool) -> None:
     with torch.cuda.graph(graph):
         got = op(q, k, v, mask, **options)
     for seed in range(3):
-        fresh = qkv(N=1000 + seed)
+        fresh = qkv(seed=seed)
         for old, new in zip((q, k, v), fresh, strict=True):
-            old.copy_(new[:, :, :1000])
+            old.copy_(new)
         graph.replay()
         torch.testing.assert_close(got, op(q, k, v, mask, **options), rtol=0, atol=0)
 

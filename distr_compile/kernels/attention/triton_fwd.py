@@ -338,8 +338,8 @@ class Tile:
         num_warps: warps per program.
         num_stages: tiles of keys and values in flight.
         use_tma: load Khat and V by tensor descriptors (Hopper and later) where they allow it: they
-            start at, and step by, multiples of 16 bytes, and no dimension is expanded. Where they
-            do not, by pointers.
+            start at, and step by, multiples of 16 bytes, and no step is 0. Where they do not, by
+            pointers.
         warp_specialize: let some warps load while others compute, where this tile uses descriptors,
             has 128 rows and 4 warps, Qhat is contiguous and allows descriptors too, M is a multiple
             of block_n and there is neither mask nor causality; nowhere else, as Triton does not
@@ -504,12 +504,13 @@ def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether the copy engine can read the tensor: 16-byte steps, and no dimension expanded."""
+    """Whether the copy engine can read the tensor: steps of 16 bytes, none of them 0."""
+    steps = t.stride()
     return (
         t.numel() > 0
         and t.data_ptr() % 16 == 0
-        and all(step * t.element_size() % 16 == 0 for step in t.stride()[:-1])
-        and all(step > 0 or n == 1 for step, n in zip(t.stride(), t.shape, strict=True))
+        and min(steps) > 0
+        and all(step * t.element_size() % 16 == 0 for step in steps[:-1])
     )
 
 
