@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distr_compile.accuracy.metrics import Metric
     from distr_compile.accuracy.regress import Regression, regress
     from distr_compile.explaining import explain
+    from distr_compile.exporting import export
     from distr_compile.functional import attention
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
@@ -42,6 +43,7 @@ __all__ = [
     "attention",
     "calibrate",
     "explain",
+    "export",
     "regress",
     "report",
     "tune",
@@ -53,6 +55,7 @@ _HOMES = {
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
     "attention": "functional",
     "explain": "explaining",
+    "export": "exporting",
     **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),
     **dict.fromkeys(("Regression", "regress"), "accuracy.regress"),
     "Batch": "accuracy.batch",

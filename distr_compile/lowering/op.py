@@ -34,12 +34,14 @@ from distr_compile.lowering import choose, exactly, sdpa
 from distr_compile.lowering.call import Approximation, Scores
 from distr_compile.lowering.choose import Call
 
+# An integer that may be left out is optional here, and None means the default of ``attention``:
+# AOTInductor hands over the default of such a keyword, and lists only those that were given.
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
     "Tensor? basis_k=None, Tensor? sinks=None, *, float scale, bool is_causal=False, "
-    "SymInt? causal_offset=None, SymInt rank, str estimator, SymInt grouping_block, int rounds=1, "
-    "bool strict=False, SymInt min_seq_len=0, int seed=0, float softcap=0.0, float dropout_p=0.0, "
-    "int site=-1) -> Tensor"
+    "SymInt? causal_offset=None, SymInt rank, str estimator, SymInt grouping_block, "
+    "int? rounds=None, bool strict=False, SymInt? min_seq_len=None, int? seed=None, "
+    "float softcap=0.0, float dropout_p=0.0, int? site=None) -> Tensor"
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
