@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.plan import Plans
 from distr_compile.lowering import sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape
 
@@ -42,6 +43,7 @@ class Call:
         approximation: how Q and K become narrow; its rank is d where they do not.
         bases: A and B of an estimator that needs them, ``(H_k, d, r)``.
         out: ``(B, H, N, d_v)`` with unit last stride, to be filled.
+        key: names the geometry of the tensors and all options: for :data:`plans`.
     """
 
     q: Tensor
@@ -53,6 +55,7 @@ class Call:
     approximation: Approximation
     bases: tuple[Tensor, Tensor] | None
     out: Tensor
+    key: Hashable = None
 
     @property
     def softmax(self) -> dict[str, Any]:
@@ -112,6 +115,14 @@ class Implementation:
     refuses: Callable[[Shape, Approximation], str | None]
     run: Callable[[Call], object]
     fallback: Implementation | None = None
+
+
+plans = Plans()
+"""What repeats a call, by its ``key``: implementations put it here, and the op looks here first. It
+takes q, k, v, mask, sinks, bases and out of such a call; see ``kernels/plan.py``."""
+
+PLANNED = {"cuda"}
+"""Types of devices for which an implementation makes plans."""
 
 
 @functools.cache

@@ -11,7 +11,7 @@ Nothing here waits for the device, keeps memory after the call or depends on ear
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.lowering.choose import Call, Implementation, plans
 
 if TYPE_CHECKING:
     from distr_compile.kernels.attention.triton_fwd import Tile
+
+_Bases = tuple[Tensor, Tensor]
 
 WORKSPACE_MIB = 256
 """Most MiB of Qhat, Khat and what makes them at a time; one grouping block of one key head is the
@@ -138,14 +141,19 @@ def _attend(
         is_causal=causal_offset is not None,
         has_mask=mask is not None,
     )
-    for chunk in _chunks(
-        q.shape,
-        k.shape,
-        block,
-        rank * q.element_size(),
-        workspace if prologue else None,
-        *(prologue.own_bytes if prologue else ()),
-    ):
+    chunks = list(
+        _chunks(
+            q.shape,
+            k.shape,
+            block,
+            rank * q.element_size(),
+            workspace if prologue else None,
+            *(prologue.own_bytes if prologue else ()),
+        )
+    )
+    if len(chunks) > 1:
+        do_not_repeat()
+    for chunk in chunks:
         rows, offset, seen = chunk.rows, 0, num_keys
         if causal_offset is not None:
             offset = causal_offset + rows.start
@@ -430,12 +438,52 @@ def _refuses_pointers(shape: Shape, approximation: Approximation) -> str | None:
 
 def _run(call: Call, by_pointers: bool = False) -> None:
     how, (Q, K) = call.approximation, (call.q, call.k)
-    if call.bases is not None:  # of them its module makes Qhat and Khat of the whole call
+    factors = None
+    if call.bases is not None:
         module = arithmetic(how.estimator, "gpu", "prologue")
-        asked = Asked(how.estimator, how.rank, Q.shape[2], bases=call.bases)
-        Q, K = module.prologue(Q, K, call.mask, asked).factors(Q, K)
+        factors = partial(_factors_of_bases, module, how.estimator, how.rank)
+        Q, K = factors(Q, K, call.mask, call.bases)
     options = {**call.softmax, **call.grouping, "out": call.out, "by_pointers": by_pointers}
-    attention(Q, K, call.v, call.mask, **options)
+    if call.key is None or how.strict:
+        attention(Q, K, call.v, call.mask, **options)
+        return
+    with recording((Q, K, call.v, call.mask, call.sinks, call.out)) as recorder:
+        attention(Q, K, call.v, call.mask, **options)
+    plan = recorder.plan()
+    if plan is not None:
+        plans.put(call.key, partial(_repeat, plan, factors))
+
+
+def _factors_of_bases(
+    module: Any,
+    estimator: str,
+    rank: int,
+    Q: Tensor,
+    K: Tensor,
+    mask: Tensor | None,
+    bases: _Bases,
+) -> tuple[Tensor, Tensor]:
+    """Qhat and Khat of the whole call, which the estimator's module makes of given bases."""
+    asked = Asked(estimator, rank, Q.shape[2], bases=bases)
+    Qhat, Khat = module.prologue(Q, K, mask, asked).factors(Q, K)
+    return Qhat, Khat
+
+
+def _repeat(
+    plan: Plan,
+    factors: Callable[..., tuple[Tensor, Tensor]] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    bases: _Bases | None,
+    out: Tensor,
+) -> None:
+    """What the op calls where it knows a call: ``factors``, if there are bases, and launches."""
+    if factors is not None:
+        q, k = factors(q, k, mask, bases)
+    plan(q, k, v, mask, sinks, out)
 
 
 _BY_POINTERS = Implementation(

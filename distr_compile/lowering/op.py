@@ -30,6 +30,7 @@ from distr_compile.estimators import (
     auto_grouping_block,
     estimator_named,
 )
+from distr_compile.kernels.plan import geometry
 from distr_compile.lowering import choose, exactly, sdpa
 from distr_compile.lowering.call import Approximation, Scores
 from distr_compile.lowering.choose import Call
@@ -143,6 +144,16 @@ def attention(
             transform; as ``NoArithmeticError``, an estimator that nothing computes on the device.
         RuntimeError: gradients would be recorded.
     """
+    key = None
+    if q.device.type in choose.PLANNED:
+        options = (scale, is_causal, causal_offset, rank, estimator, grouping_block, rounds)
+        more = (strict, min_seq_len, seed, softcap, dropout_p)
+        key = (geometry(q, k, v, mask, sinks, basis_q, basis_k), options, more)
+        plan = choose.plans.get(key)
+        if plan is not None and not _is_special((q, k, v, mask, sinks)):
+            out = _empty_output(q, v)
+            plan(q, k, v, mask, sinks, None if basis_q is None else (basis_q, basis_k), out)
+            return out
     _validate(
         q,
         k,
@@ -177,10 +188,17 @@ def attention(
     out = _empty_output(q, v)
     scores = Scores(scale, is_causal, causal_offset, softcap)
     approximation = Approximation(estimator, rank, grouping_block, rounds, seed, strict)
-    failure = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out))
+    failure = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out, key))
     if failure is not None and rank < q.shape[3]:
         _tell_exact(site, failure)
     return out
+
+
+def _is_special(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call has to be looked at anew, though one like it has run."""
+    if exactly.is_computing_exactly():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _attention_fake(

@@ -28,6 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from distr_compile.kernels.padding import cdiv
+from distr_compile.kernels.plan import do_not_repeat, launch
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -409,9 +412,9 @@ def attention_fwd(
         grouping_block = max(num_queries, 1)
     block_m = min(tile.block_m, _power_of_two(min(grouping_block, num_queries)))
     block_n = min(tile.block_n, _power_of_two(num_keys))
-    tiles_per_block = triton.cdiv(grouping_block, block_m)
+    tiles_per_block = cdiv(grouping_block, block_m)
     last_block = num_queries - (blocks - 1) * grouping_block
-    tiles = (blocks - 1) * tiles_per_block + triton.cdiv(last_block, block_m)
+    tiles = (blocks - 1) * tiles_per_block + cdiv(last_block, block_m)
     rep = heads // key_heads
     bytes_of_head = max(num_keys * (r + d_v) * V.element_size(), 1)
     together = min(rep * max(1, L2_BYTES // bytes_of_head), batch * heads)
@@ -433,8 +436,10 @@ def attention_fwd(
         keys = _descriptor(Khat, [1, 1, 1, block_n, _power_of_two(r)])
         values = _descriptor(V, [1, 1, block_n, _power_of_two(d_v)])
     with torch.cuda.device_of(Qhat):
-        launch = partial(
-            _attention_fwd[(programs,)],
+        start = partial(
+            launch,
+            _attention_fwd,
+            (programs,),
             Qhat=Qhat,
             Khat=keys,
             V=values,
@@ -486,17 +491,18 @@ def attention_fwd(
         )
         if warp_specialize:
             # In a context of its own, not to change what other kernels of the program use.
-            copy_context().run(_with_scratch, launch)
+            copy_context().run(_with_scratch, start)
         else:
-            launch()
+            start()
 
 
-def _with_scratch(launch: Callable[[], object]) -> None:
+def _with_scratch(start: Callable[[], object]) -> None:
     """Launch a kernel that makes a tensor descriptor, for which Triton asks for device memory."""
     triton.set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
     )
-    launch()
+    do_not_repeat()
+    start()
 
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
@@ -547,7 +553,7 @@ def _check(
     key_heads, blocks, num_keys = Khat.shape[1:4]
     if grouping_block < 1:
         raise ValueError(f"grouping_block: got {grouping_block}; must be at least 1")
-    needed = max(1, triton.cdiv(num_queries, grouping_block))
+    needed = max(1, cdiv(num_queries, grouping_block))
     if key_heads < 1 or heads % key_heads:
         raise ValueError(f"Khat: got {key_heads} heads; must divide the {heads} heads of Qhat")
     if blocks not in (1, needed):

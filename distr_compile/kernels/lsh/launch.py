@@ -12,6 +12,7 @@ from distr_compile.estimators import NUM_PROJECTIONS
 from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.kernels.lsh.reference import variant_of
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
+from distr_compile.kernels.plan import launch, new
 from distr_compile.kernels.random import seed_offset
 from distr_compile.kernels.roles import Asked, Prologue
 
@@ -84,8 +85,8 @@ def lsh_factors(
     batch, heads, num_rows, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
     num_blocks = cdiv(num_rows, grouping_block)
-    Qhat = Q.new_empty(batch, heads, num_rows, rank)
-    Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, rank)
+    Qhat = new(Q, batch, heads, num_rows, rank)
+    Khat = new(Q, batch, key_heads, num_blocks, num_keys, rank)
     variant = variant_of(estimator)
     signed = variant.signed
     order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed)
@@ -95,7 +96,9 @@ def lsh_factors(
     spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
     key_programs = batch * key_heads * spans * key_tiles
     query_tiles = cdiv(min(grouping_block, num_rows), rows)
-    _group_kernel[(key_programs + batch * heads * num_blocks * query_tiles,)](
+    launch(
+        _group_kernel,
+        (key_programs + batch * heads * num_blocks * query_tiles,),
         Q,
         K,
         order,
@@ -154,10 +157,12 @@ def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: 
     chunk_rows = max(CHUNK_ROWS, cdiv(cdiv(block_rows, MAX_CHUNKS), rows) * rows)
     num_chunks = cdiv(block_rows, chunk_rows)
     num_blocks = cdiv(num_rows, grouping_block)
-    partial = Q.new_empty(
-        batch, key_heads, num_blocks, num_chunks, head_dim, NUM_PROJECTIONS, dtype=torch.float32
+    partial = new(
+        Q, batch, key_heads, num_blocks, num_chunks, head_dim, NUM_PROJECTIONS, dtype=torch.float32
     )
-    _project_kernel[(batch * key_heads * num_blocks * num_chunks,)](
+    launch(
+        _project_kernel,
+        (batch * key_heads * num_blocks * num_chunks,),
         Q,
         partial,
         *Q.stride(),
@@ -184,8 +189,10 @@ def _order(partial: Tensor, signed: bool) -> Tensor:
     from distr_compile.kernels.lsh.triton import _order_kernel
 
     *units, num_chunks, head_dim, _ = partial.shape
-    order = partial.new_empty(*units, 2, head_dim, dtype=torch.int32)
-    _order_kernel[(math.prod(units),)](
+    order = new(partial, *units, 2, head_dim, dtype=torch.int32)
+    launch(
+        _order_kernel,
+        (math.prod(units),),
         partial,
         order,
         num_chunks,

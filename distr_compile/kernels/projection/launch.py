@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
+from distr_compile.kernels.plan import launch, new
 from distr_compile.kernels.projection.reference import RIDGE, counted_before, counted_rows
 from distr_compile.kernels.random import seed_offset
 from distr_compile.kernels.roles import Asked, Prologue
@@ -231,13 +232,15 @@ def _partial_grams(
 
     Q, K, width = call.Q, call.K, call.width
     query_chunks, key_chunks, jobs, _ = call.cut
-    partial = Q.new_empty(call.units, jobs, width, width, dtype=torch.float32)
-    exponents = Q.new_empty(call.units, jobs, dtype=torch.int32)
+    partial = new(Q, call.units, jobs, width, width, dtype=torch.float32)
+    exponents = new(Q, call.units, jobs, dtype=torch.int32)
     if queries is not None and keys is not None:
         queries = queries.expand(*K.shape[:2], -1, -1)
         keys = keys.expand(*K.shape[:2], -1)
     columns = width if width <= 128 else 64
-    _gram_kernel[(call.units * jobs, width // columns)](
+    launch(
+        _gram_kernel,
+        (call.units * jobs, width // columns),
         Q,
         K,
         Q if queries is None else queries,  # not read
@@ -275,10 +278,12 @@ def _sum_grams(call: _Call, partial: Tensor, exponents: Tensor) -> tuple[Tensor,
 
     query_chunks, key_chunks, jobs, matrices = call.cut
     size = call.width**2
-    grams = partial.new_empty(call.units, matrices, call.width, call.width)
-    gram_exponents = exponents.new_empty(call.units, matrices)
+    grams = new(partial, call.units, matrices, call.width, call.width)
+    gram_exponents = new(exponents, call.units, matrices)
     tile = min(size, 2048)
-    _sum_kernel[(call.units * matrices, size // tile)](
+    launch(
+        _sum_kernel,
+        (call.units * matrices, size // tile),
         partial,
         exponents,
         grams,
@@ -307,10 +312,12 @@ def _solve(
 
     num_parts = _num_parts(call.Q.dtype)
     shape = (call.units, call.num_blocks, 2)
-    bases = grams.new_empty(*shape, call.width, call.ranks)
-    parts = call.Q.new_empty(*shape, num_parts, call.width, call.ranks)
-    factors = grams.new_empty(shape)
-    _solve_kernel[(call.units * call.num_blocks,)](
+    bases = new(grams, *shape, call.width, call.ranks)
+    parts = new(call.Q, *shape, num_parts, call.width, call.ranks)
+    factors = new(grams, *shape)
+    launch(
+        _solve_kernel,
+        (call.units * call.num_blocks,),
         grams,
         exponents,
         bases,
@@ -347,15 +354,17 @@ def _multiply(call: _Call, parts: Tensor, factors: Tensor) -> tuple[Tensor, Tens
 
     Q, K, num_blocks = call.Q, call.K, call.num_blocks
     (batch, heads, num_rows, head_dim), (key_heads, num_keys) = Q.shape, K.shape[1:3]
-    Qhat = Q.new_empty(batch, heads, num_rows, call.rank)
-    Khat = Q.new_empty(batch, key_heads, num_blocks, num_keys, call.rank)
+    Qhat = new(Q, batch, heads, num_rows, call.rank)
+    Khat = new(Q, batch, key_heads, num_blocks, num_keys, call.rank)
     row_bytes = call.width * Q.element_size()
     rows = max(16, min(128, MULTIPLY_TILE_BYTES // row_bytes))
     key_tiles = cdiv(num_keys, rows)
     spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
     key_programs = call.units * spans * key_tiles
     query_tiles = cdiv(min(call.block, num_rows), rows)
-    _multiply_kernel[(key_programs + batch * heads * num_blocks * query_tiles,)](
+    launch(
+        _multiply_kernel,
+        (key_programs + batch * heads * num_blocks * query_tiles,),
         Q,
         K,
         parts,
