@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from distr_compile import identity
+from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering.judge import Judge
@@ -33,7 +33,7 @@ from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure")
+OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure", "root")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Options:
             object, so that submodules compiled one by one need a path each.
         inductor: Inductor's configuration, those of ``mode`` included.
         measure: whether "auto" in the policy may measure what is faster; else what is stored holds.
+        root: the module at which the names of layers begin, "" for the compiled one.
     """
 
     policy: Policy
@@ -55,6 +56,7 @@ class Options:
     report: Path | None
     inductor: dict[str, Any]
     measure: bool = True
+    root: str = ""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -77,6 +79,9 @@ class Options:
         measure = given.pop("measure", True)
         if not isinstance(measure, bool):
             raise ValueError(f"measure: got {measure!r}; accepted: True, False")
+        root = given.pop("root", "")
+        if not isinstance(root, str):
+            raise ValueError(f"root: got {root!r}; accepted: the name of a module of the model")
         if compiler == "inductor":
             inductor = _inductor_config(given, mode)
         else:
@@ -88,7 +93,7 @@ class Options:
                     "or set compiler to 'inductor'"
                 )
         report = Path(path) if path is not None else None
-        return cls(policy, compiler, report, inductor, measure)
+        return cls(policy, compiler, report, inductor, measure, root)
 
 
 def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
@@ -131,8 +136,8 @@ def distr(
     Args:
         gm: the graph, torch IR; changed.
         example_inputs: fake or real inputs.
-        options: ``policy``, ``mode``, ``compiler``, ``report``, ``measure``, and Inductor's own;
-            see :class:`Options`.
+        options: ``policy``, ``mode``, ``compiler``, ``report``, ``measure``, ``root``, and
+            Inductor's own; see :class:`Options`.
         mode: as in ``torch.compile``.
         name: as in ``torch.compile``, where it has one: Inductor names the compiled code so.
 
@@ -141,7 +146,8 @@ def distr(
             ``BackendCompilerFailed`` (``.inner_exception``).
     """
     parsed = Options.parse(options, mode)
-    result = run_pass(gm, parsed.policy, Judge(parsed.measure), change=True)
+    judge = Judge(parsed.measure)
+    result = run_pass(gm, parsed.policy, judge, change=True, begin=parsed.root)
     with _exact_kernels(result, example_inputs):
         compiled = _compile(gm, example_inputs, parsed, name)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
@@ -179,16 +185,25 @@ class Result:
 
 
 def run_pass(
-    gm: fx.GraphModule, policy: Policy, judge: Judge | None = None, *, change: bool
+    gm: fx.GraphModule,
+    policy: Policy,
+    judge: Judge | None = None,
+    *,
+    change: bool,
+    begin: str = "",
 ) -> Result:
     """Match, decide and rewrite (if ``change``) one graph, inside a backend call.
 
-    ``judge`` says what is faster; without one "auto" in the policy counts as 0, or "sdpa".
+    ``judge`` says what is faster; without one "auto" in the policy counts as 0, or "sdpa". Names of
+    layers begin at the module ``begin``.
     """
     root = identity.find_root()
     modules = None
     if root is not None and root.module is not None:
-        modules = sorted({name for names in root.names.values() for name in names})
+        if begin:
+            root = replace(root, shown=naming.canonical(root.module, begin))
+        modules = sorted({*root.shown, *root.shown.values()})
+        policy.check_ambiguous(naming.ambiguous(root.module, root.shown))
     audit = policy.audit(modules)
     audit.check_names()
     placed = find_all(gm)
@@ -203,7 +218,7 @@ def run_pass(
         bases = BasesOfModel(policy, root.module if root is not None else None)
         outcome = apply(placed, chooser, bases, judge, change=change)
         declare_constants(gm)
-        audit = audit.of_graph(_attended(outcome.rows), _modules_of(gm, root))
+        audit = audit.of_graph(_attended(outcome.rows, root), _modules_of(gm, root))
         if _is_whole(gm, root, frame):
             audit.check_sizes()
         decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
@@ -248,28 +263,33 @@ class Chooser:
             layer = identity.common_layer(place.nodes, self.root, self.frame)
         if layer is None or self.root is None:
             return LayerChoice("", self.policy.resolve(""))
-        plan = self._plan(layer.names)
-        sharers = identity.shared_by(layer, self.root, self.frame, place.calls)
+        plan, name = self._plan(layer.names), self.root.show(layer.name)
+        whole = identity.shared_by(layer, self.root, self.frame, place.calls)
+        sharers = tuple(map(self.root.show, whole))
         repeats: tuple[str, ...] = ()
         if len(place.calls) > 1:  # one body, called for several layers
-            repeats = tuple(name for name in sharers if name != layer.name)
+            repeats = tuple(other for other in sharers if other != name)
         if len(sharers) <= 1:
-            return LayerChoice(layer.name, plan)
+            return LayerChoice(name, plan)
         why = "one body is called for all of them" if repeats else self.frame.reason
         shared = f"graph shared by layers {', '.join(sharers)}"
         self.notes.append(f"{shared}: {why}")
-        plans = {replace(self.policy.resolve(name), rule=()) for name in sharers}
+        plans = {replace(self._plan((each,)), rule=()) for each in whole}
         differ = "whose plans differ"
         if len(plans) == 1:
             if ESTIMATORS[plan.estimator].needs == "nothing":
-                return LayerChoice(layer.name, plan, repeats=repeats)
+                return LayerChoice(name, plan, repeats=repeats)
             differ = "each of which has bases of its own"
         reason = Reason("shared-graph", f"{shared}, {differ}: {why}")
-        return LayerChoice(layer.name, plan, (reason,), repeats)
+        return LayerChoice(name, plan, (reason,), repeats)
 
     def _plan(self, names: tuple[str, ...]) -> LayerPlan:
-        """A module with several names takes the plan of the first name that a rule knows."""
-        plans = [self.policy.resolve(name) for name in names]
+        """A module with several names takes the plan of the first name that a rule knows.
+
+        Names without wrappers come first.
+        """
+        short = names if self.root is None else tuple(map(self.root.show, names))
+        plans = [self.policy.resolve(name) for name in dict.fromkeys((*short, *names))]
         return next((plan for plan in plans if plan.rule), plans[0])
 
 
@@ -280,11 +300,12 @@ def _is_whole(gm: fx.GraphModule, root: identity.Root | None, frame: identity.Fr
     return not broken and not frame.resumed and root is not None and frame.module is root.module
 
 
-def _attended(rows: tuple[SiteRow, ...]) -> Iterator[Attended]:
+def _attended(rows: tuple[SiteRow, ...], root: identity.Root | None) -> Iterator[Attended]:
     """The attention of a graph, as the rules of a policy see it."""
+    wholes = naming.with_wholes(root.shown if root else {}, {row.layer for row in rows})
     for row in rows:
         misfits = [reason.text for reason in row.reasons if reason.code == "rank"]
-        yield Attended(row.layer, misfits[0] if misfits else None)
+        yield Attended(row.layer, misfits[0] if misfits else None, wholes[row.layer])
 
 
 def _modules_of(gm: fx.GraphModule, root: identity.Root | None) -> Iterator[str]:
@@ -293,8 +314,9 @@ def _modules_of(gm: fx.GraphModule, root: identity.Root | None) -> Iterator[str]
     for node in gm.graph.nodes:
         for key in node.meta.get("nn_module_stack") or ():
             module = str(key).partition("@")[0]
-            if module.isdecimal():  # an exported program has names here
-                yield from names.get(int(module), ())
+            if root is not None and module.isdecimal():  # an exported program has names here
+                for name in names.get(int(module), ()):
+                    yield from {name, root.show(name)}
 
 
 def _with_break(graph: GraphReport, gm: fx.GraphModule, frame: identity.FrameModule) -> GraphReport:

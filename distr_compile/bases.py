@@ -22,6 +22,7 @@ from torch import Tensor, nn
 # Private, but the way PyTorch's own backends look at real tensors while a graph is compiled.
 from torch.utils._python_dispatch import _disable_current_modes
 
+from distr_compile.naming import canonical, of_layer
 from distr_compile.policy import Policy, PolicyError
 
 FORMAT = "distr-bases 1"
@@ -120,11 +121,13 @@ def site_name(layer: str, index: int, count: int) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and dtypes of the parameters and a sample of their numbers.
 
-    The same on every device. A cast or a training step changes it; buffers do not count.
+    The same on every device, and through wrappers. A cast or a training step changes it; buffers do
+    not count.
     """
-    digest = hashlib.sha256()
+    digest, shown = hashlib.sha256(), canonical(model)
     with _disable_current_modes(), torch.no_grad():
-        for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        named = ((of_layer(name, shown), p) for name, p in model.named_parameters())
+        for name, parameter in sorted(named, key=lambda item: item[0]):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
             digest.update(_sample(parameter.detach()))
     return digest.hexdigest()

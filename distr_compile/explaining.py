@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distr_compile import identity
+from distr_compile import identity, naming
 from distr_compile.backend import run_pass
 from distr_compile.lowering.judge import Judge
 from distr_compile.policy import Policy, PolicyError
@@ -166,8 +166,10 @@ class _Outside(TorchDispatchMode):
         super().__init__()
         self.found: list[NotAttention] = []
         self._depth = 0
-        modules = owner.named_modules() if isinstance(owner, nn.Module) else ()
-        self._names: dict[int, str] = {id(module): name for name, module in modules}
+        self._names: dict[int, str] = {}
+        if isinstance(owner, nn.Module):
+            shown = naming.canonical(owner)
+            self._names = {id(module): shown[name] for name, module in owner.named_modules()}
 
     def excluding(self, graph: Callable[..., Any]) -> Callable[..., Any]:
         """``graph``, not watched while it runs."""

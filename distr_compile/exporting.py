@@ -11,13 +11,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from distr_compile import naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.lowering import op
 from distr_compile.lowering.judge import Judge
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
 from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import Attended, Policy
-from distr_compile.reporting import GraphReport, record
+from distr_compile.reporting import GraphReport, SiteRow, record
 from distr_compile.reporting.publish import publish
 
 HINT = "torch.ops.distr.attention is of the package distr_compile: import distr_compile.ops first"
@@ -58,8 +59,9 @@ def export(
         Exception: what ``torch.export.export`` raises of a model it cannot export.
     """
     checked = Policy.from_any(policy)
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    audit = checked.audit(names)
+    shown = naming.canonical(model)
+    checked.check_ambiguous(naming.ambiguous(model, shown))
+    audit = checked.audit({*shown, *shown.values()})
     audit.check_names()
     with torch.no_grad():
         given = {"dynamic_shapes": dynamic_shapes, "strict": strict}
@@ -67,12 +69,8 @@ def export(
         module = _module(program)
         placed = find_all(module)
         bases = BasesOfModel(checked, model)
-        outcome = apply(placed, _Chooser(checked, set(names)), bases, Judge(), change=True)
-        attended = [
-            Attended(row.layer, next((r.text for r in row.reasons if r.code == "rank"), None))
-            for row in outcome.rows
-        ]
-        audit = audit.of_graph(attended, _modules_of(module))
+        outcome = apply(placed, _Chooser(checked, shown), bases, Judge(), change=True)
+        audit = audit.of_graph(_attended(outcome.rows, shown), _modules_of(module, shown))
         audit.check_sizes()
         audit.check_use()
         keep_from_fusion(module)
@@ -127,14 +125,16 @@ def _frozen(parameter: nn.Parameter) -> nn.Parameter:
 class _Chooser:
     """Gives each find its layer, by the paths that the export wrote, and its plan."""
 
-    def __init__(self, policy: Policy, names: set[str]) -> None:
+    def __init__(self, policy: Policy, names: Mapping[str, str]) -> None:
         self._policy, self._names = policy, names
 
     def __call__(self, place: Placed) -> LayerChoice:
         layer = _common([_path(node) for node in place.nodes])
         while layer and layer not in self._names:  # a call of a function that is no module
             layer = layer.rpartition(".")[0]
-        return LayerChoice(layer, self._policy.resolve(layer))
+        short = self._names.get(layer, layer)
+        plan = self._policy.resolve(short)
+        return LayerChoice(short, plan if plan.rule else self._policy.resolve(layer))
 
 
 def _path(node: fx.Node) -> list[str]:
@@ -152,6 +152,14 @@ def _common(paths: Sequence[list[str]]) -> str:
     return common
 
 
-def _modules_of(module: fx.GraphModule) -> Iterator[str]:
+def _modules_of(module: fx.GraphModule, names: Mapping[str, str]) -> Iterator[str]:
     for node in module.graph.nodes:
-        yield from _path(node)
+        for path in _path(node):
+            yield from {path, names.get(path, path)}
+
+
+def _attended(rows: Sequence[SiteRow], names: Mapping[str, str]) -> Iterator[Attended]:
+    wholes = naming.with_wholes(names, {row.layer for row in rows})
+    for row in rows:
+        misfits = [reason.text for reason in row.reasons if reason.code == "rank"]
+        yield Attended(row.layer, misfits[0] if misfits else None, wholes[row.layer])

@@ -28,12 +28,14 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+
+from distr_compile import naming
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,18 @@ class Root:
             ``key_of`` gives the same key from what ``torch.compile`` returned.
         backend: what ``torch.compile`` made of the backend and its options; tells two compiled
             objects of one module apart.
+        shown: every name -> the one that policies and reports go by, without wrappers.
     """
 
     module: nn.Module | None
     names: dict[int, tuple[str, ...]]
     key: object
     backend: object = None
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+    def show(self, name: str) -> str:
+        """The name of a layer without wrappers."""
+        return naming.of_layer(name, self.shown)
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,8 @@ def find_root() -> Root | None:
     if module is not None:
         for name, child in module.named_modules(remove_duplicate=False):
             names[id(child)] = (*names.get(id(child), ()), name)
-    return Root(module, names, key_of(wrappers[-1].fn), wrappers[-1].backend)
+    shown = naming.canonical(module) if module is not None else {}
+    return Root(module, names, key_of(wrappers[-1].fn), wrappers[-1].backend, shown)
 
 
 def key_of(compiled: Any) -> object:

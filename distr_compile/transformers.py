@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from distr_compile import naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.functional import approximated, four_axes
@@ -67,8 +68,8 @@ def register() -> None:
 def apply(model: nn.Module, policy: Any = None) -> None:
     """Give each module of a model its name and its plan.
 
-    A later call replaces what an earlier one gave. Names are those of ``model.named_modules()``, as
-    for ``torch.compile(model, backend="distr")``.
+    A later call replaces what an earlier one gave. Names are those of ``model.named_modules()``
+    without wrappers, as for ``torch.compile(model, backend="distr")``.
 
     Args:
         model: of transformers, or one that contains such models; loaded with
@@ -82,17 +83,20 @@ def apply(model: nn.Module, policy: Any = None) -> None:
             attention that transformers cannot exchange.
     """
     asked = Policy.from_any(policy)
+    shown = naming.canonical(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    asked.check_layers([name for group in names.values() for name in group])
+    asked.check_layers({*shown, *shown.values()})
+    asked.check_ambiguous(naming.ambiguous(model, shown))
     _check_asked(model)
     bases = BasesOfModel(asked, model)
     for module, group in names.items():
-        plans = [(name, asked.resolve(name)) for name in group]
-        name, plan = next((each for each in plans if each[1].rule), plans[0])
+        every = dict.fromkeys((*map(shown.__getitem__, group), *group))
+        plans = [asked.resolve(name) for name in every]
+        plan = next((each for each in plans if each.rule), plans[0])
         needs = ESTIMATORS[plan.estimator].needs == "bases"
-        setattr(module, ATTRIBUTE, Assigned(name, plan, bases if needs else None))
+        setattr(module, ATTRIBUTE, Assigned(shown[group[0]], plan, bases if needs else None))
 
 
 def _check_asked(model: nn.Module) -> None:

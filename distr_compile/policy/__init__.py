@@ -256,6 +256,13 @@ class Policy:
         lengths += [dict(rule.fields).get("min_seq_len") for rule in self.rule]
         return "auto" in lengths
 
+    @property
+    def forces_approximation(self) -> bool:
+        """Whether a plan asks for fewer columns from a length on that is written down."""
+        default = plain_data(self.default)
+        tables = [default, *(overridden(default, dict(rule.fields)) for rule in self.rule)]
+        return any(t.get("group_size") != 1 and t["min_seq_len"] != "auto" for t in tables)
+
     def with_bases(self, path: str | os.PathLike[str], sha256: str) -> Policy:
         """Return a copy with the table ``[bases]``; a file's comments and layout are kept.
 
@@ -363,6 +370,24 @@ class Policy:
             PolicyError: every rule that names none, each with up to three of the nearest names.
         """
         self.audit(module_names).check_names()
+
+    def check_ambiguous(self, ambiguous: Mapping[str, tuple[str, str]]) -> None:
+        """Check that no rule means one of two layers that have one name without their wrappers.
+
+        Args:
+            ambiguous: such names -> the whole names of both.
+
+        Raises:
+            PolicyError: a rule names such a name, and not both whole names.
+        """
+        for index, rule in enumerate(self.rule):
+            for short, wholes in ambiguous.items():
+                if rule.matches(short) and not all(map(rule.matches, wholes)):
+                    got = f'"{rule.layers}", which without wrappers is both {" and ".join(wholes)}'
+                    accepted = "the whole name of one of them, as in named_modules()"
+                    advice = "write the one that is meant"
+                    message = sentence("layers", got, accepted, advice)
+                    raise PolicyError(f"{self.where(index)}: {message}")
 
     def audit(self, module_names: Iterable[str] | None = None) -> RuleAudit:
         """What the rules do to a model of which no graph was seen yet.

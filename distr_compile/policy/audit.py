@@ -22,10 +22,12 @@ class Attended:
     Attributes:
         layer: name of its module.
         misfit: why it cannot take the group size or rank of its plan; None where it can.
+        wholes: its names with the segments of wrappers, which rules may name as well.
     """
 
     layer: str
     misfit: str | None = None
+    wholes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,4 +132,6 @@ class RuleAudit:
             raise PolicyError("\n".join(errors))
 
     def _named_by(self, rule: Rule) -> list[Attended]:
-        return [each for each in self.attention if rule.matches(each.layer)]
+        return [
+            each for each in self.attention if any(map(rule.matches, (each.layer, *each.wholes)))
+        ]

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from distr_compile.naming import canonical
+
 _ADVICE = (
     'TORCH_LOGS="graph_breaks" shows all breaks, torch.compile(fullgraph=True) makes them errors'
 )
@@ -85,11 +87,12 @@ def _disabled_forwards(owner: Any) -> dict[str, str]:
     if isinstance(owner, types.CodeType):
         return {}
     layers: dict[str, list[str]] = {}
+    shown = canonical(owner)
     for name, module in owner.named_modules():
         forward = getattr(module, "forward", None)
         if getattr(forward, "_torchdynamo_disable", False) is True:
             function = getattr(forward, "__qualname__", "forward")
-            layers.setdefault(function, []).append(name or "(root)")
+            layers.setdefault(function, []).append(shown[name] or "(root)")
     return {
         function: f"{', '.join(names)}: {function}() is marked with torch.compiler.disable; it "
         f"{_OUTSIDE}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from distr_compile.naming import canonical
 from distr_compile.reporting.breaks import skipped
 from distr_compile.reporting.rows import LOCK, DistrWarning, GraphReport
 from distr_compile.reporting.summary import Report
@@ -232,6 +233,7 @@ def _owners(owner: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(owner, types.CodeType):
         yield "", owner
         return
+    shown = canonical(owner)
     for name, module in owner.named_modules():
         # A submodule replaced by its compiled wrapper keeps the name it has without the wrapper.
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+        yield shown[name], module

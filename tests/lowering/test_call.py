@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import fx
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments, read_arguments
-from distr_compile.lowering.op import NOT_YET, SCHEMA
+from distr_compile.lowering.op import NOT_YET, SCHEMA, attention
 
 OP = torch.ops.distr.attention.default
 PLAIN = Approximation("lsh-mean", 16), Scores(0.25)
@@ -65,7 +66,10 @@ def test_what_is_left_out_is_the_default_of_the_op() -> None:
     arguments = op_arguments(*PLAIN)
     left_out = {"causal_offset": None, "softcap": 0.0, "seed": 0, "strict": False, **NOT_YET}
     assert KEYWORDS.keys() - arguments.keys() == left_out.keys()
-    assert {name: KEYWORDS[name].default_value for name in left_out} == left_out
+    defaults = inspect.signature(attention).parameters
+    assert {name: defaults[name].default for name in left_out} == left_out
+    # None in the schema leaves an integer to the function.
+    assert {n: KEYWORDS[n].default_value for n in left_out} == {**left_out, "seed": None}
 
 
 @pytest.mark.parametrize("name", OTHER)
