@@ -32,7 +32,7 @@ from distr_compile.passes.site import (
 )
 from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.passes.vocabulary import hint, read, same_shape, shape_of, target_name
-from distr_compile.passes.walk import Walk, open_site
+from distr_compile.passes.walk import Walk, banded, is_banded, open_site
 
 _TRANSFORM = "vmap, another transform of torch.func or forward-mode AD is around it"
 
@@ -64,7 +64,22 @@ def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
     if target_name(node) not in _EXPONENTIALS or isinstance(read(node), voc.Softmax):
         return False
     scores = [n for n in node.all_input_nodes if voc.is_tensor(n)]
-    return any(flow.is_scores(p) for n in scores for p in flow.chained[n])
+    is_of_scores = any(flow.is_scores(p) for n in scores for p in flow.chained[n])
+    return is_of_scores and _reaches_product(node, flow)
+
+
+def _reaches_product(node: fx.Node, flow: Flow) -> bool:
+    """Whether the values, scaled and masked, are a factor of a product, as weights are of PV."""
+    seen, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users.keys() - seen:
+            op = flow.read(user)
+            if isinstance(op, voc.Product):
+                return True
+            if isinstance(op, voc.ONE_TO_ONE | voc.Scale | voc.Add):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatched:
@@ -84,7 +99,9 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
         return _left_alone(site, flow)
     except Exception as error:
         refused = refusal(error)  # also of a graph that the walk was not made for
-        value = voc.tensor_of(node)
+        value, op = voc.tensor_of(node), read(node)
+        if refused.code == "in-place-write" and isinstance(op, voc.Softmax):
+            refused = banded() if is_banded(op.x, flow) else refused  # the band is written in place
         if refused.attention and node in flow.memory.transformed:
             refused = RefusedError("transform", _TRANSFORM)
         elif refused.attention and value is not None and not is_plain_fake(value):

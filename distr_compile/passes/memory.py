@@ -167,6 +167,7 @@ class _Run:
         values = (x for node in graph.nodes for x in tensors_in(value_of(node)))
         self.mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
         self.autocast: list[Any] = []
+        self.named: set[int] = set()  # storages that a node so far has given a name to
 
     def run(self) -> None:
         with _as_it_was(self.mode), contextlib.ExitStack() as stack:
@@ -198,6 +199,9 @@ class _Run:
     def _visit(self, node: fx.Node) -> None:
         memory = self.memory
         seen = self._execute(node)
+        if seen is not None:  # what a node writes into memory of its own, nobody else has seen
+            own = {s for s in seen.written if not self._closure(s) & self.named}
+            seen.written = {s: at for s, at in seen.written.items() if s not in own}
         value = self.values[node]
         found = [s for x in tensors_in(value) if (s := _storage(x)) is not None]
         memory.note(node, frozenset().union(*map(self._closure, found)), _geometry(value))
@@ -214,6 +218,7 @@ class _Run:
         memory.note_writes(node, written)
         for given in node.all_input_nodes:
             self._follow(given, node)
+        self.named.update(*map(memory.storages, (node, *node.all_input_nodes)))
 
     def _follow(self, given: fx.Node, node: fx.Node) -> None:
         """Note where a tensor lies now if ``node`` laid it elsewhere: ``set_``, ``x.data = y``."""

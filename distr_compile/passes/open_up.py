@@ -147,12 +147,18 @@ def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Any) -> fx
     out = emit.method("flatten", emit.method("permute", out, 2, 0, 1, 3), 2)  # (N, B, E)
     if not is_batched:
         out = emit.method("squeeze", out, 1)
-    out = emit.function(F.linear, out, a["out_proj_weight"], a["out_proj_bias"])
+    return emit.function(F.linear, out, a["out_proj_weight"], a["out_proj_bias"])
+
+
+def replace_results(site: AttentionSite, out: fx.Node) -> None:
+    """Let ``out`` be the first of the two results of ``multi_head_attention_forward``.
+
+    The second, the weights, has no reader: else there was no site.
+    """
     for user in list(site.anchor.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
-        erase_idle(emit.graph, user)
-    return out
+        erase_idle(site.anchor.graph, user)
 
 
 def _masks(a: dict[str, Any]) -> list[fx.Node]:

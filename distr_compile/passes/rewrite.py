@@ -170,6 +170,8 @@ def _replace(
     if not change:
         emit.undo()
         return
+    if site.kind == "mha":
+        open_up.replace_results(site, out)
     emit.stand_for(site.output, out)
     for reader, node in readers:
         _read_sizes(reader, node)

@@ -193,8 +193,8 @@ class Walk(Way):
             if len(scored) == 1:
                 raise RefusedError("sinks", "more than a sink column is concatenated to the scores")
             raise RefusedError("concat-scores", "one softmax runs over several score matrices")
-        if _is_banded(node, flow):
-            raise RefusedError("banded", "the scores are cut to a band (a window of keys)")
+        if is_banded(node, flow):
+            raise banded()
         if name in {"setitem", "copy_"}:
             raise RefusedError("in-place-write", f"the scores are what {name} wrote in place")
         raise RefusedError("scores-edited", f"the scores pass through {name} before the softmax")
@@ -466,7 +466,12 @@ def _scatters(writer: fx.Node, value: fx.Node) -> bool:
     return any(map(voc.is_tensor, index if isinstance(index, tuple) else (index,)))
 
 
-def _is_banded(node: fx.Node, flow: Flow) -> bool:
+def banded() -> RefusedError:
+    """The refusal of scores for which :func:`is_banded` holds."""
+    return RefusedError("banded", "the scores are cut to a band (a window of keys)")
+
+
+def is_banded(node: fx.Node, flow: Flow) -> bool:
     """Whether a window was cut out of the scores: as_strided, unfold or diagonal nearby."""
     seen, stack = {node}, [node]
     while stack and len(seen) < 64:

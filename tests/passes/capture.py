@@ -83,7 +83,11 @@ def run(
     chosen = Policy(default={"group_size": 2, "min_seq_len": 0} if policy is None else policy)
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        before = _text(gm)
+        tried = run_pass(gm, chosen, change=False)
+        assert _text(gm) == before, "trying has changed the graph"
         result = run_pass(gm, chosen, change=True)
+        assert tried.graph.rows == result.graph.rows
         capture.rows += result.graph.rows
         capture.not_attention += result.graph.not_attention
         _compute_exactly(gm, capture.calls)
@@ -94,6 +98,11 @@ def run(
         compiled = torch.compile(function, backend=backend, **options)
         capture.outputs = [compiled(*arguments) for arguments in (inputs, *again)]
     return capture
+
+
+def _text(module: fx.GraphModule) -> list[str]:
+    """All bodies, as code."""
+    return [str(m.graph) for m in module.modules() if isinstance(m, fx.GraphModule)]
 
 
 def run_exact(function: Callable[..., Any], inputs: Sequence[Any], **options: Any) -> Capture:

@@ -82,6 +82,18 @@ def test_multi_head_masks(masks: str, is_batch_first: bool) -> None:
     check(module, inputs, kind)
 
 
+def test_multi_head_weights_that_nobody_reads() -> None:
+    """The module makes them in place, in memory of its own (WavLM asks for them)."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _weights = attention(q, k, v, key_padding_mask=PADDING, need_weights=True)
+        return out * 2
+
+    check(attend, [normal(BATCH, ROWS, WIDTH), *[normal(BATCH, KEYS, WIDTH)] * 2], "float")
+
+
 @pytest.mark.parametrize("masks", [m for m in MULTI_HEAD_MASKS if "float" not in m])
 def test_multi_head_function_with_boolean_masks(masks: str) -> None:
     torch.manual_seed(0)

@@ -269,3 +269,29 @@ def test_refused_stays_as_it_is_when_exact(refusal: Refusal) -> None:
     torch.testing.assert_close(capture.output, expected, rtol=0, atol=0, equal_nan=True)
     assert OP not in capture.targets()
     assert not any(row.sdpa for row in capture.rows)
+
+
+def test_an_exponential_that_weighs_nothing_is_no_attention() -> None:
+    """A log-variance, averaged over positions and exponentiated (VITS): a factor of no product."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = F.relu(q @ k.mT * C)
+        return torch.tanh((weights @ v).exp() * 0.7 + 1)
+
+    inputs = [torch.randn(B, H, ROWS, WIDTH), *(torch.randn(B, H, KEYS, WIDTH) for _ in range(2))]
+    capture = run(function, inputs)
+    assert (capture.rows, capture.not_attention) == ([], [])
+
+
+def test_a_band_written_in_place_is_called_one() -> None:
+    """Chunks of the scores are laid side by side (Longformer, LED)."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * C
+        band = scores.new_zeros(*scores.shape[:2], 32, 16)
+        band[:, :, :16] = scores.as_strided((*scores.shape[:2], 16, 16), scores.stride())
+        band[:, :, 16:] = scores[:, :, -16:, -16:]
+        return band.softmax(-1) @ v[:, :, :16]
+
+    capture = run(function, [torch.randn(B, H, 32, WIDTH) for _ in range(3)])
+    assert capture.codes == {"banded"}
