@@ -394,7 +394,8 @@ def test_gradients_are_a_reason() -> None:
     assert model.qkv.weight.grad is not None
     (row,) = distr_compile.report(model).rows
     assert [str(r) for r in row.reasons] == [
-        "gradients: gradients are recorded: call under torch.no_grad()"
+        'gradients: gradients are recorded, and the policy says training = "exact": set '
+        '"approximate", or call under torch.no_grad()'
     ]
     with torch.inference_mode():
         torch.testing.assert_close(function(x), approximate(model, x), **SAME)

@@ -33,8 +33,7 @@ from distr_compile.kernels import roles
 from distr_compile.kernels.attention import cpu as fused_kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.roles import Asked, Block, Prologue
-from distr_compile.lowering import cpu, cpu_fused, cuda
-from distr_compile.lowering import op as op_module
+from distr_compile.lowering import checks, cpu, cpu_fused, cuda
 from distr_compile.tuning import calibrate
 from tests.kernels.cpu_kernel import require_kernel
 
@@ -237,7 +236,7 @@ def test_with_kernels_no_other_device_steps_in(
     toy: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact attention is for kernels that fail, and not for kernels that nobody wrote."""
-    monkeypatch.setattr(op_module, "_role", lambda q: "gpu")
+    monkeypatch.setattr(checks, "role", lambda q: "gpu")
     with pytest.raises(NoArithmeticError, match="'gpu'"):
         OP(*inputs(), estimator="toy", **OPTIONS)
 

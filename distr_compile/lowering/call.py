@@ -14,6 +14,17 @@ from torch import Tensor
 
 from distr_compile.estimators import DEFAULT_ESTIMATOR, auto_grouping_block
 
+KEYWORDS = (
+    "float scale, bool is_causal=False, SymInt? causal_offset=None, SymInt rank, str estimator, "
+    "SymInt grouping_block, int? rounds=None, bool strict=False, SymInt? min_seq_len=None, "
+    "int? seed=None, float softcap=0.0, float dropout_p=0.0, int? site=None"
+)
+"""The keywords of the ops' schemas.
+
+An integer that may be left out is optional, and None means the default of the function that runs:
+AOTInductor hands over the default of such a keyword, and lists only those that were given.
+"""
+
 BHND = (0, 1, 2, 3)
 """Axes in memory as the op names them."""
 
@@ -33,6 +44,7 @@ class Shape(NamedTuple):
         softcap, sinks: whether there are any.
         order: how Q, K and V lie in memory: their axes B, H, N, d, outermost first, by number;
             ``~i`` for an axis i that was expanded, whose stride is 0.
+        trained: whether gradients are recorded, so that its backward counts too.
     """
 
     batch: int
@@ -50,6 +62,7 @@ class Shape(NamedTuple):
     softcap: bool = False
     sinks: bool = False
     order: tuple[tuple[int, ...], ...] = (BHND,) * 3
+    trained: bool = False
 
     def resized(self, sizes: Mapping[str, int]) -> Shape:
         """The same with other numbers of queries and keys, those of the mask too."""
@@ -200,22 +213,23 @@ def op_arguments(
 
 
 def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
-    """The values that keyword arguments made by :func:`op_arguments` came from."""
+    """The values that the op's keywords say, where defaults may be left out, or None."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     return Arguments(
         Approximation(
             estimator=arguments["estimator"],
             rank=arguments["rank"],
             block=arguments["grouping_block"],
-            rounds=arguments["rounds"],
+            rounds=arguments.get("rounds", 1),
             seed=arguments.get("seed", 0),
             strict=arguments.get("strict", False),
         ),
         Scores(
             scale=arguments["scale"],
-            is_causal=arguments["is_causal"],
+            is_causal=arguments.get("is_causal", False),
             offset=arguments.get("causal_offset"),
             softcap=arguments.get("softcap", 0.0),
         ),
-        arguments["min_seq_len"],
-        arguments["site"],
+        arguments.get("min_seq_len", 0),
+        arguments.get("site", -1),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,24 +171,40 @@ def run(call: Call) -> str | None:
         torch.OutOfMemoryError: as from any op, and the RuntimeError of the CPU's allocator; exact
             attention is not the answer to it.
     """
+    runs = ((each.name, each.run) for each in _attempts(call.shape, call.approximation))
+    failures = attempt(call, runs)
+    if failures is None:
+        return None
+    call.out.copy_(sdpa.attention(call.q, call.k, call.v, call.mask, **call.softmax))
+    return "; ".join(failures) or "no implementation takes the call"
+
+
+def attempt(call: Call, runs: Iterable[tuple[str, Callable[[Call], object]]]) -> list[str] | None:
+    """Compute a call by the first of ``runs``, by name, that does not fail.
+
+    Returns:
+        None if one did; else what failed.
+
+    Raises:
+        torch.OutOfMemoryError: as ``run``.
+    """
     shape, failures = call.shape, []
-    for each in _attempts(shape, call.approximation):
-        failure = _failed.get(_kind(each, call, shape)) if _failed else None
+    for name, compute in runs:
+        failure = _failed.get(_kind(name, call, shape)) if _failed else None
         if failure is None:
             try:
-                each.run(call)
+                compute(call)
                 return None
             except Exception as error:  # what compilers raise has no common base class
                 if is_out_of_memory(error):
                     raise
-                failure = _said(each, call, error)
+                failure = _said(name, call, error)
                 if not is_from_device(error):
-                    _failed[_kind(each, call, shape)] = failure
+                    _failed[_kind(name, call, shape)] = failure
                 text = "distr.attention: a kernel failed, the next one computes the call"
-                warnings.warn(f"{text}: {failure}", KernelWarning, stacklevel=2)
+                warnings.warn(f"{text}: {failure}", KernelWarning, stacklevel=3)
         failures.append(failure)
-    call.out.copy_(sdpa.attention(call.q, call.k, call.v, call.mask, **call.softmax))
-    return "; ".join(failures) or "no implementation takes the call"
+    return failures
 
 
 def _attempts(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:
@@ -212,18 +228,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def _said(failed: Implementation, call: Call, error: Exception) -> str:
+def _said(failed: str, call: Call, error: Exception) -> str:
     why = str(error).strip().partition("\n")[0] or "no message"
     widths = f"d = {call.q.shape[3]}, r = {call.approximation.rank}, d_v = {call.v.shape[3]}"
-    where = f"{failed.name}, {call.q.device}, {call.q.dtype}, {widths}"
+    where = f"{failed}, {call.q.device}, {call.q.dtype}, {widths}"
     return f"{where}: {type(error).__name__}: {why}"
 
 
-def _kind(each: Implementation, call: Call, shape: Shape) -> tuple[object, ...]:
+def _kind(name: str, call: Call, shape: Shape) -> tuple[object, ...]:
     """What a failure holds for: a kernel is compiled for no less."""
     tensors = [t for t in (call.q, call.k, call.v, call.mask, call.out) if t is not None]
     return (
-        each.name,
+        name,
         shape.device,
         shape.dtype,
         shape.head_dim,

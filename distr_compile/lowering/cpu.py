@@ -24,6 +24,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ def attention(
     strict: bool = False,
     fused: bool | None = None,
     out: Tensor,
+    lse: Tensor | None = None,
+    keep: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.attention.reference.attention``.
 
@@ -117,6 +120,10 @@ def attention(
         strict: of ``projection``, the form in which no row depends on later ones.
         fused: whether the fused kernel makes the result; None where it can.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
+        lse: ``(B, H, N)`` in the dtype of the arithmetic, is filled with the logarithm of each
+            row's sum of exponentials, sinks included; -inf where the row sees nothing.
+        keep: two tensors ``(B, H_k, blocks, d, r)`` in the dtype of the arithmetic, are filled with
+            A and B.
 
     Raises:
         NoArithmeticError: the table names no module that computes the estimator here.
@@ -134,7 +141,7 @@ def attention(
         panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
         pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
     call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block, lse
     )  # fmt: skip
     asked = Asked(
         estimator=estimator,
@@ -155,12 +162,68 @@ def attention(
             asked = replace(asked, bases=(bases[0][some[1]], bases[1][some[1]]))
         if fused:
             groups = module.groups(part.Q, part.K, queries, keys, asked)
-            _attend_fused(call, some, part, groups)
+            _attend_fused(call, some, part, groups if keep is None else _kept(groups, keep, some))
         else:
             made = module.bases(part.Q, part.K, queries, keys, asked)
+            made = made if keep is None else _kept(made, keep, some)
             _attend_blocks(call, part, made, pieces)
     return out
 
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Exact attention by PyTorch's products, which also says what its backward needs.
+
+    The arguments are those of ``attention``. It is the first block of the strict form.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    rep = q.shape[1] // k.shape[1]
+    block = max(1, num_queries)
+    pieces = _pieces(block, rep, num_keys, max(q.shape[3], v.shape[3]), 0)
+    call = _Call(
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, block, lse
+    )  # fmt: skip
+    for some in _some_heads(q.shape[0], k.shape[1], pieces.heads):
+        _attend_blocks(call, call.part(some), itertools.repeat((None, None)), pieces)
+    return out
+
+
+def _kept(
+    made: Iterator[tuple[Tensor, Tensor]], keep: tuple[Tensor, Tensor], some: _Some
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What an estimator makes for some heads, copied into ``keep`` as it passes by.
+
+    That is A and B ``(b h, d, r)`` of a block, or a ``Group`` of several.
+    """
+    kept_A, kept_B = (kept[some] for kept in keep)
+    key_heads, rank = kept_A.shape[1], kept_A.shape[4]
+    place = 0
+    for A, B in made:
+        if A.dim() == 3:
+            all_A, all_B = A[:, None], B[:, None]
+        else:
+            all_A, all_B = A.mT, B[..., :rank]
+        blocks = slice(place, place + all_A.shape[1])
+        kept_A[:, :, blocks].copy_(all_A.unflatten(0, (-1, key_heads)))
+        kept_B[:, :, blocks].copy_(all_B.unflatten(0, (-1, key_heads)))
+        place = blocks.stop
+        yield A, B
+
+
+Bases = tuple[Tensor, Tensor] | tuple[None, None]
+"""A and B of a grouping block; none where all of its scores are exact."""
 
 _Some = tuple[slice, slice]
 """Batch entries and key heads that are computed together."""
@@ -190,6 +253,7 @@ class _Call:
     softcap: float
     strict: bool
     block: int
+    lse: Tensor | None = None
 
     def part(self, some: _Some) -> _Heads:
         """Views for some heads."""
@@ -202,7 +266,8 @@ class _Call:
             mask = sliced(_split_mask_heads(mask, key_heads, Q.shape[2]), *some)
         if sinks is not None:
             sinks = _split_sinks(sinks, self.q.dtype, key_heads)[some[1]]
-        return _Heads(Q, K, V, mask, sinks, self.softcap, out)
+        lse = None if self.lse is None else self.lse.unflatten(1, (key_heads, -1))[some]
+        return _Heads(Q, K, V, mask, sinks, self.softcap, out, lse)
 
 
 def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group]) -> None:
@@ -223,12 +288,11 @@ def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group
         softcap=call.softcap,
         strict=call.strict,
         out=call.out[wide],
+        lse=None if call.lse is None else call.lse[wide],
     )
 
 
-def _attend_blocks(
-    call: _Call, part: _Heads, bases: Iterator[tuple[Tensor, Tensor]], pieces: _Pieces
-) -> None:
+def _attend_blocks(call: _Call, part: _Heads, bases: Iterator[Bases], pieces: _Pieces) -> None:
     """Fill the output of some heads by PyTorch's products, block by block."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
     limit = call.causal_offset if call.is_causal else None
@@ -245,7 +309,8 @@ class _Heads:
     """Views of the inputs and the output for the heads that are computed together.
 
     Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, the
-    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, and the sinks ``(h, rep)``.
+    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, the sinks ``(h, rep)``, and the
+    logarithms of the sums of exponentials ``(b, h, rep, N)``, if they are asked for.
     """
 
     Q: Tensor
@@ -255,6 +320,7 @@ class _Heads:
     sinks: Tensor | None
     softcap: float
     out: Tensor
+    lse: Tensor | None = None
 
 
 def _four_dimensions(mask: Tensor) -> Tensor:
@@ -279,8 +345,8 @@ def _attend_panel(
     part: _Heads,
     first: int,
     last: int,
-    A: Tensor,
-    B: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
     scale: float,
     edge: int,
     causal_offset: int | None,
@@ -301,7 +367,7 @@ def _attend_panel(
     end = num_keys if causal_offset is None else max(0, min(num_keys, last + causal_offset))
     Q = stack(part.Q[..., first:last, :])
     scale = scale / part.softcap if part.softcap else scale  # what tanh takes
-    Qhat = torch.bmm(Q, A * scale)
+    Qhat = Q if A is None or not edge else torch.bmm(Q, A * scale)
     Q = Q * scale if edge < end else Qhat
     units, rows, _ = Qhat.shape
     top = Qhat.new_full((units, rows, 1), torch.finfo(Qhat.dtype).min)
@@ -315,11 +381,11 @@ def _attend_panel(
 
     no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
-    at_once = len(chunks) == 2 and no_empty_row and part.sinks is None
+    at_once = len(chunks) == 2 and no_empty_row and part.sinks is None and part.lse is None
     for key, key_stop in itertools.pairwise(chunks):
         V = _units(part.V[..., key:key_stop, :], b)
         left, right = Q, _units(part.K[..., key:key_stop, :], b)
-        if key < edge:
+        if key < edge and B is not None:
             left, right = Qhat, torch.bmm(right, B)
         for token in range(first, last, pieces.tile):
             token_stop = min(token + pieces.tile, last)
@@ -347,6 +413,9 @@ def _attend_panel(
             top[:, tile].copy_(new_top)
             total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
             O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
+    if part.lse is not None:
+        lse = total.log().add_(top).view(b, h, last - first, rep).transpose(2, 3)
+        part.lse[..., first:last].copy_(lse)
     # A row that saw a key, or has a sink, has a total of at least 1, from exp(top - top). Where no
     # key was seen O is 0.
     O.div_(total.clamp_(min=1))
@@ -378,10 +447,22 @@ def _apply_causal(scores: Tensor, diagonal: int) -> None:
     scores[..., common:].masked_fill_(column > row + diagonal, -torch.inf)
 
 
-def run(call: Call, *, fused: bool) -> None:
-    """Compute an approximated call of the op."""
-    options = {**call.softmax, **call.grouping, "bases": call.bases, "fused": fused}
-    attention(call.q, call.k, call.v, call.mask, **options, out=call.out)
+def run(
+    call: Call,
+    *,
+    fused: bool,
+    lse: Tensor | None = None,
+    keep: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Compute a call of the op, and what its backward needs; see ``attention``."""
+    tensors = call.q, call.k, call.v, call.mask
+    options: dict[str, Any] = {**call.softmax, "out": call.out, "lse": lse}
+    if call.approximation.rank == call.q.shape[3]:
+        compute = cpu_fused.exact_attention if fused else exact_attention
+        compute(*tensors, **options)
+    else:
+        options |= {**call.grouping, "bases": call.bases, "fused": fused, "keep": keep}
+        attention(*tensors, **options)
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

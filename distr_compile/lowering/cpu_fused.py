@@ -30,6 +30,7 @@ def exact_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Exact attention by the fused kernel: rank = d, nothing is approximated.
 
@@ -44,6 +45,7 @@ def exact_attention(
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``; 0 does not.
         sinks: ``(H,)`` floating, in the softmax's denominator only.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned; rows that see no key are 0.
+        lse: ``(B, H, N)`` fp32, is filled with the logarithm of each row's sum of exponentials.
 
     Raises:
         RuntimeError: the kernel is not available; ``takes`` tells.
@@ -59,6 +61,7 @@ def exact_attention(
         causal_offset=causal_offset,
         softcap=softcap,
         out=out,
+        lse=lse,
     )
 
 
@@ -77,6 +80,7 @@ def attend(
     softcap: float,
     strict: bool,
     out: Tensor,
+    lse: Tensor | None = None,
 ) -> None:
     """Fill ``out`` with the approximation whose A and B come in ``groups``.
 
@@ -94,6 +98,7 @@ def attend(
         softcap: see ``exact_attention``.
         strict: the strict form: a block's own keys and later ones are scored exactly.
         out: ``(b, h rep, N, d_v)``.
+        lse: ``(b, h rep, N)`` fp32, see ``exact_attention``.
     """
     num_queries, key_heads, start = q.shape[2], k.shape[1], 0
     for group in groups:
@@ -118,6 +123,7 @@ def attend(
             exact=(Q, k) if strict else None,
             follows=start > 0,
             out=out[:, :, rows],
+            lse=None if lse is None else lse[:, :, rows],
         )
         start = rows.stop
 
@@ -133,10 +139,7 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
 def _run(call: Call) -> None:
     from distr_compile.lowering import cpu  # which calls this module for every other estimator
 
-    if call.approximation.rank < call.q.shape[3]:
-        cpu.run(call, fused=True)
-    else:
-        exact_attention(call.q, call.k, call.v, call.mask, **call.softmax, out=call.out)
+    cpu.run(call, fused=True)
 
 
 IMPLEMENTATION = Implementation("distr-cpu", _refuses, _run)

@@ -65,7 +65,7 @@ class Judge:
                 return "nothing is known of the speed of soft caps and sinks without our kernel"
             against = EXACT
         else:
-            if has_ours and ours:
+            if has_ours and ours and not shape.trained:
                 found = self._race(shape, None, SDPA)
                 if isinstance(found, str):
                     return found

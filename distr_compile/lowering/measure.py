@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import choose, op, sdpa
+from distr_compile.lowering import choose, op, sdpa, training
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
 
 ROUNDS = 7
@@ -175,11 +175,19 @@ def race(
             arm: statistics.median(each[arm] for each in rounds) * units / count
             for arm in (against, name)
         },
-        kernel=choose.name_of(shape, how),
+        kernel=_kernel(shape, how),
         gain=statistics.quantiles(ratios, n=4, method="inclusive")[0],
         rounds=len(rounds),
         heads=count * (shape.num_heads // shape.num_key_heads),
     )
+
+
+def _kernel(shape: Shape, how: Approximation) -> str:
+    """What computes a call; of one that is trained both ways, where these are two."""
+    if not shape.trained:
+        return choose.name_of(shape, how)
+    names = training.names(shape, how)
+    return " + ".join(dict.fromkeys(names[:2]))
 
 
 def warm_up(
@@ -261,7 +269,10 @@ Arms = dict[str, Callable[[], Any]]
 
 
 def arms(shape: Shape, how: Approximation, units: int) -> Arms:
-    """SDPA, our exact attention, and ``how``, on ``units`` key heads as a batch of one."""
+    """SDPA, our exact attention, and ``how``, on ``units`` key heads as a batch of one.
+
+    Where the shape says that the call is trained, each also computes the gradients of Q, K and V.
+    """
     q, k, v, mask = tensors = inputs(shape, units)
     scale, heads = 1 / math.sqrt(shape.head_dim), q.shape[1]
     softcap = 30.0 if shape.softcap else 0.0
@@ -284,7 +295,25 @@ def arms(shape: Shape, how: Approximation, units: int) -> Arms:
         return lambda: op.call(*tensors, *bases, sinks, **arguments)
 
     exact = by_us(Approximation.none(shape.head_dim))
-    return {SDPA: by_pytorch, EXACT: exact, DISTR: by_us(how)}
+    found: Arms = {SDPA: by_pytorch, EXACT: exact, DISTR: by_us(how)}
+    if not shape.trained:
+        return found
+    grad = torch.ones_like(by_pytorch())
+    return {name: _both_ways(run, (q, k, v), grad) for name, run in found.items()}
+
+
+def _both_ways(
+    run: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: Tensor
+) -> Callable[[], object]:
+    """The call, and then its backward."""
+    for leaf in inputs:
+        leaf.requires_grad_()
+
+    def forward_and_backward() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(run(), inputs, grad)
+
+    return forward_and_backward
 
 
 def inputs(shape: Shape, units: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

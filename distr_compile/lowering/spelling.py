@@ -12,7 +12,7 @@ import torch
 from distr_compile.estimators import estimator_named
 from distr_compile.lowering.call import BHND, Approximation, Shape
 
-_WORDS = ("causal", "softcap", "sinks", "strict")
+_WORDS = ("causal", "softcap", "sinks", "strict", "training")
 _KEYS = (
     *("q", "k", "v", "dtype", "device", "mask", "causal", "order"),
     *("estimator", "rank", "block", "rounds"),
@@ -43,7 +43,7 @@ def spelled(shape: Shape, approximation: Approximation | None) -> str:
     if s.order != (BHND,) * 3:
         parts["order"] = ",".join("".join(map(_letter, axes)) for axes in s.order)
     words = [("causal", s.is_causal and not s.causal_offset)]
-    words += [("softcap", s.softcap), ("sinks", s.sinks)]
+    words += [("softcap", s.softcap), ("sinks", s.sinks), ("training", s.trained)]
     if (a := approximation) is not None:
         parts |= {"estimator": a.estimator, "rank": str(a.rank)}
         if a.block:
@@ -108,6 +108,7 @@ def _shape(parts: dict[str, str]) -> Shape:
         softcap="softcap" in parts,
         sinks="sinks" in parts,
         order=order,
+        trained="training" in parts,
     )
 
 

@@ -182,6 +182,7 @@ class _Site:
         kernel: what computes it; None where its nodes are left alone.
         refused: why our implementations before that one do not, by name.
         measured: what was found of its speed, if that was asked.
+        backward: what computes the gradients through the approximation.
     """
 
     found: AttentionSite
@@ -193,6 +194,7 @@ class _Site:
     kernel: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     measured: Measured | None = None
+    backward: str | None = None
 
     @property
     def decides_at_run_time(self) -> bool:
@@ -217,6 +219,7 @@ class _Site:
                 is_sdpa = rewrite_exact(self.graph, self.found, change=change)
                 self.kernel = "sdpa" if is_sdpa else None
         self.measured, self.refused = watch.measured, watch.refused
+        self.backward = watch.backward if self.decision.is_distr else None
 
     def _refused(self, watch: Stopwatch, change: bool) -> RefusedError | None:
         """Write the op in the site's place; why it cannot be, where it cannot."""
@@ -286,6 +289,7 @@ class _Site:
             flops=decisions.flops(found),
             site=number,
             kernel=self.kernel,
+            backward=self.backward,
             refused=self.refused,
             min_seq_len=decision.min_seq_len,
             measured=None if measured is None else {**measured.seconds, **measured.gains},

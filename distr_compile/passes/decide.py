@@ -77,8 +77,15 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
     if not plan.is_exact:  # else no length would change anything
         reasons += _size_reasons(site, plan)
         reasons += _one_block(site, plan)
-    if site.requires_grad:
-        reasons.append(Reason("gradients", "gradients are recorded: call under torch.no_grad()"))
+    if site.requires_grad and plan.training == "exact":
+        text = (
+            'gradients are recorded, and the policy says training = "exact": set "approximate", or '
+            "call under torch.no_grad()"
+        )
+        reasons.append(Reason("gradients", text))
+    elif site.written_later:
+        text = "gradients are recorded, and an input or the output is written in place afterwards"
+        reasons.append(Reason("in-place-write", text))
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)
         reasons.append(Reason("dtype", f"dtype is {str(site.dtype)[6:]}; accepted: {accepted}"))

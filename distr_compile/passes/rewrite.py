@@ -73,7 +73,8 @@ def rewrite(
         if decision.is_distr:
             approximation = decision.approximation
         if watch is not None:
-            shape = shape_of_call((q, k, v), mask, scores, site.dtype, site.sinks is not None)
+            kind = {"sinks": site.sinks is not None, "trained": site.requires_grad}
+            shape = shape_of_call((q, k, v), mask, scores, site.dtype, **kind)
             if decision.is_distr:
                 limit = max(limit, watch.least_length(shape, approximation, site.symbolic_lengths))
             else:

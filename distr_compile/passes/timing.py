@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distr_compile.lowering import choose
+from distr_compile.lowering import choose, training
 from distr_compile.lowering.call import Approximation, Scores, Shape
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import Measured
@@ -29,6 +29,7 @@ class Stopwatch:
         measured: what was found, if anything was asked.
         kernel: what computes the call.
         refused: why what comes before it does not, by name.
+        backward: what computes the gradients of an approximated call that records them.
     """
 
     judge: Judge | None
@@ -36,6 +37,7 @@ class Stopwatch:
     measured: Measured | None = None
     kernel: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    backward: str | None = None
 
     def least_length(
         self, shape: Shape | None, approximation: Approximation, moving: list[str]
@@ -95,6 +97,9 @@ class Stopwatch:
         raise why
 
     def _name(self, shape: Shape, approximation: Approximation) -> None:
+        if shape.trained:
+            self.kernel, self.backward, self.refused = training.names(shape, approximation)
+            return
         self.kernel = choose.name_of(shape, approximation)
         self.refused = choose.refusals(shape, approximation)
 
@@ -109,13 +114,16 @@ def shape_of_call(
     mask: fx.Node | None,
     scores: Scores,
     dtype: torch.dtype,
+    *,
     sinks: bool,
+    trained: bool,
 ) -> Shape | None:
     """The shape of a call with these nodes as arguments; symbolic sizes by their hints.
 
     None where they have no fake values, as behind a scale that is a symbol.
 
-    ``dtype`` is that of the attention, to which autocast may bring the operands.
+    ``dtype`` is that of the attention, to which autocast may bring the operands; ``trained`` says
+    whether it records gradients.
     """
     values = [None if node is None else tensor_of(node) for node in (*operands, mask)]
     if any(value is None for value in values[:3]):
@@ -136,7 +144,7 @@ def shape_of_call(
         sinks=sinks,
     )
     device: torch.device = values[0].device  # type: ignore[union-attr]
-    return shape._replace(device=device, dtype=dtype)
+    return shape._replace(device=device, dtype=dtype, trained=trained)
 
 
 def _known(value: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class LayerPlan:
         min_seq_len: approximate only where min(N_q, N_k) is at least this; "auto" measures.
         causal: what an estimator may see at a causal site: "block" or "strict".
         exact: what becomes of exact sites: "auto", "sdpa" or "keep".
+        training: what becomes of sites that record gradients: "exact" or "approximate".
         rule: 0-based indices of the rules that named this layer, in the order they were applied.
     """
 
@@ -134,6 +135,13 @@ class LayerPlan:
         " where that means the same. auto: our own exact kernel where that was measured to be"
         " faster on this machine, else as sdpa. keep: the graph is left alone.",
         choices=("auto", "sdpa", "keep"),
+    )
+    training: Literal["exact", "approximate"] = _option(
+        "exact",
+        "What becomes of attention through which gradients are recorded. exact: it stays exact."
+        " approximate: it is approximated as without gradients, and they flow through the"
+        " approximation, the grouping or basis held fixed.",
+        choices=("exact", "approximate"),
     )
     rule: tuple[int, ...] = ()
 

@@ -64,6 +64,8 @@ class SiteRow:
         site: number of the site within its graph.
         kernel: what computes it, such as "distr-cpu"; of an exact site "sdpa" where it was
             rewritten to ``F.scaled_dot_product_attention``, None where its nodes were left alone.
+        backward: what computes the gradients of an approximated site that records them, such as
+            "torch-products"; None where it records none or is exact.
         refused: why each implementation of ours that was asked before that one does not compute it,
             by name; empty where none was asked.
         min_seq_len: the length below which the op itself computes exactly, where sizes are
@@ -96,6 +98,7 @@ class SiteRow:
     mode: str = ""
     site: int = 0
     kernel: str | None = None
+    backward: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     min_seq_len: int = 0
     measured: Mapping[str, float] | None = field(default=None, hash=False)

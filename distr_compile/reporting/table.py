@@ -76,7 +76,12 @@ def _reasons(row: SiteRow) -> tuple[Reason, ...]:
 def _decision_text(row: SiteRow, exact_calls: int) -> str:
     if row.decision == "exact" and row.kernel is not None:
         return f"exact, {row.kernel}"
-    return f"{row.decision}\n({exact_calls}x exact)" if exact_calls else row.decision
+    lines: list[str] = [row.decision]
+    if row.backward is not None:
+        lines.append(f"backward {row.backward}")
+    if exact_calls:
+        lines.append(f"({exact_calls}x exact)")
+    return "\n".join(lines)
 
 
 def _times_text(row: SiteRow) -> str:
@@ -107,7 +112,7 @@ def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
         *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask),
-        *(row.decision, row.kernel, _times_text(row)),
+        *(row.decision, row.kernel, row.backward, _times_text(row)),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 
@@ -255,6 +260,7 @@ def line_of(row: SiteRow) -> str:
         rounds = "" if row.rounds in (None, 1) else f" in {row.rounds} rounds"
         what = f"distr, {_width_text(row, 'G = ')}, {row.estimator}{rounds}"
         what += f", block {row.grouping_block}"
+        what += "" if row.backward is None else f", backward {row.backward}"
     else:
         what = "exact: " + "; ".join(map(str, row.reasons))
     shapes = " ".join(_shapes_text(row.shapes).splitlines())

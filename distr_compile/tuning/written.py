@@ -17,7 +17,7 @@ from distr_compile.policy.plan import OPTIONS
 
 WIDTH = 110
 
-AS_GIVEN = ("causal", "exact")
+AS_GIVEN = ("causal", "exact", "training")
 """Fields that only the given policy sets; its [default] and rules stay in the file."""
 
 TUNED = tuple(name for name in OPTIONS if name not in AS_GIVEN)

@@ -13,7 +13,8 @@ from torch import fx
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments, read_arguments
-from distr_compile.lowering.op import NOT_YET, SCHEMA, attention
+from distr_compile.lowering.checks import NOT_YET
+from distr_compile.lowering.op import SCHEMA, attention
 
 OP = torch.ops.distr.attention.default
 PLAIN = Approximation("lsh-mean", 16), Scores(0.25)
@@ -70,6 +71,12 @@ def test_what_is_left_out_is_the_default_of_the_op() -> None:
     assert {name: defaults[name].default for name in left_out} == left_out
     # None in the schema leaves an integer to the function.
     assert {n: KEYWORDS[n].default_value for n in left_out} == {**left_out, "seed": None}
+
+
+def test_arguments_that_are_left_out_are_read_as_the_defaults_of_the_op() -> None:
+    needed = {name for name, a in KEYWORDS.items() if not a.has_default_value()}
+    given = {name: value for name, value in op_arguments(*PLAIN).items() if name in needed}
+    assert read_arguments(given) == (*PLAIN, 0, -1)
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -52,6 +52,7 @@ shapes = st.builds(
     softcap=st.booleans(),
     sinks=st.booleans(),
     order=st.tuples(orders, orders, orders),
+    trained=st.booleans(),
 )
 approximations = st.one_of(
     st.none(),

@@ -273,8 +273,11 @@ def test_a_symbolic_length_is_left_to_the_op(symbolic: str) -> None:
 
 def test_gradients_only_where_they_would_be_recorded() -> None:
     needs = site(requires_grad=True)
-    assert codes(needs, FORCED) == ["gradients"]
+    (reason,) = decide(needs, FORCED).reasons
+    assert reason.code == "gradients"
+    assert 'the policy says training = "exact": set "approximate"' in reason.text
     assert codes(site(), FORCED) == []
+    assert codes(needs, replace(FORCED, training="approximate")) == []
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.complex64])

@@ -418,16 +418,19 @@ def query_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("training", ["exact", "approximate"])
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("function", [output_written, query_written])
 def test_what_is_written_later_is_not_kept_for_a_backward(
-    function: Callable[..., Tensor], compiler: str
+    function: Callable[..., Tensor], compiler: str, training: str
 ) -> None:
     """SDPA keeps Q, K, V and its output for its backward; the products and the softmax need not."""
     torch._dynamo.reset()
     inputs = [torch.randn(B, H, N, D) for _ in range(3)]
     found = []
-    compiled = torch.compile(function, backend="distr", options={"compiler": compiler})
+    policy = {"default": {"min_seq_len": 0, "group_size": 2, "training": training}}
+    options = {"compiler": compiler, "policy": policy}
+    compiled = torch.compile(function, backend="distr", options=options)
     for run in (function, compiled):
         WEIGHT.grad = None
         with torch.no_grad():

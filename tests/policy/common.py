@@ -20,6 +20,7 @@ PLAIN: dict[str, Any] = {
     "min_seq_len": "auto",
     "causal": "block",
     "exact": "auto",
+    "training": "exact",
 }
 """The fields in their order, with their defaults."""
 FIELDS = tuple(PLAIN)
@@ -52,6 +53,7 @@ VALUES = {
     "min_seq_len": st.integers(0, 9) | st.just("auto"),
     "causal": st.sampled_from(["block", "strict"]),
     "exact": st.sampled_from(["auto", "sdpa", "keep"]),
+    "training": st.sampled_from(["exact", "approximate"]),
 }
 DEFAULTS = st.fixed_dictionaries({}, optional=VALUES).filter(
     lambda fields: not {"group_size", "rank"} <= fields.keys()

@@ -54,7 +54,7 @@ def test_digest_is_of_canonical_json() -> None:
     policy = Policy({"exact": "keep"}, [{"layers": "é", "group_size": 1}])
     content = (
         '{"default":{"causal":"block","estimator":"projection","exact":"keep","group_size":2,'
-        '"grouping_block":"auto","min_seq_len":"auto","rounds":1},'
+        '"grouping_block":"auto","min_seq_len":"auto","rounds":1,"training":"exact"},'
         '"rule":[{"group_size":1,"layers":"\\u00e9"}]}'
     )
     assert policy.digest == hashlib.sha256(content.encode()).hexdigest()

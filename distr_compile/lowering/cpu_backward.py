@@ -1,0 +1,288 @@
+"""Gradients of a call in bounded memory, in plain PyTorch calls, on any device.
+
+With A and B held constant a score is s = (q A) (k B)^T * scale, w its weight exp(s - lse) and
+delta = do . o of its row. Then (FlashAttention, arXiv 2205.14135, appendix B.4)
+
+    dV = w^T dO,   ds = w (dO V^T - delta),   dQhat = ds Khat * scale,   dKhat = ds^T Qhat * scale,
+
+and with dQ = dQhat A^T, dK = sum over grouping blocks of dKhat B^T every estimator is served: A and
+B of the LSH estimators say which columns are one group, and which are turned. A soft cap c puts a
+factor 1 - tanh^2 into ds, an additive mask has the gradient ds, summed where it is broadcast, and a
+sink, which is a score without a value, has -(its weight) delta.
+
+Heads go in chunks, query rows in panels and tiles, keys in chunks, as in ``cpu.py``; of one size
+with N and M are a chunk's dK and dV only. Arithmetic is fp32, or fp64 for fp64 inputs. Sums are
+added in one order, so that bits do not depend on anything but the inputs and PyTorch's products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.roles import prefix_edge
+from distr_compile.kernels.rows import sliced, stack
+from distr_compile.lowering import cpu
+from distr_compile.lowering.choose import Call
+
+if TYPE_CHECKING:
+    from distr_compile.lowering.training import Gradients, Saved
+
+NAME = "torch-products"
+"""As the report names it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Views for the heads that are computed together, as ``cpu._Heads`` has them.
+
+    Attributes:
+        Q, dQ, dO, O: ``(b, h, rep, N, d or d_v)``.
+        K, V: ``(b or 1, h, M, d or d_v)``.
+        dK, dV: ``(b h, M, d or d_v)`` in the dtype of the arithmetic, to which is added.
+        lse: ``(b, h, rep, N)``, infinite where the row sees nothing, so that its weights are 0.
+        mask, dmask: ``(b, h, N, rep, M)``, size 1 where they are broadcast; to the second is added.
+        sinks: ``(h, rep)``.
+        dsinks: likewise, to which is added.
+    """
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    O: Tensor  # noqa: E741
+    dO: Tensor
+    lse: Tensor
+    dQ: Tensor
+    dK: Tensor
+    dV: Tensor
+    mask: Tensor | None
+    dmask: Tensor | None
+    sinks: Tensor | None
+    dsinks: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What turns products into scores.
+
+    Attributes:
+        scale: multiplies them; divided by the soft cap where there is one.
+        softcap: 0 for none.
+        limit: row i sees keys ``j <= i + limit``; None for all.
+    """
+
+    scale: float
+    softcap: float
+    limit: int | None
+
+
+def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
+    """Fill ``wanted``; see ``training.backward``."""
+    q, k, v = call.q, call.k, call.v
+    dtype, key_heads, num_queries = saved.lse.dtype, k.shape[1], q.shape[2]
+    # Of broadcast keys, biases and sinks many heads have a share: they are summed here.
+    sums = {
+        name: torch.zeros(like.shape, dtype=dtype, device=q.device)
+        for name, like in (("k", k), ("v", v), ("mask", wanted.mask), ("sinks", wanted.sinks))
+        if like is not None and (name in ("mask", "sinks") or like.shape[0] < q.shape[0])
+    }
+    lse = saved.lse.masked_fill(saved.lse == -torch.inf, torch.inf)
+    scores = call.scores
+    rule = _Rule(
+        scores.scale / scores.softcap if scores.softcap else scores.scale,
+        scores.softcap,
+        (scores.offset or 0) if scores.is_causal else None,
+    )
+    rep, num_keys = q.shape[1] // key_heads, k.shape[2]
+    blocks = _Blocks.of(call, saved)
+    width = max(q.shape[3], v.shape[3])
+    pieces = cpu._pieces(blocks.size, rep, num_keys, width, num_keys * width)
+    for some in cpu._some_heads(q.shape[0], key_heads, pieces.heads):
+        part = _part(call, grad, lse, wanted, sums, some)
+        for start, stop, edge, A, B in blocks.each(some):
+            for first in range(start, stop, pieces.panel):
+                _panel(part, first, min(first + pieces.panel, stop), A, B, edge, rule, pieces)
+        for name, made in (("k", part.dK), ("v", part.dV)):
+            split = made.unflatten(0, (-1, part.K.shape[1]))
+            if name in sums:
+                sums[name][:, some[1]] += split.sum(0, keepdim=True)
+            else:
+                getattr(wanted, name)[some].copy_(split)
+    for name, total in sums.items():
+        getattr(wanted, name).copy_(total)
+    if not num_queries:
+        wanted.q.zero_()
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A and B of every grouping block, and the keys that it approximates.
+
+    Attributes:
+        size: query rows of a block.
+        num_queries: N.
+        num_keys: M.
+        offset: None, or the causal offset of the strict form.
+        bases: A and B ``(B or 1, H_k, blocks or 1, d, r)``; None where all scores are exact.
+    """
+
+    size: int
+    num_queries: int
+    num_keys: int
+    offset: int | None
+    bases: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, call: Call, saved: Saved) -> _Blocks:
+        how, num_queries = call.approximation, max(1, call.q.shape[2])
+        size = num_queries
+        if saved.bases is not None and saved.bases[0].shape[2] > 1:
+            size = how.block_of(num_queries)
+        is_prefix = how.strict and ESTIMATORS[how.estimator].strict == "prefix"
+        offset = (call.scores.offset or 0) if is_prefix else None
+        return cls(size, call.q.shape[2], call.k.shape[2], offset, saved.bases)
+
+    def each(
+        self, some: tuple[slice, slice]
+    ) -> Iterator[tuple[int, int, int, Tensor | None, Tensor | None]]:
+        """First row, one past the last, keys that are approximated, A and B ``(b h, d, r)``."""
+        for number, start in enumerate(range(0, self.num_queries, self.size)):
+            stop, edge = min(start + self.size, self.num_queries), self.num_keys
+            if self.bases is None:
+                yield start, stop, 0, None, None
+                continue
+            if self.offset is not None:
+                edge = prefix_edge(start, self.num_keys, self.offset)
+            for_some = (slice(None), some[1]) if self.bases[0].shape[0] == 1 else some
+            A, B = (basis[for_some][:, :, number] for basis in self.bases)
+            yield start, stop, edge, A, B
+
+
+def _part(
+    call: Call,
+    grad: Tensor,
+    lse: Tensor,
+    wanted: Gradients,
+    sums: dict[str, Tensor],
+    some: tuple[slice, slice],
+) -> _Part:
+    key_heads = call.k.shape[1]
+    rep = call.q.shape[1] // key_heads
+    by_rows = (call.q, wanted.q, call.out, grad, lse)
+    Q, dQ, O, dO, lse = (t.unflatten(1, (key_heads, rep))[some] for t in by_rows)  # noqa: E741
+    K, V = (t[some if t.shape[0] > 1 else (slice(None), some[1])] for t in (call.k, call.v))
+    dK, dV = (lse.new_zeros(Q.shape[0] * K.shape[1], *t.shape[2:]) for t in (K, V))
+    mask, dmask = (
+        None if t is None else sliced(cpu._split_mask_heads(t, key_heads, rep), *some)
+        for t in (call.mask, sums.get("mask"))
+    )
+    sinks, dsinks = (
+        None if t is None else cpu._split_sinks(t, call.q.dtype, key_heads)[some[1]]
+        for t in (call.sinks, sums.get("sinks"))
+    )
+    return _Part(Q, K, V, O, dO, lse, dQ, dK, dV, mask, dmask, sinks, dsinks)
+
+
+def _panel(
+    part: _Part,
+    first: int,
+    last: int,
+    A: Tensor | None,
+    B: Tensor | None,
+    edge: int,
+    rule: _Rule,
+    pieces: cpu._Pieces,
+) -> None:
+    """Fill ``part.dQ`` for query rows ``first`` to ``last``, and add to what the keys get.
+
+    Keys before ``edge`` were scored by Qhat and Khat, those from it on by Q and K.
+    """
+    b, h, rep, _, _ = part.Q.shape
+    num_keys = part.K.shape[2]
+    end = num_keys if rule.limit is None else max(0, min(num_keys, last + rule.limit))
+    rows = slice(first, last)
+    Q, O, dO = (stack(t[..., rows, :]) for t in (part.Q, part.O, part.dO))  # noqa: E741
+    lse = part.lse[..., rows].transpose(2, 3).reshape(len(Q), -1, 1)
+    delta = (dO * O).sum(-1, keepdim=True)
+    if part.sinks is not None and part.dsinks is not None:
+        share = torch.exp(part.sinks[None, :, None] - lse.view(b, h, last - first, rep))
+        part.dsinks.sub_((share * delta.view(b, h, last - first, rep)).sum((0, 2)))
+    Q = Q * rule.scale
+    dQ = torch.zeros_like(Q)
+    chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
+    if A is not None and B is not None and edge:
+        A, B = (cpu._units(basis, b).to(Q.dtype) for basis in (A, B))
+        hat = torch.bmm(Q, A)
+        dhat = torch.zeros_like(hat)
+    for key, key_stop in itertools.pairwise(chunks):
+        keys = slice(key, key_stop)
+        K, V = (cpu._units(t[..., keys, :], b) for t in (part.K, part.V))
+        rest = (V, part.dV[:, keys], (dO, delta, lse))
+        if B is not None and key < edge:
+            Khat = torch.bmm(K, B)
+            dKhat = torch.zeros_like(Khat)
+            _chunk(part, rows, keys, (hat, dhat), (Khat, dKhat), *rest, rule, pieces.tile)
+            part.dK[:, keys].baddbmm_(dKhat, B.mT)
+        else:
+            _chunk(part, rows, keys, (Q, dQ), (K, part.dK[:, keys]), *rest, rule, pieces.tile)
+    if A is not None and edge:
+        dQ.baddbmm_(dhat, A.mT)
+    dQ.mul_(rule.scale)
+    part.dQ[..., rows, :].copy_(dQ.view(b, h, last - first, rep, -1).transpose(2, 3))
+
+
+def _chunk(
+    part: _Part,
+    rows: slice,
+    keys: slice,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor],
+    V: Tensor,
+    dV: Tensor,
+    of_rows: tuple[Tensor, Tensor, Tensor],
+    rule: _Rule,
+    tile: int,
+) -> None:
+    """Add what some query rows and some keys come to, the scores of a tile of rows at a time.
+
+    ``left`` is Q or Qhat, scaled, ``(b h, rows rep, r)``, and where its gradient is summed;
+    ``right`` K or Khat ``(b h, m, r)`` likewise; ``of_rows`` dO, delta and lse.
+    """
+    b, h, rep, _, _ = part.Q.shape
+    for token in range(rows.start, rows.stop, tile):
+        token_stop = min(token + tile, rows.stop)
+        seen = keys.stop if rule.limit is None else min(keys.stop, token_stop + rule.limit)
+        if seen <= keys.start:
+            continue
+        some = slice((token - rows.start) * rep, (token_stop - rows.start) * rep)
+        Q, dQ = (t[:, some] for t in left)
+        K, dK = (t[:, : seen - keys.start] for t in right)
+        dO, delta, lse = (t[:, some] for t in of_rows)
+        S, slope = torch.bmm(Q, K.mT), None
+        if rule.softcap:
+            S.tanh_()
+            slope = 1 - S.square()
+            S.mul_(rule.softcap)
+        view = S.view(b, h, token_stop - token, rep, seen - keys.start)
+        whole = slice(None)
+        ranges = (whole, whole, slice(token, token_stop), whole, slice(keys.start, seen))
+        if part.mask is not None:
+            cpu._apply_mask(view, sliced(part.mask, *ranges))
+        if rule.limit is not None:
+            cpu._apply_causal(view, token + rule.limit - keys.start)
+        P = S.sub_(lse).exp_()
+        dV[:, : seen - keys.start].baddbmm_(P.mT, dO)
+        dS = torch.bmm(dO, V[:, : seen - keys.start].mT).sub_(delta).mul_(P)
+        if part.dmask is not None:
+            dmask = sliced(part.dmask, *ranges)
+            dmask.add_(dS.view(view.shape).sum_to_size(dmask.shape))
+        if slope is not None:
+            dS.mul_(slope).mul_(rule.softcap)
+        dQ.baddbmm_(dS, K)
+        dK.baddbmm_(dS.mT, Q)

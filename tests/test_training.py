@@ -1,0 +1,336 @@
+"""Training through the approximation: compiled models whose policy says ``training``.
+
+What a compiled model's gradients are compared with is autograd through the definition, the basis
+held constant, in the place of each attention.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import distr_compile
+from distr_compile.kernels.projection import reference as projection
+from distr_compile.lowering.judge import Judge
+from distr_compile.lowering.measure import SDPA, Measured, Race
+from tests.backend_models import HEADS, WIDTH, Attention, approximate
+
+TRAINED = {"default": {"min_seq_len": 0, "training": "approximate"}}
+CLOSE = {"rtol": 1e-3, "atol": 1e-6}
+"""For gradients of the mean of squares: fp32, sums in another order, through a basis."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made = projection._bases
+    monkeypatch.setattr(projection, "_bases", lambda *a: tuple(t.detach() for t in made(*a)))
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Defined(nn.Module):
+    """``Attention`` with the definition of the default estimator in it."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return approximate(self.attention, x)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(Attention(), nn.GELU(), Attention())
+
+
+def tokens(batch: int = 2, length: int = 40) -> Tensor:
+    return torch.randn(batch, length, WIDTH)
+
+
+def compiled(model: Any, compiler: str = "eager", policy: Any = TRAINED, **options: Any) -> Any:
+    dynamic = options.pop("dynamic", None)
+    settings = {"policy": policy, "compiler": compiler, **options}
+    return torch.compile(model, backend="distr", dynamic=dynamic, options=settings)
+
+
+def gradients(model: nn.Module, called: Callable[..., Tensor], *batches: Tensor) -> list[Tensor]:
+    """Of the sum over batches of the mean of squares: by the parameters, accumulated."""
+    model.zero_grad()
+    for x in batches:
+        called(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def defined(model: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*(Defined(m) if isinstance(m, Attention) else m for m in model))
+
+
+def same(got: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(got) == len(wanted) > 0
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_gradients_flow_through_the_approximation(compiler: str, dynamic: Any) -> None:
+    model, batches = layers(), [tokens(2, 40), tokens(3, 56)]
+    called = compiled(model, compiler, dynamic=dynamic)
+    through = gradients(model, called, *batches)
+    same(through, gradients(model, defined(model), *batches))
+    rows = distr_compile.report(model).rows
+    assert {(row.decision, row.backward) for row in rows} == {("distr", "torch-products")}
+    exact = gradients(model, model, *batches)
+    moved = [(a - e).norm() / e.norm() for a, e in zip(through, exact, strict=True)]
+    assert max(moved) > 0.01, "the approximation is one"
+
+
+def model_grads(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_the_policy_says_so_layer_by_layer() -> None:
+    policy = {"default": {"min_seq_len": 0}, "rule": [{"layers": "2", "training": "approximate"}]}
+    model = layers()
+    gradients(model, compiled(model, policy=policy), tokens())
+    first, second = distr_compile.report(model).rows
+    assert [r.code for r in first.reasons] == ["gradients"]
+    assert 'training = "exact"' in first.reasons[0].text
+    assert (first.decision, first.backward) == ("exact", None)
+    assert (second.decision, second.backward) == ("distr", "torch-products")
+    assert "backward torch-products" in str(distr_compile.report(model))
+
+
+def test_without_gradients_nothing_is_said_of_a_backward() -> None:
+    model = layers()
+    with torch.no_grad():
+        compiled(model)(tokens())
+    assert [(row.decision, row.backward) for row in distr_compile.report(model).rows] == [
+        *(("distr", None),) * 2
+    ]
+
+
+def test_several_lengths_are_one_graph() -> None:
+    """Blocks of auto are of one kind from 129 rows to 8192."""
+    model = layers()
+    called = compiled(model, "aot_eager", dynamic=True)
+    for length in (150, 170, 230, 300):
+        x = tokens(1, length)
+        same(gradients(model, called, x), gradients(model, defined(model), x))
+    assert len({row.graph for row in distr_compile.report(model).rows}) == 1
+
+
+def test_the_op_decides_short_calls_at_run_time() -> None:
+    policy = {"default": {"min_seq_len": 45, "training": "approximate"}}
+    model = layers()
+    called = compiled(model, "aot_eager", policy, dynamic=True)
+    for length, wanted in ((60, defined(model)), (40, model), (50, defined(model)), (18, model)):
+        x = tokens(2, length)
+        same(gradients(model, called, x), gradients(model, wanted, x))
+    assert [row.runtime_exact_calls for row in distr_compile.report(model).rows] == [2, 2]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_activation_checkpointing_changes_no_bit(compiler: str) -> None:
+    model, x = layers(), tokens()
+    plain = gradients(model, compiled(model, compiler), x)
+    again = gradients(model, compiled(Checkpointed(model), compiler), x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_checkpointing_around_the_compiled_model() -> None:
+    model, x = layers(), tokens()
+    called = compiled(model, "inductor")
+    plain = gradients(model, called, x)
+    around = gradients(model, lambda x: checkpoint(called, x, use_reentrant=False), x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, around, strict=True))
+
+
+def test_gradients_accumulate() -> None:
+    model, x = layers(), tokens(4)
+    called = compiled(model, "inductor")
+    parts = gradients(model, called, x[:2], x[2:])
+    same(parts, gradients(model, lambda x: defined(model)(x) * 2**0.5, x))
+
+
+def test_compiled_autograd() -> None:
+    model, x = layers(), tokens()
+    wanted = gradients(model, compiled(model, "inductor"), x)
+    called = compiled(model, "inductor")
+    loss = called(x).square().mean()
+    model.zero_grad()
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True):
+        loss.backward()
+    same(model_grads(model), wanted)
+
+
+def test_autocast() -> None:
+    model, x = layers(), tokens()
+    called = compiled(model, "inductor")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(model, called, x)
+    wanted = gradients(model, defined(model), x)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-5
+
+
+def test_a_second_derivative_is_pytorchs_error() -> None:
+    model, x = layers(), tokens().requires_grad_()
+    called = compiled(model, "aot_eager")
+    (first,) = torch.autograd.grad(called(x).square().mean(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.square().sum().backward()
+
+
+def test_frozen_keys_and_a_trained_bias() -> None:
+    """Only what asks for a gradient has one, in the shape in which the model broadcasts it."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(HEADS, 1, 40))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = q @ k.mT * 0.25 + self.bias
+            return scores.softmax(-1) @ v
+
+    model, inputs = Biased(), [torch.randn(2, HEADS, 40, 32) for _ in range(3)]
+
+    def gradient(called: Callable[..., Tensor]) -> Tensor:
+        model.zero_grad()
+        called(*inputs).square().mean().backward()
+        return model.bias.grad.clone()
+
+    got = gradient(compiled(model, "inductor"))
+    (row,) = distr_compile.report(model).rows
+    assert (row.decision, row.backward) == ("distr", "torch-products")
+    # Where a bias is large against the scores, what the scores are matters little.
+    exact = gradient(model)
+    assert got.shape == exact.shape
+    assert 0 < (got - exact).norm() < 0.3 * exact.norm()
+
+
+def test_auto_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(self: Judge, shape: Any, approximation: Any, *, ours: bool = True) -> Measured:
+        asked.append((shape.trained, approximation is not None))
+        race = Race({SDPA: 4e-3, "distr": 2e-3}, "k", 2.0, 7, 4)
+        return Measured(None, race if approximation is not None else None)
+
+    monkeypatch.setattr(Judge, "__call__", answer)
+    model = layers()
+    gradients(model, compiled(model, policy={"default": {"training": "approximate"}}), tokens())
+    assert asked == [(True, True)] * 2
+    assert [row.decision for row in distr_compile.report(model).rows] == ["distr"] * 2
+
+
+# --- several processes, and other people's loops -------------------------------------------------
+
+TWO_PROCESSES = """
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import distr_compile
+from tests.test_training import TRAINED, compiled, layers, tokens
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model, x = layers(), tokens(4)
+ddp = compiled(DistributedDataParallel(model), "inductor")
+ddp(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+rows = distr_compile.report(ddp).rows
+assert [row.decision for row in rows] == ["distr"] * 2, rows
+torch.save([p.grad for p in model.parameters()], f"{store}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """Each has half of the batch; DDP averages."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    store = tmp_path / "store"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(store)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+    torch.manual_seed(0)
+    model, x = layers(), tokens(4)
+    wanted = gradients(model, defined(model), x)
+    for rank in range(2):
+        same(torch.load(f"{store}.{rank}", weights_only=True), wanted)
+
+
+def test_a_trainer_of_transformers(tmp_path: Path) -> None:
+    """The Trainer of Hugging Face, with a model that was compiled in place: the loss falls."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+        num_labels=2,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (64, 48), generator=generator)
+    data = [{"input_ids": row, "labels": int(row[0] > 31)} for row in ids]
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        logging_steps=5,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model.compile(backend="distr", options={"policy": TRAINED, "compiler": "eager"})
+    trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    rows = distr_compile.report(model).rows
+    assert {(row.decision, row.backward) for row in rows} == {("distr", "torch-products")}
