@@ -44,6 +44,9 @@ TESTS_SHARE = 0.35
 HANG_S = 45.0 if torch.cuda.is_available() else 180.0
 """A process that does nothing new for so long is killed; compiling one kernel takes less."""
 
+START_S = 90.0
+"""Before its first sign of life, while it imports everything on a machine that was just started."""
+
 TEST_HANG_S = 120.0
 """Likewise for one test, which may compile a whole model."""
 
@@ -251,11 +254,13 @@ def watch(
         hang_s: longest without a sign of life; None for ``HANG_S``.
     """
     longest = HANG_S if hang_s is None else hang_s
+    first = max(longest, START_S)
     begin = time.time()
     try:
         while process.poll() is None:
-            last = alive.stat().st_mtime if alive.exists() else begin
-            if time.time() > until or time.time() - max(last, begin) > longest:
+            last = alive.stat().st_mtime if alive.exists() else 0.0
+            silent = time.time() - max(last, begin)
+            if time.time() > until or silent > (longest if last > begin else first):
                 return None
             time.sleep(0.2)
         return process.returncode

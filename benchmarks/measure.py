@@ -198,9 +198,7 @@ def tiles(
     """The attention kernel alone, with the tile of the table and with those that are tried."""
     current = current_tile(architecture(torch.device(session.device)), cell, rank)
     if session.by_pointers:
-        current, *tried = (
-            replace(tile, use_tma=False, warp_specialize=False) for tile in (current, *tried)
-        )
+        current, *tried = dict.fromkeys(tile.by_pointers() for tile in (current, *tried))
     calls, check = tile_calls(cell, rank, [current, *tried], session.device)
     found = session.compare(file, key, calls, seconds=2.0, check=check)
     flops = cell.flops(rank) - cell.prologue_flops(rank)

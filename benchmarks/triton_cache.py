@@ -11,6 +11,7 @@ import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "triton-cache.tgz"
@@ -46,6 +47,7 @@ def pack(results: Path) -> Path | None:
         return None
     kernels = [k for k in folder.iterdir() if k.is_dir() and any(k.glob("*.*"))]
     kernels.sort(key=lambda kernel: kernel.stat().st_mtime, reverse=True)
+    kernels = list(_within(kernels, 8 * LIMIT_BYTES))  # nothing shrinks to less than an eighth
     data = _tar(kernels)
     while len(data) > LIMIT_BYTES:
         kernels = kernels[: len(kernels) * 3 // 4]
@@ -57,13 +59,26 @@ def pack(results: Path) -> Path | None:
     return path
 
 
+def _kept(kernel: Path) -> list[Path]:
+    return [file for file in sorted(kernel.iterdir()) if file.suffix in KEPT and file.is_file()]
+
+
+def _within(kernels: list[Path], most: int) -> Iterator[Path]:
+    """The first of them that take so many bytes together."""
+    size = 0
+    for kernel in kernels:
+        size += sum(file.stat().st_size for file in _kept(kernel))
+        if size > most:
+            return
+        yield kernel
+
+
 def _tar(kernels: list[Path]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
         for kernel in kernels:
-            for file in sorted(kernel.iterdir()):
-                if file.suffix in KEPT and file.is_file():
-                    tar.add(file, f"{kernel.name}/{file.name}")
+            for file in _kept(kernel):
+                tar.add(file, f"{kernel.name}/{file.name}")
     return buffer.getvalue()
 
 

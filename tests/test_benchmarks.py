@@ -164,10 +164,15 @@ def test_processes_that_hang_or_are_late_are_killed(
     never = tmp_path / "never"
     late = gpu.start_python(["-c", "import time; time.sleep(60)"])
     assert gpu.watch(late, never, time.time() + 0.3) is None
-    monkeypatch.setattr(gpu, "HANG_S", 0.3)
+    monkeypatch.setattr(gpu, "START_S", 0.3)
+    monkeypatch.setattr(gpu, "HANG_S", 0.2)
     hanging = gpu.start_python(["-c", "import time; time.sleep(60)"])
     assert gpu.watch(hanging, never, time.time() + 60) is None
-    assert late.returncode == hanging.returncode == -signal.SIGKILL
+    monkeypatch.setattr(gpu, "START_S", 60)
+    alive = tmp_path / "alive"
+    begun = gpu.start_python(["-c", f"open({str(alive)!r}, 'w'); import time; time.sleep(60)"])
+    assert gpu.watch(begun, alive, time.time() + 60) is None, "it began, and then was silent"
+    assert late.returncode == hanging.returncode == begun.returncode == -signal.SIGKILL
     assert gpu.watch(gpu.start_python(["-c", "exit(7)"]), never, time.time() + 60) == 7
 
 

@@ -259,6 +259,15 @@ def test_a_cache_that_travels_is_small_and_stays_in_its_folder(
     with tarfile.open(packed) as tar:
         assert tar.getnames() == [f"kernel{n}/f.cubin" for n in (3, 2, 1)]
 
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(triton_cache.tempfile, "gettempdir", lambda: str(tmp_path / "new"))
+    used = triton_cache.use(packed)
+    assert os.environ["TRITON_CACHE_DIR"] == str(used)
+    assert sorted(p.parent.name for p in used.glob("*/f.cubin")) == [
+        f"kernel{n}" for n in (1, 2, 3)
+    ]
+    assert triton_cache.use(tmp_path / "none there") == used
+
     hostile = tmp_path / "hostile.tgz"
     with tarfile.open(hostile, "w:gz") as tar:
         tar.add(packed, "../outside")

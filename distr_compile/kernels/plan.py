@@ -32,7 +32,8 @@ from torch import Tensor
 MOST_PLANS = 1024
 """Plans that are kept; where they are more, all are made anew."""
 
-Descriptor = tuple[type, list[int], list[int], list[int]]
+Descriptor = tuple[type, dict[str, Any]]
+"""Its class, and all of its attributes but ``base``."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Launch:
         run: the compiled kernel at its grid.
         arguments: all of them in the kernel's order, None for tensors.
         tensors: place among the arguments and slot of each tensor.
-        descriptors: likewise of each tensor descriptor, with its class, shape, strides and block.
+        descriptors: likewise of each tensor descriptor, with what makes it.
         made: slot, shape and dtype of the temporaries that it is the first to take.
         over: slots that no later launch takes.
     """
@@ -85,8 +86,11 @@ class Plan:
             arguments = each.arguments.copy()
             for place, slot in each.tensors:
                 arguments[place] = slots[slot]
-            for place, slot, (kind, shape_of, strides, block) in each.descriptors:
-                arguments[place] = kind(slots[slot], shape_of, strides, block)
+            for place, slot, (kind, attributes) in each.descriptors:
+                # Not by its class, which would check again what was right before.
+                descriptor: Any = object.__new__(kind)
+                descriptor.__dict__.update(attributes, base=slots[slot])
+                arguments[place] = descriptor
             each.run(*arguments)
             for slot in each.over:
                 slots[slot] = None
@@ -152,8 +156,8 @@ class Recorder:
             if base is value:
                 tensors.append((place, slot))
             else:
-                told = type(value), value.shape, value.strides, value.block_shape
-                descriptors.append((place, slot, told))
+                attributes = {k: v for k, v in vars(value).items() if k != "base"}
+                descriptors.append((place, slot, (type(value), attributes)))
         used = [slot for _, slot in tensors] + [slot for _, slot, _ in descriptors]
         run = compiled[(*grid, 1, 1)[:3]]
         self.launches.append((_Launch(run, values, tensors, descriptors, [], []), used))

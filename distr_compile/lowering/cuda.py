@@ -231,7 +231,7 @@ def _tile(q: Tensor, by_pointers: bool, **options: Any) -> Tile:
     from distr_compile.lowering.tiles import tile_for
 
     tile = tile_for(architecture(q.device), dtype=q.dtype, **options)
-    return replace(tile, use_tma=False, warp_specialize=False) if by_pointers else tile
+    return tile.by_pointers() if by_pointers else tile
 
 
 @dataclass(frozen=True)

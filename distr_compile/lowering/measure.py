@@ -5,6 +5,8 @@ of mask: our exact kernel against SDPA, then the approximation against the bette
 decision changes what a model computes, and must not hang on noise: one candidate beats another
 where the lower quartile of at least ``ROUNDS`` ratios of neighbouring times is above ``MARGIN``.
 What is timed is a slice, some of the call's heads with all their tokens, and is scaled to all.
+
+On a GPU SDPA runs in turn by each backend that takes the call, and the fastest is to beat.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import choose, op, sdpa, training
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
+from distr_compile.lowering.clock import Clock, clock_of
 
 ROUNDS = 7
 """Ratios that a decision rests on, at least."""
@@ -40,11 +45,14 @@ SLICE_BYTES = 256 << 20
 SLICE_S = 2e-2
 """Least time of a round on a CPU, if the call has so many heads."""
 
-SAMPLE_S = 2e-3
-"""Least time of a sample: shorter calls are repeated."""
-
 PROBE, OVERHEAD = 512, 3.0
 """Tokens of the call that is tried first, and how much of its time may be none of the length's."""
+
+BACKEND = "sdpa "
+"""How the names of SDPA's backends begin, where they take turns one by one."""
+
+SEVERAL = {"cuda"}
+"""Types of devices on which SDPA has several backends worth trying."""
 
 SDPA, EXACT, DISTR = "sdpa", "exact", "distr"
 """The candidates: PyTorch's attention, ours at the full width, and the approximation."""
@@ -60,6 +68,7 @@ class Race:
         gain: lower quartile of the first one's time over the other's.
         rounds: how often they took turns.
         heads: how many heads of the call were timed.
+        backend: by which SDPA was fastest, where it has several.
     """
 
     seconds: Mapping[str, float]
@@ -67,6 +76,7 @@ class Race:
     gain: float
     rounds: int
     heads: int
+    backend: str = ""
 
     @property
     def is_won(self) -> bool:
@@ -121,6 +131,9 @@ class Measured:
         """The times, such as ``sdpa 8.12 ms, exact (distr-cpu) 6.90 ms``."""
         races = {EXACT: self.exact, DISTR: self.distr}
         names = {arm: f" ({each.kernel})" for arm, each in races.items() if each is not None}
+        backends = [each.backend for each in races.values() if each is not None and each.backend]
+        if backends:
+            names[SDPA] = f" ({backends[0]})"
         times = self.seconds.items()
         return ", ".join(f"{arm}{names.get(arm, '')} {1e3 * s:.3g} ms" for arm, s in times)
 
@@ -150,25 +163,26 @@ def race(
     name = EXACT if approximation is None else DISTR
     units, count = shape.batch * shape.num_key_heads, 1
     with undisturbed(shape):
-        pair = _pair(shape, approximation, against, 1)
-        rounds = [_round(pair, shape.device, 1)]
+        pair, clock = _pair(shape, approximation, against, 1), clock_of(shape.device)
+        rounds = [_round(pair, clock, 1)]
         if sum(rounds[0].values()) * ROUNDS > bound:  # the first touches its memory
-            rounds = [_round(pair, shape.device, 1)]
+            rounds = [_round(pair, clock, 1)]
         taken = sum(rounds[0].values())
         if taken * ROUNDS > bound:
             return _too_long(taken * ROUNDS, bound)
         count = _units_at_once(shape, units, bound / (ROUNDS + 2) / taken, taken)
         if count > 1:
             pair = _pair(shape, approximation, against, count)
-            _round(pair, shape.device, 1)  # memory is touched for the first time
-            rounds = [_round(pair, shape.device, 1)]
-        repeats = math.ceil(SAMPLE_S / min(rounds[0].values()))
+            _round(pair, clock, 1)  # memory is touched for the first time
+            rounds = [_round(pair, clock, 1)]
+        repeats = math.ceil(clock.least_s / min(rounds[0].values()))
         rounds = rounds if repeats <= 1 else []
         started = time.perf_counter()
         while len(rounds) < ROUNDS:
-            rounds.append(_round(pair, shape.device, max(1, repeats), len(rounds)))
+            rounds.append(_round(pair, clock, max(1, repeats), len(rounds)))
             if time.perf_counter() - started > bound and len(rounds) < ROUNDS:
                 return f"the machine is busy: {len(rounds)} of {ROUNDS} rounds took {bound:.3g} s"
+    rounds, backend = _by_the_fastest(rounds)
     ratios = [each[against] / each[name] for each in rounds]
     return Race(
         seconds={
@@ -179,6 +193,7 @@ def race(
         gain=statistics.quantiles(ratios, n=4, method="inclusive")[0],
         rounds=len(rounds),
         heads=count * (shape.num_heads // shape.num_key_heads),
+        backend=backend,
     )
 
 
@@ -188,6 +203,17 @@ def _kernel(shape: Shape, how: Approximation) -> str:
         return choose.name_of(shape, how)
     names = training.names(shape, how)
     return " + ".join(dict.fromkeys(names[:2]))
+
+
+def _by_the_fastest(rounds: list[dict[str, float]]) -> tuple[list[dict[str, float]], str]:
+    """The rounds with SDPA's times by its fastest backend, and that one's name, if it has any."""
+    backends = [name for name in rounds[0] if name.startswith(BACKEND)]
+    if not backends:
+        return rounds, ""
+    best = min(backends, key=lambda name: statistics.median(each[name] for each in rounds))
+    others = [name for name in rounds[0] if name not in backends]
+    kept = [{SDPA: each[best], **{name: each[name] for name in others}} for each in rounds]
+    return kept, best.removeprefix(BACKEND)
 
 
 def warm_up(
@@ -213,9 +239,9 @@ def warm_up(
     tokens = {name: min(getattr(shape, name), PROBE) for name in ("num_queries", "num_keys")}
     short = shape.resized(tokens)
     with undisturbed(shape):
-        pair = _pair(short, approximation, against, 1)
-        _round(pair, shape.device, 1)  # compiles
-        taken = sum(_round(pair, shape.device, 1).values())
+        pair, clock = _pair(short, approximation, against, 1), clock_of(shape.device)
+        _round(pair, clock, 1)  # compiles
+        taken = sum(_round(pair, clock, 1).values())
     scores = shape.num_queries * shape.num_keys / (short.num_queries * short.num_keys)
     # Of a short call much is overhead: in doubt the race itself finds out.
     if limit is not None and taken * scores * ROUNDS > OVERHEAD * limit:
@@ -262,7 +288,27 @@ def _bytes(shape: Shape, units: int) -> int:
 def _pair(shape: Shape, approximation: Approximation | None, against: str, units: int) -> Arms:
     candidates = arms(shape, approximation or Approximation.none(shape.head_dim), units)
     name = EXACT if approximation is None else DISTR
-    return {against: candidates[against], name: candidates[DISTR]}
+    first = {against: candidates[against]}
+    if against == SDPA and shape.device.type in SEVERAL:
+        first = _backends(candidates[SDPA])
+    return {**first, name: candidates[DISTR]}
+
+
+def _backends(run: Callable[[], Tensor]) -> Arms:
+    """SDPA by each backend that is switched on and takes the call; as it is, if none does."""
+    found: Arms = {}
+    for name, backend in sdpa.switched_on().items():
+        forced = partial(sdpa.by, backend, run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they say why a backend does not take it
+            try:
+                forced()
+            except RuntimeError as error:
+                if choose.is_out_of_memory(error):
+                    raise
+                continue
+        found[BACKEND + name] = forced
+    return found or {SDPA: run}
 
 
 Arms = dict[str, Callable[[], Any]]
@@ -369,22 +415,8 @@ def undisturbed(shape: Shape) -> Iterator[None]:
         yield
 
 
-def _round(arms: Arms, device: torch.device, repeats: int, turn: int = 0) -> dict[str, float]:
+def _round(arms: Arms, clock: Clock, repeats: int, turn: int = 0) -> dict[str, float]:
     """Seconds a call of each candidate; they begin with another one each turn."""
     names = list(arms)
     names = names[turn % len(names) :] + names[: turn % len(names)]
-    seconds = {}
-    for name in names:
-        run = arms[name]
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        _wait(device)
-        seconds[name] = (time.perf_counter() - start) / repeats
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return {name: clock.seconds(arms[name], repeats) for name in names}

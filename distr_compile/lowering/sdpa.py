@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.architecture import architecture
@@ -19,6 +19,35 @@ CUDNN_FIRST = ("sm_90",)
 Published figures for long sequences in fp16: 497 and 648 TFLOP/s against 324 and 370, at d = 64 and
 128. Not measured by us.
 """
+
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""The fused kernels among which SDPA chooses on a GPU."""
+
+
+def switched_on() -> dict[str, SDPBackend]:
+    """Those of ``BACKENDS`` that nobody has switched off."""
+    switches = torch.backends.cuda
+    is_on = {
+        "flash": switches.flash_sdp_enabled,
+        "cudnn": switches.cudnn_sdp_enabled,
+        "efficient": switches.mem_efficient_sdp_enabled,
+    }
+    return {name: backend for name, backend in BACKENDS.items() if is_on[name]()}
+
+
+def by(backend: SDPBackend, run: Callable[[], Tensor]) -> Tensor:
+    """A call of SDPA by one backend.
+
+    Raises:
+        RuntimeError: the backend does not take it.
+    """
+    with sdpa_kernel(backend):
+        return run()
 
 
 def says(softcap: float, sinks: object | None) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -356,6 +356,11 @@ class Tile:
     use_tma: bool = False
     warp_specialize: bool = False
 
+    def by_pointers(self) -> Tile:
+        """The same without descriptors: addresses take registers, so that more warps share them."""
+        num_warps = 8 if self.block_m >= 128 else self.num_warps
+        return replace(self, use_tma=False, warp_specialize=False, num_warps=num_warps)
+
 
 def attention_fwd(
     Qhat: Tensor,
@@ -421,6 +426,8 @@ def attention_fwd(
     is_bias = mask is not None and mask.dtype != torch.bool
     keys_fit = num_keys % block_n == 0
     use_tma = tile.use_tma and _describable(Khat) and _describable(V)
+    if tile.use_tma and not use_tma:
+        tile = tile.by_pointers()
     warp_specialize = (
         tile.warp_specialize
         and use_tma
