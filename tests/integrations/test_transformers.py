@@ -251,9 +251,7 @@ def test_compiled_with_auto_the_backend_decides() -> None:
     with torch.no_grad():
         got, exact = compiled(ids())[0], built("llama", "sdpa")(ids())[0]
     rows = distr_compile.report(compiled).rows
-    assert [(row.form, row.decision) for row in rows] == [
-        ("scaled_dot_product_attention", "distr")
-    ] * 2
+    assert [(row.form, row.decision) for row in rows] == [("sdpa", "distr")] * 2
     assert (got - exact).abs().max() > 10 * TOLERANCE
 
 
