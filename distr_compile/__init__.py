@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distr_compile.explaining import explain
     from distr_compile.exporting import export
     from distr_compile.functional import attention
+    from distr_compile.packed import attention_varlen
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
     from distr_compile.tuning.calibrate import Calibration, calibrate
@@ -41,6 +42,7 @@ __all__ = [
     "Tuning",
     "Verification",
     "attention",
+    "attention_varlen",
     "calibrate",
     "explain",
     "export",
@@ -54,6 +56,7 @@ _HOMES = {
     **dict.fromkeys(("LayerPlan", "Policy", "PolicyError", "Rule"), "policy"),
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
     "attention": "functional",
+    "attention_varlen": "packed",
     "explain": "explaining",
     "export": "exporting",
     **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),

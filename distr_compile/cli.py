@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,15 @@ __all__ = ["FOUND_ERROR", "OK", "USAGE", "main"]
 
 INTERRUPTED = 130  # as shells say it
 
+DESCRIPTION = (
+    "Cheaper attention in models you already have: what the torch.compile backend 'distr' would do "
+    "with a model, what that costs on data, and whether a policy is right."
+)
+CODES = (
+    "Exit codes: 0 is fine; 1, an error was found; 2, the command was written wrongly; 3, a policy "
+    "asked outright for approximated attention and no call took it; 130, interrupted."
+)
+
 COMMANDS = (explain, measure, calibrate, tune, regress, policy)
 
 
@@ -21,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``distr`` with ``argv`` (``sys.argv[1:]`` if None) and return the exit code.
 
     0 is fine, 1 means that an error was found (invalid policy, unmatched rule, model that cannot be
-    built or run), 2 that the command was written wrongly, 130 that it was interrupted. An error is
-    one message on stderr.
+    built or run), 2 that the command was written wrongly, 3 that a policy asked outright for
+    approximated attention and no call took it, 130 that it was interrupted. An error is one message
+    on stderr.
     """
     try:
         options = _parser().parse_args(argv)
@@ -48,13 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     # Dynamo wraps what a backend raises; the user is to see the error itself.
     cause = getattr(error, "inner_exception", None) or error
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return f"file: got {cause.filename}: {cause.strerror}; accepted: a path that can be used"
     if isinstance(cause, (CommandError, PolicyError, OSError)):
         return str(cause)
     return f"{type(cause).__name__}: {cause}\n(--debug shows where)"
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("distr-compile")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its sources)"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="distr", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distr", description=DESCRIPTION, epilog=CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -216,6 +216,10 @@ def four_axes(
     """
     axes = query.dim()
     for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.is_nested:
+            accepted = "a tensor with strides"
+            advice = "call distr_compile.attention_varlen with its values and offsets"
+            raise ValueError(sentence(name, "a nested tensor", accepted, advice))
         if t.dim() not in (3, 4) or t.dim() != axes:
             got = f"{t.dim()} dimensions beside {axes} of query"
             accepted = "(batch, heads, tokens, width) or (batch, tokens, width), the same of all"

@@ -8,8 +8,9 @@ module its name and its plan. There is no graph: what a row of a report would sa
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,8 +144,9 @@ def attend(
         scaling: multiplies Q K^T; ``1 / sqrt(d)`` if None.
         is_causal: where there is no mask; the module's own ``is_causal`` if None.
         position_bias: ``(B or 1, H, N, M)``, added to the scaled scores.
-        options: ``softcap`` and ``s_aux`` (sinks) are heeded, what else models hand over tells
-            masks, which are in ``attention_mask`` already.
+        options: ``softcap``, ``s_aux`` (sinks) and ``position_ids`` are heeded: where these tell of
+            packed sequences, each is attended to alone. What else models hand over tells masks,
+            which are in ``attention_mask`` already.
 
     Returns:
         ``(B, N, H, d_v)`` and None, as there are no weights to give.
@@ -169,16 +171,57 @@ def attend(
     scale = q.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, is_causal, softcap=softcap)
     assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
-    approximation = Approximation.none(q.shape[3])
-    if not _needs_gradient(q, k, v, mask, sinks) and dropout == 0:
-        approximation = _chosen(q, k, v, mask, sinks, assigned, scores)
-    if approximation.rank < q.shape[3]:
-        bases = _bases(assigned, approximation, k)
-        given = op_arguments(approximation, scores)
-        out: Tensor = op.call(q, k, v, mask, *bases, sinks, **given)
-    else:
+    if _needs_gradient(q, k, v, mask, sinks) or dropout != 0:
         out = _exactly(q, k, v, mask, sinks, scores, dropout)
+    elif bounds := _packed(mask, options.get("position_ids")):
+        each = replace(scores, is_causal=True)
+        parts = [
+            _attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, sinks, assigned, each)
+            for a, b in itertools.pairwise(bounds)
+        ]
+        out = torch.cat(parts, 2)
+    else:
+        out = _attend(q, k, v, mask, sinks, assigned, scores)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
+    """Where the sequences of a packed batch begin, and its end; empty for any other call.
+
+    Packed is what transformers takes for it: one row of positions that begin anew, and a mask that
+    shows each token the earlier ones of its own sequence. Not looked for in a trace.
+    """
+    if mask is None or position_ids is None or torch.compiler.is_compiling():
+        return []
+    tokens = mask.shape[-1]
+    if mask.dtype != torch.bool or mask.shape != (1, 1, tokens, tokens):
+        return []
+    if position_ids.shape != (1, tokens):
+        return []
+    begins = position_ids[0].diff(prepend=position_ids[0, :1] - 2) != 1
+    number = begins.cumsum(0)
+    own = (number[:, None] == number).tril()
+    if number[-1] == 1 or not torch.equal(mask[0, 0], own):
+        return []
+    return [*begins.nonzero().flatten().tolist(), tokens]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    assigned: Assigned,
+    scores: Scores,
+) -> Tensor:
+    approximation = _chosen(q, k, v, mask, sinks, assigned, scores)
+    if approximation.rank == q.shape[3]:
+        return _exactly(q, k, v, mask, sinks, scores, 0.0)
+    bases = _bases(assigned, approximation, k)
+    given = op_arguments(approximation, scores)
+    out: Tensor = op.call(q, k, v, mask, *bases, sinks, **given)
+    return out
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -126,7 +126,7 @@ def test_a_model_and_a_loader_of_the_user(capsys):
         ("mine:model --data mine:loader --device tpu9", USAGE, "--device: got 'tpu9'"),
         ("mine:model --data mine:loader --policy p.toml --policy x/p.toml", FOUND_ERROR, "x/p"),
         ("mine:model --data mine:loader --limit 0", USAGE, "got '0'; accepted"),
-        ("timm:vit_tinny --data x --pretrained", FOUND_ERROR, "timm has no model vit_tinny"),
+        ("timm:vit_tinny --data . --pretrained", FOUND_ERROR, "timm has no model vit_tinny"),
         ("hf:./none --text text.txt --pretrained", FOUND_ERROR, "its weights cannot be loaded"),
         ("mine:model --data mine:loader --baseline none.json", FOUND_ERROR, "there is no file"),
     ],

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.commands import data
-from distr_compile.commands.common import OK, USAGE, CommandError
+from distr_compile.commands.common import OK, USAGE, CommandError, add_parser
 from distr_compile.policy import Policy
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
+        common,
         "calibrate",
-        parents=[common],
         help='run a model over data and write the bases for estimator = "calibrated"',
+        more="The model runs exactly, once; the lines that a policy needs are printed.",
+        example="distr calibrate mine:model --data mine:data --out bases.safetensors",
     )
     parser.set_defaults(run=run)
     data.add_arguments(parser, metric=False)
@@ -27,12 +30,24 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
 
 
+def _calibrates(policy: Policy) -> bool:
+    estimators = [policy.default.estimator]
+    estimators += [str(dict(rule.fields).get("estimator")) for rule in policy.rule]
+    return "calibrated" in estimators
+
+
 def run(options: argparse.Namespace) -> int:
     """Write the bases and print what a policy needs to name them."""
     if options.write and not options.policy:
         raise CommandError("--write: got no --policy to write into; add --policy FILE", USAGE)
     # A wrong policy is told at once, before a model is built.
     policy = Policy.load(options.policy) if options.policy else None
+    if policy is not None and not _calibrates(policy):
+        raise CommandError(
+            f'--policy: got {options.policy}, which gives no layer estimator = "calibrated"; '
+            "accepted: a policy that does in [default] or a rule; write it there, or leave "
+            "--policy out for bases of all layers"
+        )
     subject = data.load(options)
 
     from distr_compile.tuning.calibrate import calibrate

@@ -7,17 +7,66 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distr_compile.targets import Target
 
-# Exit codes: fine; an error was found; the command was written wrongly.
-OK, FOUND_ERROR, USAGE = 0, 1, 2
+# Exit codes: fine; an error was found; the command was written wrongly; a policy that asks outright
+# for approximated attention had no call that took it.
+OK, FOUND_ERROR, USAGE, IDLE = 0, 1, 2, 3
 
 TARGET_HELP = "timm:NAME, hf:NAME (model type, config.json or hub name) or pkg.module:factory"
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_parser(
+    commands: Any, common: argparse.ArgumentParser, name: str, *, help: str, more: str, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand with a description and an example in its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        parents=[common],
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}. {more}".replace("%%", "%"),
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+    )
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description is wrapped, the example stays as it is written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def add_idle_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-exact``; see ``IDLE``."""
+    parser.add_argument(
+        "--allow-exact",
+        action="store_true",
+        help="exit with 0, not 3, where a policy sets group_size >= 2 or a rank from an explicit "
+        "min_seq_len on and no call took it",
+    )
+
+
+def idle(names: Iterable[str]) -> int:
+    """Say which policies asked in vain, and return the exit code."""
+    for name in names:
+        print(
+            f"distr: {name}: got a group_size >= 2 or a rank with an explicit min_seq_len, and no "
+            "call took it; accepted: a policy that approximates something here; distr explain "
+            "says why, --allow-exact accepts it",
+            file=sys.stderr,
+        )
+    return IDLE
 
 
 class CommandError(Exception):

@@ -36,49 +36,57 @@ def add_arguments(parser: argparse.ArgumentParser, *, metric: bool = True) -> No
     """Add the target and the options that ``load`` reads, with or without ``--metric``."""
     parser.set_defaults(metric=None)
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-    parser.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="published weights instead of random ones, for timm: and hf: targets",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="folder of pictures with a folder for each class, for timm: targets; or "
-        "pkg.module:loader, a function that returns an iterable of batches",
-    )
-    parser.add_argument("--text", metavar="FILE", help="text in UTF-8, for hf: targets that read")
+    group = add_source(parser)
     if metric:
-        parser.add_argument(
+        group.add_argument(
             "--metric",
             action="append",
             metavar="NAME",
             help="top1, top5, perplexity, f1, ..., or pkg.module:function (output, batch) -> one "
             "score for each example; for regress also several; default: what goes with the data",
         )
-    parser.add_argument(
+    group.add_argument(
         "--limit", "--batches", type=count, metavar="N", help="batches (default: all)"
     )
-    parser.add_argument(
+    group.add_argument("--device", default="cpu", help="default: cpu")
+    group.add_argument("--dtype", choices=DTYPES, help="of the model and the pictures")
+
+
+def add_source(parser: argparse.ArgumentParser) -> Any:
+    """Add the options that say where weights and data come from, in a group of their own."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="published weights instead of random ones, for timm: and hf: targets",
+    )
+    group.add_argument(
+        "--data",
+        metavar="DATA",
+        help="folder of pictures with a folder for each class, for timm: targets; or "
+        "pkg.module:loader, a function that returns an iterable of batches",
+    )
+    group.add_argument("--text", metavar="FILE", help="text in UTF-8, for hf: targets that read")
+    group.add_argument(
         "--batch-size",
         type=count,
         default=BATCH_SIZE,
         metavar="N",
         help=f"of pictures and texts (default: {BATCH_SIZE})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--tokens", type=count, default=0, metavar="N", help="in a row of text (default: up to 512)"
     )
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model and the pictures")
+    return group
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that run compiled policies and can be interrupted."""
-    parser.add_argument(
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
         "--no-resume", action="store_true", help="start over where an earlier run was interrupted"
     )
-    parser.add_argument(
+    group.add_argument(
         "--compiler",
         choices=("eager", "aot_eager", "inductor"),
         default="eager",
@@ -104,6 +112,16 @@ def load(options: argparse.Namespace) -> Subject:
             f"--data: got {options.data!r} for {options.target}; accepted: pkg.module:loader, and "
             "a folder for timm: targets",
             USAGE,
+        )
+    if options.text and not Path(options.text).is_file():
+        raise CommandError(
+            f"--text: got {options.text!r}, which is no file; accepted: a text in UTF-8; check the "
+            "path"
+        )
+    if is_folder and not Path(options.data).is_dir():
+        raise CommandError(
+            f"--data: got {options.data!r}, which is no folder; accepted: a folder of pictures "
+            "with a folder for each class, or pkg.module:loader; check the path"
         )
     # Slips in names are told before anything is loaded.
     asked = [_metric(text) for text in options.metric or ()]

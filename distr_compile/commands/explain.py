@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from distr_compile.commands import data
 from distr_compile.commands.common import (
     OK,
     TARGET_HELP,
+    USAGE,
     CommandError,
     add_model_arguments,
+    add_parser,
     build_model,
+    check_inputs,
     symbolic_sizes,
 )
 from distr_compile.policy import Policy
 
+if TYPE_CHECKING:
+    from distr_compile.targets import Target
+
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
+        common,
         "explain",
-        parents=[common],
         help="list every attention of a model and what becomes of it; compiles nothing",
+        more="Inputs are guessed for timm: and hf: targets; a factory returns (module, args), or a "
+        "module alone beside --data, whose first batch is taken.",
+        example="distr explain mine:model --data mine:data --policy distr.toml",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, metric=None, device="cpu")
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     add_model_arguments(parser)
+    data.add_source(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     parser.add_argument(
         "--verify",
@@ -35,19 +50,79 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-fold", action="store_true", help="one line per attention")
 
 
+def _target(options: argparse.Namespace) -> Target:
+    """The model and the arguments of one call, guessed, from its factory, or from the data."""
+    if not (options.data or options.text):
+        if options.pretrained:
+            raise CommandError(
+                "--pretrained: got no --data or --text; accepted: with one of them, as where "
+                "attention is does not depend on weights; leave it out",
+                USAGE,
+            )
+        return build_model(options)
+    if options.shape or options.attn:
+        raise CommandError(
+            "--shape, --attn: got one beside --data or --text; accepted: for inputs that are "
+            "guessed; leave it out",
+            USAGE,
+        )
+    subject = data.load(options)
+
+    from distr_compile.accuracy.batch import walk
+    from distr_compile.targets import Target
+
+    for batch in walk(subject.batches, 1):
+        target = Target(options.target, subject.model, batch.args, dict(batch.kwargs))
+        check_inputs(target)
+        return target
+    raise CommandError("--data: got no batch; accepted: at least one; check the loader")
+
+
+@contextlib.contextmanager
+def _quietly(debug: bool) -> Iterator[None]:
+    """What fake tensors log of a call that fails is frames of PyTorch, which ``--debug`` shows."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, log.disabled or not debug
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _check_runs(target: Target, error: Exception) -> None:
+    """Where the model itself cannot take its inputs, say what it says, and no more.
+
+    Raises:
+        CommandError: the model fails without us, too.
+    """
+    try:
+        target.model(*target.args, **target.kwargs)
+    except Exception as own:
+        said = str(own).strip().splitlines() or ["no message"]
+        raise CommandError(
+            f"{target.name}: {type(target.model).__name__} does not run on these inputs: "
+            f"{type(own).__name__}: {said[-1]}; accepted: inputs that it takes; give other sizes "
+            "(--shape), or another batch (--data)"
+        ) from error
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
     # A wrong policy is told at once, before a model is built.
     policy = Policy.from_any(options.policy)
-    target = build_model(options)
+    target = _target(options)
 
     import torch
 
     from distr_compile.explaining import explain
 
     verification = None
-    with torch.no_grad(), symbolic_sizes(options):
-        report = explain(target.model, *target.args, policy=policy, **target.kwargs)
+    with torch.no_grad(), symbolic_sizes(options), _quietly(options.debug):
+        try:
+            report = explain(target.model, *target.args, policy=policy, **target.kwargs)
+        except Exception as error:
+            _check_runs(target, error)
+            raise
         print(report.table(fold=not options.no_fold))
         if options.verify:
             from distr_compile.verifying import verify

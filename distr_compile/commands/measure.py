@@ -13,6 +13,7 @@ from distr_compile.commands.common import (
     USAGE,
     CommandError,
     add_model_arguments,
+    add_parser,
     build_model,
     symbolic_sizes,
 )
@@ -21,10 +22,13 @@ from distr_compile.policy import Policy
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
+        common,
         "measure",
-        parents=[common],
         help='time every attention of a model here, for "auto" in policies; keep the answers',
+        more="A compile asks the same, within a time limit; here there is none.",
+        example="distr measure timm:vit_base_patch16_224 --pin distr.toml",
     )
     parser.set_defaults(run=run)
     parser.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP)

@@ -6,13 +6,21 @@ import argparse
 import json
 from typing import Any
 
-from distr_compile.commands.common import OK, TARGET_HELP, build
+from distr_compile.commands.common import OK, TARGET_HELP, add_parser, build
+from distr_compile.naming import canonical
 from distr_compile.policy import Policy
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand and its two actions."""
-    parser = commands.add_parser("policy", help="check a policy file, print its JSON schema")
+    parser = add_parser(
+        commands,
+        argparse.ArgumentParser(add_help=False),
+        "policy",
+        help="check a policy file, print its JSON schema",
+        more="Neither loads torch, unless --model asks for a model.",
+        example="distr policy check distr.toml --model timm:vit_base_patch16_224",
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", parents=[common], help="check a policy file")
     check.set_defaults(run=run_check)
@@ -30,7 +38,8 @@ def run_check(options: argparse.Namespace) -> int:
     if policy.bases is not None:
         policy.read_bases()
     model = build(options.model).model if options.model else None
-    names = [name for name, _ in model.named_modules()] if model is not None else []
+    shown = canonical(model) if model is not None else {}
+    names = sorted({*shown, *shown.values()})
     if model is not None:
         policy.check_layers(names)
     fields = policy.to_dict()

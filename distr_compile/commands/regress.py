@@ -7,16 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.commands import data
-from distr_compile.commands.common import FOUND_ERROR, OK, USAGE, CommandError
+from distr_compile.commands.common import (
+    FOUND_ERROR,
+    OK,
+    USAGE,
+    CommandError,
+    add_idle_argument,
+    add_parser,
+    idle,
+)
 from distr_compile.policy import Policy
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
+        common,
         "regress",
-        parents=[common],
         help="measure what a policy costs a model on data, and compare with a baseline",
+        more='"auto" in a policy counts as 0 here: a number does not hang on the machine.',
+        example="distr regress mine:model --data mine:data --policy distr.toml "
+        "--baseline baseline.json",
     )
     parser.set_defaults(run=run)
     data.add_arguments(parser)
@@ -39,6 +51,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="also write the numbers; FILE.progress makes it resumable"
     )
+    add_idle_argument(parser)
     data.add_run_arguments(parser)
 
 
@@ -51,6 +64,11 @@ def run(options: argparse.Namespace) -> int:
     policies = {Path(path or "policy").stem: Policy.from_any(path) for path in paths}
     if len(policies) < len(paths):
         raise CommandError("--policy: got two files of one name; rename one", USAGE)
+    if options.baseline and not options.update_baseline and not Path(options.baseline).is_file():
+        raise CommandError(
+            f"--baseline: got {options.baseline!r}, there is no file of that name; accepted: one "
+            "that --update-baseline wrote; add that to write it"
+        )
     subject = data.load(options)
 
     from dataclasses import replace
@@ -74,4 +92,12 @@ def run(options: argparse.Namespace) -> int:
         resume=not options.no_resume,
     )
     print(result)
-    return OK if result.passed else FOUND_ERROR
+    if not result.passed:
+        return FOUND_ERROR
+    found = result.result.policies
+    in_vain = [
+        label
+        for label, policy in policies.items()
+        if policy.forces_approximation and not found[label].approximated
+    ]
+    return idle(in_vain) if in_vain and not options.allow_exact else OK

@@ -14,16 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.commands import data
-from distr_compile.commands.common import OK, USAGE, CommandError
+from distr_compile.commands.common import (
+    OK,
+    USAGE,
+    CommandError,
+    add_idle_argument,
+    add_parser,
+    idle,
+)
 from distr_compile.policy import Policy
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
+        common,
         "tune",
-        parents=[common],
         help="find the cheapest policy whose loss on data is within a budget, and write it",
+        more="Half of the data chooses, the other half has a veto.",
+        example="distr tune mine:model --data mine:data --metric cosine --budget 0.01 "
+        "--out distr.toml",
     )
     parser.set_defaults(run=run)
     data.add_arguments(parser)
@@ -55,6 +66,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", metavar="FILE", help="also draw the frontier: .png, .svg, .pdf")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers")
+    add_idle_argument(parser)
     data.add_run_arguments(parser)
 
 
@@ -113,7 +125,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         text = json.dumps(_finite(result.to_dict()), indent=1) + "\n"
         Path(options.json).write_text(text, "utf-8")
-    return OK
+    asks = [each for each in (policy, result.policy) if each is not None]
+    in_vain = result.held_out is None and any(each.forces_approximation for each in asks)
+    return idle([options.policy or options.out]) if in_vain and not options.allow_exact else OK
 
 
 def _command() -> str:

@@ -106,7 +106,8 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
             refused = RefusedError("transform", _TRANSFORM)
         elif refused.attention and value is not None and not is_plain_fake(value):
             refused = RefusedError("tensor-subclass", f"a tensor is a {type(value).__name__}")
-        form = walk.form() if kind == "softmax" else target_name(node).strip("_")
+        fused = "sdpa" if kind == "sdpa" else target_name(node).strip("_")
+        form = walk.form() if kind == "softmax" else fused
         flops = _flops(node, kind, flow) if refused.attention else 0
         return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
 
@@ -209,7 +210,7 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
         compute_dtype=compute_dtype,
         kind="sdpa",
         anchor=node,
-        form="scaled_dot_product_attention",
+        form="sdpa",
         factors=(Factor(scale),),
         output_dims=tuple(range(rank)),
         interior=(node,),

@@ -221,7 +221,8 @@ class Measurements:
         if unknown:
             new = {setting_key(s): s for s in unknown if s}
             metrics = [self.metric, self.smooth]
-            exact, *found = self._rows(list(new.values()), metrics, f"verifying {len(new)}")
+            what = f"checking {len(new)} polic{'y' if len(new) == 1 else 'ies'} on the tuning half"
+            exact, *found = self._rows(list(new.values()), metrics, what)
             at_exact = exact[self.metric]
             value = self.metric.result(at_exact)
             losses = {setting_key({}): Loss(value, value, 0.0, 0.0, len(at_exact))}

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from distr_compile.accuracy.metrics import Metric
 from distr_compile.policy import Policy
 from distr_compile.tuning.bounds import Loss
+from distr_compile.tuning.frontier import drawn
 
 NAMED = 4
 """Attentions that a sentence names."""
@@ -164,41 +165,7 @@ class Tuning:
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "plot: got no matplotlib; install it: pip install 'distr-compile[plots]'"
-            ) from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        line = [p for p in self.points if p.kind in ("exact", "frontier", "chosen") and p.loss]
-        line.sort(key=lambda p: p.cost)
-        values = [_value(p) for p in line]
-        limit = self._value_at_budget()
-        if limit is not None:
-            axes.axhline(limit, color="0.6", linestyle=":", label=f"budget {self.budget:g}")
-            values.append(limit)
-        room = 0.3 * (max(values) - min(values)) or 0.01
-        low, high = min(values) - room, max(values) + room
-        axes.plot([100 * p.cost for p in line], [_value(p) for p in line], "o-", label="tuned")
-        styles = {"exact": ("k*", 13), "chosen": ("C3s", 10), "uniform": ("C1^", 8)}
-        marked = [p for p in self.points if p.kind in styles and p.loss]
-        for number, point in enumerate(sorted(marked, key=lambda p: p.cost)):
-            mark, size = styles[point.kind]
-            x, y = 100 * point.cost, min(max(_value(point), low), high)
-            name = point.name if y == _value(point) else f"{point.name}: {_value(point):.3g}"
-            axes.plot([x], [y], mark, markersize=size, zorder=3, clip_on=False)
-            side, align = (-6, "right") if x > 90 else (6, "left")
-            height = -12 if number % 2 else 6  # neighbours' names do not meet
-            place: dict[str, Any] = {"xytext": (side, height), "textcoords": "offset points"}
-            axes.annotate(name, (x, y), fontsize=8, ha=align, **place)
-        axes.set_ylim(low, high)
-        axes.set_xlabel(f"attention, % of exact ({self.unit})")
-        axes.set_ylabel(f"{self.metric.name} on the tuning half")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path)
+        drawn(self, self._value_at_budget()).savefig(path)
 
     def _value_at_budget(self) -> float | None:
         exact = self.tuning.exact
@@ -206,11 +173,6 @@ class Tuning:
         if self.metric.ideal is None:
             return exact + worse * self.budget * abs(exact)
         return self.metric.ideal + worse * self.budget if math.isfinite(exact) else None
-
-
-def _value(point: Point) -> float:
-    assert point.loss is not None
-    return point.loss.value
 
 
 def _number(x: float | None) -> str:

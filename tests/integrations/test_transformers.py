@@ -251,10 +251,35 @@ def test_compiled_with_auto_the_backend_decides() -> None:
     with torch.no_grad():
         got, exact = compiled(ids())[0], built("llama", "sdpa")(ids())[0]
     rows = distr_compile.report(compiled).rows
-    assert [(row.form, row.decision) for row in rows] == [
-        ("scaled_dot_product_attention", "distr")
-    ] * 2
+    assert [(row.form, row.decision) for row in rows] == [("sdpa", "distr")] * 2
     assert (got - exact).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, key heads, left padding"])
+def test_each_sequence_of_a_packed_batch_is_what_it_is_alone(name: str) -> None:
+    ours = built(name, "distr")
+    distr_compile.transformers.apply(ours, POLICY)
+    lengths, row = (40, 17, 1, 70), ids(5).flatten()[:128]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        got = ours(row[None], position_ids=positions, use_cache=False).logits[0]
+        alone = [ours(each[None], use_cache=False).logits[0] for each in row.split(lengths)]
+        exact = built(name, "sdpa")(row[None], position_ids=positions, use_cache=False).logits[0]
+    torch.testing.assert_close(got, torch.cat(alone), atol=TOLERANCE, rtol=TOLERANCE)
+    assert (got - exact).abs().max() > 10 * TOLERANCE, "nothing was approximated"
+    assert (got[57:58] - exact[57:58]).abs().max() < TOLERANCE, "one token sees itself"
+
+
+def test_positions_of_one_sequence_are_not_packed() -> None:
+    """A mask of ones says that all tokens see one another, whatever their positions."""
+    usual, ours = both("llama")
+    distr_compile.transformers.apply(ours, {"default": {"group_size": 1}})
+    positions = torch.arange(TOKENS).remainder(20).expand(2, -1)
+    for mask in (torch.ones(2, TOKENS, dtype=torch.long), padding(left=True)):
+        inputs = {"input_ids": ids(), "attention_mask": mask, "position_ids": positions}
+        with torch.no_grad():
+            wanted, got = (real_rows(m(**inputs)[0], inputs) for m in (usual, ours))
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 # --- without apply -------------------------------------------------------------------------------
