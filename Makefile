@@ -56,6 +56,7 @@ baseline: $(VENV)/stamp ## measure anew the accuracies that `make regress` holds
 bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, and of our passes (hours; goes on where it stopped)
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python -m benchmarks.cpu_kernel
+	$(BIN)/python -m benchmarks.cpu_backward
 	$(BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
 	$(BIN)/python benchmarks/pass_time.py
 

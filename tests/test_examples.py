@@ -82,6 +82,20 @@ def test_speed() -> None:
     assert all(float(cosine) > 0.999 for *_, cosine in lines)
 
 
+def test_finetune_vit_wins_back_some_accuracy() -> None:
+    code = "import runpy; runpy.run_path('examples/finetune_vit.py')['main'](12, 'eager')"
+    out = run("-c", code)
+    assert "3 attentions in 1 graph; 3 distr, 0 exact; 100.0 %" in out
+    assert "backward " in out
+    (first, last), (before, after) = (
+        map(float, re.findall(r"\d\.\d{3}", line))
+        for line in out.splitlines()
+        if line.startswith(("loss", "distr"))
+    )
+    assert last < 0.7 * first
+    assert after > before + 0.1
+
+
 def test_tour_of_the_readme(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tour,) = re.findall(r"<!-- tour -->\n+```python\n(.*?)```", text, re.DOTALL)

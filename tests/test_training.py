@@ -23,6 +23,7 @@ from distr_compile.kernels.projection import reference as projection
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import SDPA, Measured, Race
 from tests.backend_models import HEADS, WIDTH, Attention, approximate
+from tests.kernels.cpu_kernel import require_kernel
 
 TRAINED = {"default": {"min_seq_len": 0, "training": "approximate"}}
 CLOSE = {"rtol": 1e-3, "atol": 1e-6}
@@ -31,6 +32,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    require_kernel()
     made = projection._bases
     monkeypatch.setattr(projection, "_bases", lambda *a: tuple(t.detach() for t in made(*a)))
     torch.manual_seed(0)
@@ -101,7 +103,7 @@ def test_gradients_flow_through_the_approximation(compiler: str, dynamic: Any) -
     through = gradients(model, called, *batches)
     same(through, gradients(model, defined(model), *batches))
     rows = distr_compile.report(model).rows
-    assert {(row.decision, row.backward) for row in rows} == {("distr", "torch-products")}
+    assert {(row.decision, row.backward) for row in rows} == {("distr", "distr-cpu")}
     exact = gradients(model, model, *batches)
     moved = [(a - e).norm() / e.norm() for a, e in zip(through, exact, strict=True)]
     assert max(moved) > 0.01, "the approximation is one"
@@ -119,8 +121,8 @@ def test_the_policy_says_so_layer_by_layer() -> None:
     assert [r.code for r in first.reasons] == ["gradients"]
     assert 'training = "exact"' in first.reasons[0].text
     assert (first.decision, first.backward) == ("exact", None)
-    assert (second.decision, second.backward) == ("distr", "torch-products")
-    assert "backward torch-products" in str(distr_compile.report(model))
+    assert (second.decision, second.backward) == ("distr", "distr-cpu")
+    assert "backward distr-cpu" in str(distr_compile.report(model))
 
 
 def test_without_gradients_nothing_is_said_of_a_backward() -> None:
@@ -227,6 +229,7 @@ def test_frozen_keys_and_a_trained_bias() -> None:
     got = gradient(compiled(model, "inductor"))
     (row,) = distr_compile.report(model).rows
     assert (row.decision, row.backward) == ("distr", "torch-products")
+    assert row.refused["distr-cpu, backward"].endswith("gives no gradient to a mask")
     # Where a bias is large against the scores, what the scores are matters little.
     exact = gradient(model)
     assert got.shape == exact.shape
@@ -333,4 +336,4 @@ def test_a_trainer_of_transformers(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     rows = distr_compile.report(model).rows
-    assert {(row.decision, row.backward) for row in rows} == {("distr", "torch-products")}
+    assert {(row.decision, row.backward) for row in rows} == {("distr", "distr-cpu")}

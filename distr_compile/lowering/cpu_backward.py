@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ from distr_compile.kernels.roles import prefix_edge
 from distr_compile.kernels.rows import sliced, stack
 from distr_compile.lowering import cpu
 from distr_compile.lowering.choose import Call
-
-if TYPE_CHECKING:
-    from distr_compile.lowering.training import Gradients, Saved
+from distr_compile.lowering.saved import Gradients, Saved, rows_of_a_block
 
 NAME = "torch-products"
 """As the report names it."""
@@ -140,10 +137,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, call: Call, saved: Saved) -> _Blocks:
-        how, num_queries = call.approximation, max(1, call.q.shape[2])
-        size = num_queries
-        if saved.bases is not None and saved.bases[0].shape[2] > 1:
-            size = how.block_of(num_queries)
+        how, size = call.approximation, rows_of_a_block(call, saved)
         is_prefix = how.strict and ESTIMATORS[how.estimator].strict == "prefix"
         offset = (call.scores.offset or 0) if is_prefix else None
         return cls(size, call.q.shape[2], call.k.shape[2], offset, saved.bases)

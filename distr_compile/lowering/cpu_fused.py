@@ -1,15 +1,20 @@
-"""Calls of the fused CPU kernel: exact attention, and one of factors that come block by block."""
+"""Calls of the fused CPU kernel: exact attention, one of factors that come block by block, and
+gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.lowering.saved import Gradients, Saved, rows_of_a_block
 
 
 def takes(q: Tensor) -> bool:
@@ -126,6 +131,57 @@ def attend(
             lse=None if lse is None else lse[:, :, rows],
         )
         start = rows.stop
+
+
+def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
+    """Fill ``wanted``, but for the gradient of a mask; see ``training.backward``."""
+    batch, k, v = call.q.shape[0], call.k, call.v
+    if k.shape[0] != v.shape[0]:  # one of them is broadcast
+        k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
+    # What is not fp32, or has a share for each batch entry, is summed elsewhere first.
+    dk, dv = (
+        to
+        if to.dtype == torch.float32 and to.shape == like.shape
+        else torch.empty(like.shape, dtype=torch.float32)
+        for to, like in ((wanted.k, k), (wanted.v, v))
+    )
+    delta = None if wanted.sinks is None else torch.empty_like(saved.lse)
+    scores = call.scores
+    backward_kernel.backward(
+        call.q,
+        k,
+        v,
+        call.mask,
+        call.out,
+        saved.lse,
+        grad,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        grouping_block=rows_of_a_block(call, saved),
+        softcap=scores.softcap,
+        bases=saved.bases,
+        dq=wanted.q,
+        dk=dk,
+        dv=dv,
+        delta=delta,
+    )
+    for to, made in ((wanted.k, dk), (wanted.v, dv)):
+        if to is not made:
+            to.copy_(made if to.shape == made.shape else made.sum(0, keepdim=True))
+    if wanted.sinks is not None and call.sinks is not None and delta is not None:
+        lse = saved.lse.masked_fill(saved.lse == -torch.inf, torch.inf)
+        share = torch.exp(call.sinks.float()[None, :, None] - lse)
+        wanted.sinks.copy_(-(share * delta).sum((0, 2)))
+
+
+def refuses_backward(shape: Shape, approximation: Approximation, mask_grad: bool) -> str | None:
+    """Why the kernel does not compute the gradients of a call, or None."""
+    if approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix":
+        return "the fused C++ backward does not compute the strict form"
+    if mask_grad:
+        return "the fused C++ backward gives no gradient to a mask"
+    return _refuses(shape, approximation)
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from distr_compile.estimators import auto_grouping_block, estimator_named
 from distr_compile.lowering.call import Approximation
 from distr_compile.lowering.checks import is_short
-from distr_compile.lowering.training import number_of_blocks
+from distr_compile.lowering.saved import number_of_blocks
 
 
 def attention_flops(

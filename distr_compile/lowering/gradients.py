@@ -33,8 +33,8 @@ from distr_compile.lowering.registering import (
     register,
     register_autocast,
 )
+from distr_compile.lowering.saved import Gradients, Saved, dtype_of, number_of_blocks
 from distr_compile.lowering.told import tell_exact
-from distr_compile.lowering.training import Gradients, Saved
 
 RECORDED = (
     "attention_recorded(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? basis_q, "
@@ -98,7 +98,7 @@ def _sizes(q: Tensor, k: Tensor, how: Approximation) -> _Sizes:
     batch, heads, num_queries, head_dim = q.shape
     row, bases = ESTIMATORS[how.estimator], _NONE
     if how.rank != head_dim and row.needs == "nothing":
-        blocks = training.number_of_blocks(num_queries, how)
+        blocks = number_of_blocks(num_queries, how)
         bases = (batch, k.shape[1], blocks, head_dim, how.rank)
     return _Sizes((batch, heads, num_queries), bases)
 
@@ -122,7 +122,7 @@ def _attention_recorded(
     """
     arguments = read_arguments(options)
     given = validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
-    sizes, dtype = _sizes(q, k, arguments.approximation), training.dtype_of(q)
+    sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse = q.new_empty(sizes.lse, dtype=dtype)
     A, B = (q.new_zeros(sizes.bases, dtype=dtype) for _ in "AB")
     how = _applied(q, k, arguments)
@@ -150,7 +150,7 @@ def _recorded_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = read_arguments(options)
     validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
-    sizes, dtype = _sizes(q, k, arguments.approximation), training.dtype_of(q)
+    sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
     return empty_output(q, v), lse, A, B
 

@@ -2,63 +2,20 @@
 
 The forward fills, beside the output, what the backward needs (:class:`Saved`). Either of two
 implementations does that, the fused CPU kernel or PyTorch's products; what they save means the
-same. The backward is PyTorch's (``cpu_backward.py``), on any device.
+same. The backward is the fused kernel's too, or PyTorch's (``cpu_backward.py``), on any device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.lowering import choose, cpu, cpu_backward, cpu_fused
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a backward needs beside inputs and output.
-
-    Attributes:
-        lse: ``(B, H, N)``: logarithm of each row's sum of exponentials, sinks included; -inf where
-            the row sees nothing.
-        bases: A and B ``(B or 1, H_k, blocks or 1, d, r)``; None where the call is exact, and to be
-            filled not where it is given them.
-    """
-
-    lse: Tensor
-    bases: tuple[Tensor, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Tensors to be filled: gradients in the shapes and dtypes of q, k, v, the mask and the sinks.
-
-    Those of mask and sinks are None where nobody asks for them.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-
-
-def dtype_of(q: Tensor) -> torch.dtype:
-    """The dtype of what is saved: that of the arithmetic, fp64 or fp32."""
-    return torch.promote_types(q.dtype, torch.float32)
-
-
-def number_of_blocks(num_queries: int, how: Approximation) -> int:
-    """How many pairs of A and B there are; of a symbolic length guards ask which rule holds."""
-    if arithmetic(how.estimator, "cpu", "ONE_BLOCK").ONE_BLOCK:
-        return 1
-    block = how.block or auto_grouping_block(num_queries, how.estimator, how.strict)
-    return 1 if block >= num_queries else -(-num_queries // block)
+from distr_compile.lowering.saved import Gradients, Saved
 
 
 class Names(NamedTuple):
@@ -75,12 +32,15 @@ class Names(NamedTuple):
     refused: dict[str, str]
 
 
-def names(shape: Shape, approximation: Approximation) -> Names:
-    """Who would compute a call."""
+def names(shape: Shape, approximation: Approximation, *, mask_grad: bool = False) -> Names:
+    """Who would compute a call; ``mask_grad`` says whether its mask gets a gradient."""
     fused, refused = cpu_fused.IMPLEMENTATION, {}
+    forward = backward = fused.name
     if why := fused.refuses(shape, approximation):
-        refused[fused.name] = why
-    return Names(cpu_backward.NAME if why else fused.name, cpu_backward.NAME, refused)
+        refused[fused.name], forward = why, cpu_backward.NAME
+    if why := cpu_fused.refuses_backward(shape, approximation, mask_grad):
+        refused[f"{fused.name}, backward"], backward = why, cpu_backward.NAME
+    return Names(forward, backward, refused)
 
 
 def forward(call: Call, saved: Saved) -> None:
@@ -107,4 +67,17 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         grad: ``(B, H, N, d_v)``, any strides.
         wanted: is filled.
     """
-    cpu_backward.run(call, saved, grad, wanted)
+    if not call.out.numel():
+        for t in (wanted.q, wanted.k, wanted.v, wanted.mask, wanted.sinks):
+            if t is not None:
+                t.zero_()
+        return
+
+    def run_fused(call: Call) -> None:
+        cpu_fused.backward(call, saved, grad, wanted)
+
+    mask_grad = wanted.mask is not None
+    asked = cpu_fused.refuses_backward(call.shape, call.approximation, mask_grad) is None
+    runs = [(f"{cpu_fused.IMPLEMENTATION.name}, backward", run_fused)] if asked else []
+    if choose.attempt(call, runs) is not None:
+        cpu_backward.run(call, saved, grad, wanted)

@@ -24,7 +24,7 @@ from distr_compile.passes.open_up import Attend
 from distr_compile.passes.site import AttentionSite, Level, OpenSite, Operand, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
-from distr_compile.passes.vocabulary import hint, same_shape, same_size, shape_of
+from distr_compile.passes.vocabulary import hint, same_shape, same_size, shape_of, tensor_of
 
 
 def rewrite(
@@ -76,7 +76,10 @@ def rewrite(
             kind = {"sinks": site.sinks is not None, "trained": site.requires_grad}
             shape = shape_of_call((q, k, v), mask, scores, site.dtype, **kind)
             if decision.is_distr:
-                limit = max(limit, watch.least_length(shape, approximation, site.symbolic_lengths))
+                least = watch.least_length(
+                    shape, approximation, site.symbolic_lengths, mask_grad=_records(mask)
+                )
+                limit = max(limit, least)
             else:
                 watch.prefer_ours(shape)
         arguments = op_arguments(approximation, scores, limit, number)
@@ -85,6 +88,12 @@ def rewrite(
 
     _replace(graph, site, attend, share_heads=True, change=change)
     return limit
+
+
+def _records(node: fx.Node | None) -> bool:
+    """Whether a gradient of a node is recorded."""
+    value = None if node is None else tensor_of(node)
+    return value is not None and value.requires_grad
 
 
 def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool = True) -> bool:

@@ -40,7 +40,12 @@ class Stopwatch:
     backward: str | None = None
 
     def least_length(
-        self, shape: Shape | None, approximation: Approximation, moving: list[str]
+        self,
+        shape: Shape | None,
+        approximation: Approximation,
+        moving: list[str],
+        *,
+        mask_grad: bool = False,
     ) -> int:
         """The length from which on to approximate; 0 for any.
 
@@ -48,12 +53,13 @@ class Stopwatch:
             shape: of the call, with hints in the place of symbolic sizes; None if unknown.
             approximation: of the call.
             moving: which of ``num_queries`` and ``num_keys`` is symbolic.
+            mask_grad: whether a gradient is recorded of its mask.
 
         Raises:
             RefusedError: exact attention is faster, or nobody knows.
         """
         if shape is not None:
-            self._name(shape, approximation)
+            self._name(shape, approximation, mask_grad)
         if self.judge is None:
             return 0
         if shape is None:
@@ -96,9 +102,10 @@ class Stopwatch:
         self.refused[str(self.kernel)] = f"{why.code}: {why.text}"
         raise why
 
-    def _name(self, shape: Shape, approximation: Approximation) -> None:
+    def _name(self, shape: Shape, approximation: Approximation, mask_grad: bool = False) -> None:
         if shape.trained:
-            self.kernel, self.backward, self.refused = training.names(shape, approximation)
+            names = training.names(shape, approximation, mask_grad=mask_grad)
+            self.kernel, self.backward, self.refused = names
             return
         self.kernel = choose.name_of(shape, approximation)
         self.refused = choose.refusals(shape, approximation)

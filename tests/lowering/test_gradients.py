@@ -7,6 +7,7 @@ of autograd through the definition in the working precision, plus the rounding o
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.projection import reference as projection
-from distr_compile.lowering import cpu, exactly, training
-from distr_compile.lowering.call import Approximation, Scores
+from distr_compile.lowering import cpu, cpu_backward, exactly, training
+from distr_compile.lowering.call import Approximation, Scores, Shape
 from distr_compile.lowering.choose import Call
 from distr_compile.lowering.flops import attention_flops, backward_flops
 from distr_compile.lowering.op import count_exact_calls
+from distr_compile.lowering.saved import Gradients, Saved
 from tests.kernels.cpu_kernel import require_kernel
 
 op: Any = torch.ops.distr.attention
@@ -34,7 +37,7 @@ FACTOR = 3.0
 
 @pytest.fixture(params=["products", "fused"])
 def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who computes the forward, and what is saved."""
+    """Who computes the forward, what is saved, and the backward where it can."""
     if request.param == "fused":
         require_kernel()
     else:
@@ -128,6 +131,16 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
         (24,),
         MEAN | {"rank": 16, "sinks": True, "is_causal": True, "causal_offset": -2},
     ),
+    "a mask without gradient": (
+        (2, 4, 2, 50, 200, 32, 40),
+        (2, 1, 50, 200),
+        {"estimator": "projection", "rank": 16, "grouping_block": 20, "softcap": 3.0},
+    ),
+    "keys without gradient": (
+        (1, 4, 2, 70, 210, 48, 32),
+        (210,),
+        MEAN | {"rank": 24, "is_causal": True, "causal_offset": 100, "sinks": True},
+    ),
     "exact by rank": ((2, 4, 2, 20, 24, 32, 24), (1, 20, 24), MEAN | {"rank": 32, "sinks": True}),
     "exact by length": (
         (2, 4, 2, 20, 24, 32, 24),
@@ -154,18 +167,19 @@ def call_of(name: str, dtype: torch.dtype) -> tuple[list[Tensor | None], dict[st
     return [*(t.to(dtype) for t in (q, k, v)), bias, *given, sinks], options
 
 
-def leaves(tensors: list[Tensor | None]) -> list[Tensor]:
+def leaves(tensors: list[Tensor | None], name: str = "") -> list[Tensor]:
     """Those of q, k, v, mask and sinks that a gradient may flow to."""
+    constant = (3, 4, 5) if "without gradient" in name else (4, 5)
     return [
         t.requires_grad_()
         for i, t in enumerate(tensors)
-        if t is not None and i not in (4, 5) and t.is_floating_point()
+        if t is not None and i not in constant and t.is_floating_point()
     ]
 
 
 def by_op(name: str, dtype: torch.dtype) -> list[Tensor]:
     tensors, options = call_of(name, dtype)
-    wanted = leaves(tensors)
+    wanted = leaves(tensors, name)
     out = op(*tensors, **options)
     return list(torch.autograd.grad(out, wanted, draw(*out.shape, seed=9).to(dtype)))
 
@@ -175,7 +189,7 @@ def by_definition(name: str, dtype: torch.dtype, working: torch.dtype) -> list[T
     q, k, v, mask, A, B, sinks = (
         None if t is None else t if t.dtype == torch.bool else t.to(working) for t in tensors
     )
-    wanted = leaves([q, k, v, mask, A, B, sinks])
+    wanted = leaves([q, k, v, mask, A, B, sinks], name)
     if options.pop("min_seq_len", 0) or q.shape[2] < 16:
         options |= {"rank": q.shape[3], "estimator": "lsh-mean"}
     is_given = A is not None and options["rank"] < q.shape[3]
@@ -478,20 +492,41 @@ def test_bases_are_constants() -> None:
         op(*tensors, **options)
 
 
-def test_a_failing_kernel_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forward is then by PyTorch's products, with a warning, and the gradients as ever."""
+@pytest.mark.parametrize("what", ["attention", "backward"])
+def test_a_failing_kernel_hands_over(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's products then do the work, with a warning."""
     require_kernel()
 
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such instruction")
 
     wanted = by_op("17 rows", torch.float32)
-    monkeypatch.setattr(kernel, "attention", fail)
+    monkeypatch.setattr(kernel if what == "attention" else backward_kernel, what, fail)
     monkeypatch.setattr(training.choose, "_failed", {})
     with pytest.warns(training.choose.KernelWarning, match="no such instruction"):
         got = by_op("17 rows", torch.float32)
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_who_computes_a_backward() -> None:
+    require_kernel()
+    shape = Shape(2, 4, 2, 200, 160, 64, 48, True, None, torch.float32, torch.device("cpu"))
+    how = Approximation("projection", 32)
+    assert training.names(shape, how) == ("distr-cpu", "distr-cpu", {})
+    mean = dataclasses.replace(how, estimator="lsh-mean", strict=True)
+    assert training.names(shape, mean) == ("distr-cpu", "distr-cpu", {})
+    strict = dataclasses.replace(how, strict=True)
+    for found, why in (
+        (training.names(shape, strict), "does not compute the strict form"),
+        (training.names(shape, how, mask_grad=True), "gives no gradient to a mask"),
+    ):
+        assert found[:2] == ("distr-cpu", "torch-products")
+        assert list(found.refused) == ["distr-cpu, backward"]
+        assert found.refused["distr-cpu, backward"].endswith(why)
+    double = training.names(shape._replace(dtype=torch.float64), how)
+    assert double[:2] == ("torch-products", "torch-products")
+    assert list(double.refused) == ["distr-cpu", "distr-cpu, backward"]
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -515,7 +550,7 @@ def test_no_matrix_of_scores_exists(estimator: str) -> None:
     options = {"scale": 0.2, "rank": 16, "estimator": estimator, "grouping_block": 0}
     out, lse, A, B = torch.ops.distr.attention_recorded(q, k, v, None, None, None, None, **options)
     call = Call(q, k, v, None, None, Scores(0.2), Approximation(estimator, 16), None, out)
-    grads = training.Gradients(*(torch.empty_like(t) for t in (q, k, v)), None, None)
+    grads = Gradients(*(torch.empty_like(t) for t in (q, k, v)), None, None)
     with Largest() as largest:
-        training.backward(call, training.Saved(lse, (A, B)), torch.ones_like(out), grads)
+        cpu_backward.run(call, Saved(lse, (A, B)), torch.ones_like(out), grads)
     assert largest.elements <= cpu.CHUNK < 3000 * 3000

@@ -30,10 +30,13 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "engine.h", "projection.h", "vectors.h")
+SOURCES = ("cpu.cpp", "backward.h", "engine.h", "projection.h", "vectors.h")
 """What the library is built from, beside this file; the first is compiled, the others included."""
 
-FUNCTIONS = tuple("distr_workspace distr_attention distr_bases_workspace distr_bases".split())
+FUNCTIONS = (
+    *("distr_workspace", "distr_attention", "distr_backward_workspace", "distr_backward"),
+    *("distr_bases_workspace", "distr_bases"),
+)
 """Each takes a pointer to its arguments and returns an integer."""
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden")

@@ -13,6 +13,7 @@
 // and fp16 are converted to fp32 when they are packed. Nothing here depends on the number of
 // threads but the order in which tasks run: results have equal bits.
 
+#include "backward.h"
 #include "engine.h"
 #include "projection.h"
 
@@ -56,6 +57,16 @@ __attribute__((visibility("default"))) int64_t distr_bases_workspace(const Bases
 __attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
   if (call->size != int64_t(sizeof(Bases))) return -1;
   Projection(*call).run();
+  return 0;
+}
+
+__attribute__((visibility("default"))) int64_t distr_backward_workspace(const Gradients* call) {
+  return call->size == int64_t(sizeof(Gradients)) ? Backward(*call).workspace() : -1;
+}
+
+__attribute__((visibility("default"))) int64_t distr_backward(const Gradients* call) {
+  if (call->size != int64_t(sizeof(Gradients))) return -1;
+  Backward(*call).run();
   return 0;
 }
 

@@ -140,7 +140,33 @@ def _wrong(library: build.Library) -> str | None:
         error = (out.double() - exact).abs().max().item()
         if not error <= 4 * torch.finfo(dtype).eps * exact.abs().max().item():
             return f"its result in {dtype} is off by {error:.1e}"
+        if wrong := _wrong_gradients(library, inputs, out, options):
+            return f"its gradients in {dtype} are off by {wrong:.1e}"
     return None
+
+
+def _wrong_gradients(
+    library: build.Library, inputs: list[Tensor], out: Tensor, options: dict[str, Any]
+) -> float:
+    """The error of a small call's gradients against fp64, where it is too large; else 0."""
+    from distr_compile.kernels.attention.backward import backward  # which needs this module
+
+    # By the formula: there is no autograd where the library is first asked for inside an op.
+    query, key, value = (t.double() for t in inputs)
+    scores = query @ key.mT * options["scale"]
+    scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    slope = value.sum(-1)[:, :, None] - (weights @ value).sum(-1, keepdim=True)
+    by_score = weights * slope * options["scale"]
+    wanted = [by_score @ key, by_score.mT @ query, weights.mT @ torch.ones_like(value)]
+    found = [torch.empty_like(inputs[0]), *(torch.empty(t.shape) for t in inputs[1:])]
+    q, k, v = inputs
+    made: dict[str, Any] = dict(zip(("dq", "dk", "dv"), found, strict=True))
+    backward(q, k, v, None, out, lse.float(), torch.ones_like(out), lib=library, **made, **options)
+    largest = max(t.abs().max().item() for t in wanted)
+    error = max((a.double() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+    return 0.0 if error <= 16 * torch.finfo(out.dtype).eps * largest else error
 
 
 def attention(

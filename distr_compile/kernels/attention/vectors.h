@@ -201,6 +201,7 @@ struct Target {
   int64_t words;         // from one row to the next
   float factor;
   const float* rescale;  // of PANEL products only
+  bool add = false;      // to[i][u] + sum * factor instead; not of PANEL products
 };
 
 // R rows by C vectors of the product, whose sums are over c < n of left(i, c) * right[c][u]. The
@@ -225,6 +226,7 @@ void product_block(const char* left, int64_t row_bytes, const float* right, int6
     for (int u = 0; u < C; u++) {
       float* p = target.to + i * target.words + u * LANES;
       if (PANEL) store(p, load<vf>(p) * load<vf>(target.rescale + u * LANES) + sum[i][u]);
+      else if (target.add) store(p, load<vf>(p) + sum[i][u] * target.factor);
       else store(p, sum[i][u] * target.factor);
     }
 }

@@ -1,0 +1,138 @@
+"""The backward of the fused CPU kernel, ``backward.h``: its arguments, handed over by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from distr_compile.kernels.attention import build
+from distr_compile.kernels.attention import cpu as kernel
+
+_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+_STRIDES = {
+    **dict.fromkeys(("q", "k", "v", "mask", "out", "grad"), 4),
+    **dict.fromkeys(("basis", "basis_t"), 3),
+    **dict.fromkeys(("dq", "dk", "dv"), 4),
+}
+
+
+class _Gradients(ctypes.Structure):
+    """``struct Gradients`` of ``backward.h``, field by field."""
+
+    _fields_ = (
+        ("size", _int64),
+        *(
+            (name, _pointer)
+            for name in "q k v mask out grad lse a a_t b b_t dq dk dv delta".split()
+        ),
+        *((f"{name}_strides", _int64 * count) for name, count in _STRIDES.items()),
+        *(
+            (name, _int64)
+            for name in "batch heads key_heads shares queries keys rank head_dim value_dim block "
+            "is_causal causal_offset dtype mask_kind".split()
+        ),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("parallel_for", _pointer),
+        ("threads", _int64),
+        ("workspace", _pointer),
+    )
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    grouping_block: int = 0,
+    softcap: float = 0.0,
+    bases: tuple[Tensor, Tensor] | None = None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor | None = None,
+    lib: build.Library | None = None,
+) -> None:
+    """Gradients of softmax(scale * Q A (K B)^T + mask) V by Q, K and V, in fp32 arithmetic.
+
+    Beside inputs and outputs a thread takes a workspace that does not grow with N or M: at most 6
+    MiB for d = 128, and r = 64. Bits do not depend on the number of threads, which is that of
+    ``torch.set_num_threads``; key heads are what is dealt out to them.
+
+    Args:
+        q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides.
+        k: ``(B or 1, H_k, M, d)``.
+        v: ``(B or 1, H_k, M, d_v)``, with the batch size of k.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``; it gets no gradient here.
+        out: ``(B, H, N, d_v)``, the result of the forward.
+        lse: ``(B, H, N)`` fp32, the logarithm of each row's sum of exponentials.
+        grad: ``(B, H, N, d_v)`` in the dtype of q, the gradient of ``out``.
+        scale: multiplies the scores.
+        is_causal: row i sees keys ``j <= i + causal_offset``.
+        causal_offset: see ``is_causal``.
+        grouping_block: query rows that share A and B; 0 for all.
+        softcap: c > 0 makes scaled scores s ``c * tanh(s / c)``; 0 does not.
+        bases: A and B ``(B or 1, H_k, blocks, d, r)``; None where the call is exact.
+        dq: ``(B, H, N, d)`` in the dtype of q, any strides, is filled.
+        dk: like k but in fp32 and with unit last stride, is filled.
+        dv: like v, likewise.
+        delta: ``(B, H, N)`` fp32, contiguous; filled with each row's sum of ``grad * out``.
+        lib: see ``cpu.attention``.
+
+    Raises:
+        RuntimeError: the kernel is not available.
+    """
+    lib = kernel.library() if lib is None else lib
+    dk.zero_()
+    dv.zero_()
+    queries = q.shape[2]
+    call = _Gradients(size=ctypes.sizeof(_Gradients), scale=scale, softcap=softcap)
+    call.batch, call.heads, call.queries, call.head_dim = q.shape
+    call.key_heads, call.keys, call.value_dim = v.shape[1:]
+    call.shares = call.batch // k.shape[0]
+    call.rank, call.block = call.head_dim, min(grouping_block or queries, queries)
+    call.is_causal, call.causal_offset = is_causal, causal_offset
+    call.dtype, call.mask_kind = kernel.DTYPES[q.dtype], kernel.NO_MASK
+    lse = lse.contiguous()
+    call.lse = lse.data_ptr()
+    tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
+    if mask is not None:
+        call.mask_kind = kernel.MASK_DTYPES[mask.dtype]
+        tensors["mask"] = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    keep = [kernel.point(call, name, t) for name, t in tensors.items()]
+    if bases is not None:
+        call.rank = bases[0].shape[4]
+        A, B = (t.float() for t in bases)
+        for names, strides, made in (
+            (("a", "b"), "basis_strides", (_padded(A), _padded(B))),
+            (("a_t", "b_t"), "basis_t_strides", (_padded(A.mT), _padded(B.mT))),
+        ):
+            for name, t in zip(names, made, strict=True):
+                setattr(call, name, t.data_ptr())
+                keep.append(t)
+            getattr(call, strides)[:] = [
+                s if n > 1 else 0 for s, n in zip(t.stride()[:3], t.shape[:3], strict=True)
+            ]
+    if delta is not None:
+        call.delta = delta.data_ptr()
+    call.threads = torch.get_num_threads()
+    call.parallel_for = lib.parallel_for
+    memory = kernel.workspace(lib.handle.distr_backward_workspace(ctypes.byref(call)))
+    call.workspace = memory.data_ptr()
+    lib.handle.distr_backward(ctypes.byref(call))
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """Contiguous, with columns of zeros up to a multiple of ``RANK_UNIT``."""
+    more = kernel.padded(matrix.shape[-1]) - matrix.shape[-1]
+    return torch.nn.functional.pad(matrix, (0, more)).contiguous()

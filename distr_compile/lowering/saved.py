@@ -1,0 +1,62 @@
+"""What the forward of a call keeps for its backward, and what that fills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.lowering.call import Approximation
+from distr_compile.lowering.choose import Call
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a backward needs beside inputs and output.
+
+    Attributes:
+        lse: ``(B, H, N)``: logarithm of each row's sum of exponentials, sinks included; -inf where
+            the row sees nothing.
+        bases: A and B ``(B or 1, H_k, blocks or 1, d, r)``; None where the call is exact, and to be
+            filled not where it is given them.
+    """
+
+    lse: Tensor
+    bases: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Tensors to be filled: gradients in the shapes and dtypes of q, k, v, the mask and the sinks.
+
+    Those of mask and sinks are None where nobody asks for them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+
+
+def dtype_of(q: Tensor) -> torch.dtype:
+    """The dtype of what is saved: that of the arithmetic, fp64 or fp32."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def number_of_blocks(num_queries: int, how: Approximation) -> int:
+    """How many pairs of A and B there are; of a symbolic length guards ask which rule holds."""
+    if arithmetic(how.estimator, "cpu", "ONE_BLOCK").ONE_BLOCK:
+        return 1
+    block = how.block or auto_grouping_block(num_queries, how.estimator, how.strict)
+    return 1 if block >= num_queries else -(-num_queries // block)
+
+
+def rows_of_a_block(call: Call, saved: Saved) -> int:
+    """The query rows that share A and B, at least 1; all of them where the call is exact."""
+    num_queries = max(1, call.q.shape[2])
+    if saved.bases is None or saved.bases[0].shape[2] == 1:
+        return num_queries
+    return call.approximation.block_of(num_queries)
