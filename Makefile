@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune gpu gpu-wheel plots clean
+.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,12 @@ bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/r
 
 bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; rewrites benchmarks/results/tuning.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tuning
+
+paper: $(VENV)/stamp ## the paper's tables as measured here, all but training; rewrites docs/paper.md (an hour; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper
+
+paper-quick: $(VENV)/stamp ## two small cells of each of them, kept nowhere (2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper --quick
 
 gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; green without one
 	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
