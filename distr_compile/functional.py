@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
@@ -47,6 +46,9 @@ def attention(
     and a call is approximated whether or not that is faster. Only with fewer than 16 query rows,
     where there is nothing to group over, the result is exact.
 
+    Gradients flow to Q, K, V and a floating mask as if what made Q and K narrow were constant: they
+    are those of the approximation at the same groups or basis, as docs/training.md describes.
+
     Args:
         query: ``(B, H, N, d)`` or ``(B, N, d)``, fp32, fp16, bf16 or fp64, any strides.
         key: ``(B, H_k, M, d)`` or ``(B, M, d)``; leading sizes of 1 are broadcast, of all three.
@@ -77,11 +79,9 @@ def attention(
     Raises:
         ValueError: sizes, dtypes or options that do not fit together; ``group_size`` and ``rank``
             both given; ``dropout_p`` above 0.
-        RuntimeError: gradients would be recorded.
         NotImplementedError: a transform of ``torch.func``.
     """
     _refuse_dropout(dropout_p)
-    _refuse_gradients(query, key, value, attn_mask)
     plan = _plan(
         group_size=group_size,
         rank=rank,
@@ -153,15 +153,6 @@ def _refuse_dropout(dropout_p: float) -> None:
     if dropout_p != 0:
         advice = "call it so in evaluation, or F.scaled_dot_product_attention in training"
         raise ValueError(sentence("dropout_p", repr(dropout_p), "0", advice))
-
-
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    """Nothing goes on without its gradient; the one place to change once the op has a backward."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        accepted = "tensors without requires_grad, or any under torch.no_grad()"
-        advice = "call under torch.no_grad(), or train with F.scaled_dot_product_attention"
-        got = "one that requires grad while gradients are recorded, and the op has no backward"
-        raise RuntimeError(sentence("query, key, value, attn_mask", got, accepted, advice))
 
 
 def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:

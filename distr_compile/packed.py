@@ -64,7 +64,6 @@ def attention_varlen(
     Raises:
         ValueError: sizes that do not fit together, a sliding window, or what
             :func:`distr_compile.attention` raises.
-        RuntimeError: as :func:`distr_compile.attention`.
     """
     unsupported = {
         "return_aux": return_aux,

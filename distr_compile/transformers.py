@@ -171,7 +171,8 @@ def attend(
     scale = q.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, is_causal, softcap=softcap)
     assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
-    if _needs_gradient(q, k, v, mask, sinks) or dropout != 0:
+    trains = _needs_gradient(q, k, v, mask, sinks)
+    if dropout != 0 or (trains and assigned.plan.training == "exact"):
         out = _exactly(q, k, v, mask, sinks, scores, dropout)
     elif bounds := _packed(mask, options.get("position_ids")):
         each = replace(scores, is_causal=True)
@@ -233,7 +234,7 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Such a call is exact, as with the backend: the place to change once there is a backward."""
+    """Such a call is exact unless the plan says training = "approximate", as with the backend."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -256,7 +257,8 @@ def _chosen(
         return exact  # nothing is timed or read in a trace: SDPA stands there, for the backend
     if plan.min_seq_len == "auto":
         has = {"softcap": scores.softcap > 0, "sinks": sinks is not None}
-        if not _is_faster(Shape.of(q, k, v, mask, scores.is_causal, **has), found):
+        shape = Shape.of(q, k, v, mask, scores.is_causal, **has)
+        if not _is_faster(shape._replace(trained=_needs_gradient(q, k, v, mask, sinks)), found):
             return exact
     return found
 

@@ -221,6 +221,27 @@ def test_training_is_exact_and_no_gradient_is_lost() -> None:
         assert parameter.grad.abs().max() > 0
 
 
+def test_training_through_the_approximation_is_that_of_the_backend() -> None:
+    policy = {"default": {**POLICY["default"], "training": "approximate"}}
+    usual, ours = both("llama")
+    distr_compile.transformers.apply(ours, policy)
+    options = {"policy": policy, "compiler": "eager"}
+    compiled = torch.compile(usual, backend="distr", options=options)
+    for model in (compiled, ours):
+        model.train()
+        model(ids(), labels=ids()).loss.backward()
+    assert distr_compile.report(compiled).distr == 2
+    wanted = {name: p.grad for name, p in usual.named_parameters()}
+    exact = built("llama", "sdpa").train()
+    exact(ids(), labels=ids()).loss.backward()
+    differs = False
+    for (name, parameter), plain in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+        differs |= not torch.allclose(parameter.grad, plain.grad, rtol=1e-3)
+    assert differs
+
+
 def test_dropout_in_training_is_that_of_sdpa() -> None:
     usual, ours = (built("gpt2, left padding", each).train() for each in ("sdpa", "distr"))
     distr_compile.transformers.apply(ours, POLICY)
