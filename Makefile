@@ -69,7 +69,7 @@ bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/r
 bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; rewrites benchmarks/results/tuning.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tuning
 
-paper: $(VENV)/stamp ## the paper's tables as measured here, all but training; rewrites docs/paper.md (an hour; goes on where it stopped)
+paper: $(VENV)/stamp ## the paper's tables as measured here, all but training; rewrites docs/paper.md (half an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper
 
 paper-quick: $(VENV)/stamp ## two small cells of each of them, kept nowhere (2 minutes)
@@ -81,8 +81,9 @@ gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; gre
 gpu-wheel: $(VENV)/stamp ## wheels for a GPU machine without a network, into dist/gpu; the line that runs there
 	@$(BIN)/python -m benchmarks.wheels
 
-plots: $(VENV)/stamp ## docs/cpu_speed.png; plots of what `make gpu` measured
+plots: $(VENV)/stamp ## docs/cpu_speed.png, docs/paper_time.png; plots of what `make gpu` measured
 	$(BIN)/python -m benchmarks.cpu_plot
+	$(BIN)/python -m benchmarks.paper.figures
 	@for results in $(wildcard benchmarks/results/*/attention.json); do \
 		folder=$$(dirname $$results); \
 		$(BIN)/python -m benchmarks.plot $$folder; \

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from benchmarks.cpu_kernel import measure
-from benchmarks.paper.attention_calls import drawn
+from benchmarks.paper.attention_calls import Calls, drawn
 from benchmarks.paper.script import NOT_MEASURED, Cells, Script, markdown
 from benchmarks.store import Cell
 from distr_compile.estimators import arithmetic, auto_grouping_block
@@ -46,8 +46,8 @@ def cell(tokens: int) -> Cell:
     return found
 
 
-def calls(tokens: int, estimator: str, rank: int):  # type: ignore[no-untyped-def]
-    """The two arms."""
+def calls(tokens: int, estimator: str, rank: int) -> Calls:
+    """The two arms of one estimator: A and B alone, and the call."""
     q, k, v = drawn(tokens, WIDTH, heads=1)
     out = torch.empty_like(v)
     module = arithmetic(estimator, "cpu", "groups")

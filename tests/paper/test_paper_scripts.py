@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from benchmarks import error_metrics
 from benchmarks.error_inputs import Inputs, uniform
 from benchmarks.paper import (
     attention_time,
     exact_time,
+    figures,
     grouping_share,
     hard_patterns,
     score_errors,
@@ -133,6 +135,22 @@ def test_a_table_of_cells_by_hand() -> None:
     assert "| 0.9000" in shown
 
 
+def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
+    shown: list[tuple[str, list[float]]] = []
+
+    def look(self: Axes, x: list[int], y: list[float], *args: Any, **options: Any) -> Any:
+        shown.append((options["label"], y))
+        return drawn(self, x, y, *args, **options)
+
+    drawn = Axes.errorbar
+    cell = {"over SDPA": {"SDPA": [1.0] * 3, "Hydra": [2.0, 9.0, 4.0], "exact": [1.0, 1.5, 1.2]}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "errorbar", look)
+        path = figures.draw_times({"d=64, N=1024": cell}, tmp_path)
+    assert shown == [("exact", [1.2]), ("Hydra", [4.0])]
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 # --- what is measured --------------------------------------------------------------------------
 
 
@@ -217,7 +235,7 @@ def prose_and_published(text: str) -> tuple[str, str]:
 def test_every_number_in_the_text_is_in_a_table() -> None:
     """Decimals and percentages, of ours and of the paper alike."""
     prose, published = prose_and_published(PAGE.read_text(encoding="utf-8"))
-    prose = re.sub(r"arXiv \S+", "", prose)
+    prose = re.sub(r"arXiv \S+|[Ss]ection \d+\.\d+", "", prose)
     number = r"(?<![\w.-])\d+\.\d+(?![\w.]*\.\d)"
     tables = "\n".join(table_of(script) for script in SCRIPTS) + published
     known = {x.strip("+-") for x in re.findall(r"[-+]?\d+\.\d+", tables)}
