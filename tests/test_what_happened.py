@@ -215,7 +215,7 @@ def test_all_pieces_of_a_graph_that_ddp_cuts_are_listed(compiler: str) -> None:
     # A layer of this width is larger than the first bucket, 1 MiB: a piece for each.
     model = nn.parallel.DistributedDataParallel(Blocks(3, width=256), bucket_cap_mb=1)
     function = compiled(model, compiler=compiler)
-    layers = [f"module.blocks.{i}" for i in range(3)]
+    layers = [f"blocks.{i}" for i in range(3)]
     with torch.enable_grad():
         function(tokens(width=256)).sum().backward()
     assert [row.layer for row in report(function).rows] == layers
