@@ -137,7 +137,10 @@ def short_run(device: str, cells: Iterable[Cell]) -> list[Cell]:
     """The cells of a run of minutes; the smallest that have their forms, without a GPU."""
     if device == "cuda":
         return list(cells)
-    small = [replace(cell, head_dim=32, tokens=48) for cell in _fit(device, cells)]
+    small = (
+        replace(cell, heads=cell.heads // cell.key_heads, key_heads=1, head_dim=32, tokens=48)
+        for cell in _fit(device, cells)
+    )
     return list(dict.fromkeys(small))
 
 
