@@ -25,11 +25,16 @@ serves them all, no guard can tell them apart, and the report says so in a note.
 """
 
 
-SPELLED_BY_HAND = {"hf:inkling_text:eager": -2}
+SPELLED_BY_HAND = {
+    "hf:inkling_text:eager": -2,
+    "hf:inkling_text:sdpa": -2,
+    "hf:reformer:eager": -2,
+}
 """Cases whose report has more entries than the counter saw calls, and how many more.
 
-The counter knows softmax by its names. Inkling's router writes ``exp(x - logsumexp(x))``, which the
-pass lists as no attention; the labels leave it out, too.
+The counter knows softmax by its names. Inkling's router and Reformer's attention write
+``exp(x - logsumexp(x))``, which the pass lists as no attention, and as exact; the labels, made with
+the counter beside them, leave it out, too.
 """
 
 
