@@ -251,7 +251,7 @@ def test_auto_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.decision for row in distr_compile.report(model).rows] == ["distr"] * 2
 
 
-# --- several processes, and other people's loops -------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 TWO_PROCESSES = """
 import sys
@@ -297,43 +297,3 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     wanted = gradients(model, defined(model), x)
     for rank in range(2):
         same(torch.load(f"{store}.{rank}", weights_only=True), wanted)
-
-
-def test_a_trainer_of_transformers(tmp_path: Path) -> None:
-    """The Trainer of Hugging Face, with a model that was compiled in place: the loss falls."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    config = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        attention_probs_dropout_prob=0.0,
-        hidden_dropout_prob=0.0,
-        num_labels=2,
-    )
-    model = transformers.BertForSequenceClassification(config)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 64, (64, 48), generator=generator)
-    data = [{"input_ids": row, "labels": int(row[0] > 31)} for row in ids]
-    options = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=30,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        learning_rate=3e-3,
-        logging_steps=5,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    model.compile(backend="distr", options={"policy": TRAINED, "compiler": "eager"})
-    trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
-    rows = distr_compile.report(model).rows
-    assert {(row.decision, row.backward) for row in rows} == {("distr", "distr-cpu")}
