@@ -26,6 +26,7 @@ from tests.backend_models import HEADS, WIDTH, Attention, approximate
 from tests.kernels.cpu_kernel import require_kernel
 
 TRAINED = {"default": {"min_seq_len": 0, "training": "approximate"}}
+OPTIONS: dict[str, Any] = {"policy": TRAINED}
 CLOSE = {"rtol": 1e-3, "atol": 1e-6}
 """For gradients of the mean of squares: fp32, sums in another order, through a basis."""
 
@@ -251,38 +252,50 @@ def test_auto_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.decision for row in distr_compile.report(model).rows] == ["distr"] * 2
 
 
-# --- several processes, and other people's loops -------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 TWO_PROCESSES = """
 import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distr_compile
-from tests.test_training import TRAINED, compiled, layers, tokens
+from tests.test_training import OPTIONS, compiled, layers, tokens
 
-rank, store = int(sys.argv[1]), sys.argv[2]
+rank, store, kind = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
 model, x = layers(), tokens(4)
-ddp = compiled(DistributedDataParallel(model), "inductor")
-ddp(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-rows = distr_compile.report(ddp).rows
-assert [row.decision for row in rows] == ["distr"] * 2, rows
-torch.save([p.grad for p in model.parameters()], f"{store}.{rank}")
+if kind == "ddp":
+    called = compiled(DistributedDataParallel(model), "inductor")
+    reported = [called]
+else:
+    mesh, called, reported = init_device_mesh("cpu", (2,)), model, [model[0], model[2]]
+    for layer in reported:
+        layer.compile(backend="distr", options={**OPTIONS, "compiler": "aot_eager"})
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+called(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+rows = [row for each in reported for row in distr_compile.report(each).rows]
+assert [(row.decision, row.backward) for row in rows] == [("distr", "distr-cpu")] * 2, rows
+gradients = [p.grad if kind == "ddp" else p.grad.full_tensor() for p in model.parameters()]
+torch.save(gradients, f"{store}.{rank}")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    """Each has half of the batch; DDP averages."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_have_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+    """Each has half of the batch; DDP and FSDP2 average."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     store = tmp_path / "store"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(store)],
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(store), kind],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -297,43 +310,3 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     wanted = gradients(model, defined(model), x)
     for rank in range(2):
         same(torch.load(f"{store}.{rank}", weights_only=True), wanted)
-
-
-def test_a_trainer_of_transformers(tmp_path: Path) -> None:
-    """The Trainer of Hugging Face, with a model that was compiled in place: the loss falls."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    config = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        attention_probs_dropout_prob=0.0,
-        hidden_dropout_prob=0.0,
-        num_labels=2,
-    )
-    model = transformers.BertForSequenceClassification(config)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 64, (64, 48), generator=generator)
-    data = [{"input_ids": row, "labels": int(row[0] > 31)} for row in ids]
-    options = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=30,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        learning_rate=3e-3,
-        logging_steps=5,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    model.compile(backend="distr", options={"policy": TRAINED, "compiler": "eager"})
-    trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
-    rows = distr_compile.report(model).rows
-    assert {(row.decision, row.backward) for row in rows} == {("distr", "distr-cpu")}

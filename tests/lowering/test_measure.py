@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import judge as judging
-from distr_compile.lowering import measure, sdpa, stored
+from distr_compile.lowering import measure, sdpa, stored, training
 from distr_compile.lowering.call import BHND, Approximation, Shape
 from distr_compile.lowering.clock import EventClock, HostClock, clock_of
 from distr_compile.lowering.judge import Judge
@@ -590,3 +590,26 @@ def test_a_mask_has_the_sizes_of_its_call() -> None:
     masked = SHAPE._replace(mask=((2, 1, 200, 160), torch.bool))
     assert masked.resized({"num_queries": 7}).mask == ((2, 1, 7, 160), torch.bool)
     assert masked.resized({"num_keys": 7}).mask == ((2, 1, 200, 7), torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_call_is_timed_both_ways(dtype: torch.dtype) -> None:
+    """SDPA and the approximation, each with its backward; by name who computes them."""
+    shape = SHAPE._replace(
+        trained=True,
+        dtype=dtype,
+        is_causal=True,
+        mask=((1, 1, 200, 160), dtype),
+        order=((0, 2, 1, 3), (0, ~1, 2, 3), (0, 2, 1, 3)),
+    )
+    how = Approximation("projection", 32)
+    arms = measure.arms(shape, how, 2)
+    with measure.undisturbed(shape):
+        for run in arms.values():
+            gradients = run()
+            sizes = [(1, 4, 200, 64), (1, 2, 160, 64), (1, 2, 160, 48)]
+            assert [g.shape for g in gradients] == sizes
+            assert all(g.dtype == dtype and g.isfinite().all() for g in gradients)
+    found = measure.race(shape, how)
+    assert isinstance(found, Race)
+    assert found.kernel == " + ".join(dict.fromkeys(training.names(shape, how)[:2]))
