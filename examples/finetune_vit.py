@@ -63,7 +63,7 @@ def finetune(model: nn.Module, steps: int, compiler: str) -> list[float]:
     return losses
 
 
-def main(steps: int = 60, compiler: str = "inductor") -> None:
+def main(steps: int = 40, compiler: str = "inductor") -> None:
     torch.manual_seed(0)
     zoo = RECIPE.load()
     before = accuracy(zoo, zoo.model)
@@ -84,5 +84,5 @@ def main(steps: int = 60, compiler: str = "inductor") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     main(parser.parse_args().steps)
