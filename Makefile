@@ -97,7 +97,7 @@ clean: ## remove the environments and everything generated
 $(VENV)/stamp: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[zoo,dev]'
+	$(BIN)/python -m pip install --editable '.[zoo,integrations,dev]'
 	touch $@
 
 # torch 2.11 and its Triton 3.6 have wheels for Python 3.10 to 3.14; that Triton's interpreter fails with numpy >= 2.4.
@@ -109,5 +109,5 @@ $(OLDEST)/stamp: pyproject.toml
 	echo 'No Python from 3.10 to 3.14 runs here, of: $(PYTHON_OLDEST).' \
 		'Install one, or name one: make test-oldest PYTHON_OLDEST=/path/to/python3' >&2; \
 	exit 1
-	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,dev]'
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,integrations,dev]'
 	touch $@
