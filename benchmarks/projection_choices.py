@@ -126,6 +126,31 @@ def error_table(rows: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
+NAMES = {"llama": "Llama", "gpt2": "GPT-2", "tagger": "BERT tagger", "t5": "T5", "minilm": "MiniLM"}
+
+
+def document(rows: list[dict[str, Any]], exact: dict[str, float]) -> Iterator[str]:
+    """The lines of the table in docs/estimators.md.
+
+    Args:
+        rows: of ``error``.
+        exact: the task's metric of each exact model.
+    """
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["policy"]), {})[row["choice"]] = row
+    for (model, policy), by_choice in cells.items():
+        group_size, block = policy.replace("G = ", "").replace("l = ", "").split(", ")
+        plain = by_choice[CHOICES[0]]
+        changes = [
+            f"{100 * (by_choice[choice]['divergence'] / plain['divergence'] - 1):+.0f} %"
+            for choice in CHOICES[1:]
+        ]
+        metric = f"{plain['metric']} {plain['value']:.4g} ({exact[model]:.4g})"
+        parts = [NAMES[model], group_size, block, f"{plain['divergence']:.2g}", *changes, metric]
+        yield f"| {' | '.join(parts)} |"
+
+
 def arms(dtype: torch.dtype, d: int, tokens: int, heads: int) -> dict[str, Callable[[], object]]:
     """Whole calls: our exact kernel, and ``projection`` at G = 2 and 4 with each block."""
     q, k, v, out = (torch.randn(1, tokens, heads, d).to(dtype).transpose(1, 2) for _ in range(4))

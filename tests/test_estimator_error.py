@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import error_metrics, error_models, estimator_error
+from benchmarks import error_metrics, error_models, estimator_error, projection_choices
 from benchmarks.error_inputs import DRAWS, Inputs, draw
 from benchmarks.error_metrics import SVD_LIMIT, methods, svd_limit
 from benchmarks.estimator_error import GROUP_SIZES, PUBLISHED, Sizes
 from distr_compile.kernels.roles import Block
+from tests.regression.gate import BASELINE
 from tests.zoo import load
 
 TINY = Sizes(paper_trials=2, trials=1, tokens=32, layer_texts=1, texts=3, images=4, pieces=1)
@@ -186,6 +187,13 @@ def check_results(results: estimator_error.Row, tokens: int, group_sizes: tuple[
 def test_the_document_shows_the_committed_results() -> None:
     results = json.loads(estimator_error.RESULTS.read_text())
     printed = " ".join("\n".join(table for _, table in estimator_error.tables(results)).split())
+    choices = json.loads(estimator_error.RESULTS.with_name("projection_choices.json").read_text())
+    models = json.loads(BASELINE.read_text())["models"]
+    exact = {
+        name: models[name]["policies"]["exact"]["metrics"][task]["exact"]
+        for name, task in {row["model"]: row["metric"] for row in choices}.items()
+    }
+    printed += " ".join(projection_choices.document(choices, exact))
     text = (estimator_error.RESULTS.parents[2] / "docs" / "estimators.md").read_text("utf-8")
     rows = [line for line in text.splitlines() if re.match(r"\| .* \d\.\d{3}\b.* \|$", line)]
     assert len(rows) > 40

@@ -139,7 +139,7 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
             if looks and position > memory.position[writer] and reader not in nodes | memory.dead:
                 raise RefusedError("in-place-write", f"{reader} reads what is written in place")
     if site.requires_grad:
-        last = next(reversed(site.output.graph.nodes))
+        last = next(iter(reversed(site.output.graph.nodes)))
         kept = read_too | {site.output} | _tensors(site)
         is_written = any(memory.writers(n, site.output, last) for n in kept)
         site = replace(site, written_later=is_written)
