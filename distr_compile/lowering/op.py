@@ -175,10 +175,14 @@ def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether these are tensors of no subclass and no lazy negation, with no mode around them."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
+    """Whether nothing stands between a call and ``attention``: subclass, negation, mode, kernel."""
+    if torch._C._len_torch_dispatch_stack() or not all(
         t is None or (type(t) in (Tensor, Parameter) and not t.is_neg()) for t in tensors
-    )
+    ):
+        return False
+    # Somebody may have put a kernel of their own in this one's place.
+    key = tensors[0].device.type.upper() if tensors[0] is not None else "CPU"
+    return not torch._C._dispatch_has_kernel_for_dispatch_key("distr::attention", key)
 
 
 register("attention", SCHEMA, attention, _attention_fake, attention_flops)

@@ -435,3 +435,17 @@ def test_function_transforms_are_refused_not_wrong() -> None:
     ):
         with pytest.raises(NotImplementedError, match=r"inside a torch\.func transform"):
             call()
+
+
+def test_a_kernel_in_its_place_is_called() -> None:
+    """Whoever registers another implementation for a device gets every call of it."""
+    q, k, v = (torch.randn(1, 2, 20, 32) for _ in "qkv")
+    options = {"scale": 0.2, "rank": 16, "estimator": "projection", "grouping_block": 0}
+    before = torch.ops.distr.attention(q, k, v, **options)
+    library = torch.library.Library("distr", "IMPL")
+    library.impl("attention", lambda q, k, v, *_, **__: torch.full_like(v, 7), "CPU")
+    try:
+        assert (torch.ops.distr.attention(q, k, v, **options) == 7).all()
+    finally:
+        library._destroy()
+    assert torch.equal(torch.ops.distr.attention(q, k, v, **options), before)
