@@ -232,32 +232,9 @@ struct Backward {
 
   // The bias of a tile; false where it hides every key from every row.
   bool read_bias(const Head& h, const Tile& t, int64_t key, int64_t n, Scratch& s) const {
-    const int64_t *st = c.mask_strides, bytes = element_bytes(c.mask_kind);
-    const char* from = static_cast<const char*>(c.mask) +
-                       (h.batch * st[0] + h.head * st[1] + t.row * st[2] + key * st[3]) * bytes;
-    bool seen = false;
-    auto row = [&](int64_t i, float* to) {
-      read_floats(from + i * st[2] * bytes, c.mask_kind, st[3], n, to);
-      for (int64_t j = 0; j < n; j++) seen |= to[j] != -INFINITY;
-    };
-    if (!st[2]) {
-      row(0, s.bias);
-      return seen;
-    }
-    for (int64_t first = 0; first < t.rows; first += LANES) {
-      for (int i = 0; i < LANES; i++) {
-        float* to = s.buffer + i * KEY_TILE;
-        if (first + i < t.rows) row(first + i, to);
-        else std::memset(to, 0, 4 * KEY_TILE);
-      }
-      for (int64_t j = 0; j < n; j += LANES) {
-        vf x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = load<vf>(s.buffer + i * KEY_TILE + j);
-        transpose(x);
-        for (int i = 0; i < LANES; i++) store(s.bias + (j + i) * QUERY_TILE + first, x[i]);
-      }
-    }
-    return seen;
+    const int64_t* st = c.mask_strides;
+    const int64_t place = h.batch * st[0] + h.head * st[1] + t.row * st[2] + key * st[3];
+    return read_mask(c.mask, place, c.mask_kind, st[2], st[3], t.rows, n, s.buffer, s.bias);
   }
 
   // P^T into s.scores, dS^T without the factor into s.d_scores, for n keys from `key` on.

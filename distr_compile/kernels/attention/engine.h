@@ -295,38 +295,8 @@ template <bool PAIRS> struct Engine {
   // The bias of a tile; false where it hides every key from every row.
   bool read_bias(const Item& t, int64_t key, int64_t n, Scratch& s) const {
     const int64_t* st = c.mask_strides;
-    const int64_t bytes = element_bytes(c.mask_kind);
-    const char* from = static_cast<const char*>(c.mask) +
-                       (t.batch * st[0] + t.head * st[1] + t.row * st[2] + key * st[3]) * bytes;
-    bool seen = false;
-    auto row = [&](int64_t i, float* to) {
-      const char* at = from + i * st[2] * bytes;
-      // Rows lie far apart: ask for those of the next tile while this one is computed.
-      for (int64_t b = 0; st[3] == 1 && b < n * bytes; b += 64)
-        __builtin_prefetch(at + KEY_TILE * bytes + b, 0, 2);
-      read_floats(at, c.mask_kind, st[3], n, to);
-      bool any = false;
-      for (int64_t j = 0; j < n; j++) any |= to[j] != -INFINITY;
-      seen |= any;
-    };
-    if (!st[2]) {
-      row(0, s.bias);
-      return seen;
-    }
-    for (int64_t first = 0; first < t.rows; first += LANES) {
-      for (int i = 0; i < LANES; i++) {
-        float* to = s.rows + i * KEY_TILE;
-        if (first + i < t.rows) row(first + i, to);
-        else std::memset(to, 0, 4 * KEY_TILE);
-      }
-      for (int64_t j = 0; j < n; j += LANES) {
-        vf x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = load<vf>(s.rows + i * KEY_TILE + j);
-        transpose(x);
-        for (int i = 0; i < LANES; i++) store(s.bias + (j + i) * QUERY_TILE + first, x[i]);
-      }
-    }
-    return seen;
+    const int64_t place = t.batch * st[0] + t.head * st[1] + t.row * st[2] + key * st[3];
+    return read_mask(c.mask, place, c.mask_kind, st[2], st[3], t.rows, n, s.rows, s.bias);
   }
 
   // Scores of n keys from `key` on, after soft cap, bias and causality.

@@ -321,6 +321,43 @@ void read_transposed(bool pairs, const char* from, int64_t kind, int64_t row_str
   }
 }
 
+// Up to QUERY_TILE rows of a mask, of n keys from element `place` on, as fp32 [key][QUERY_TILE]; of
+// one that is broadcast over rows, one number a key. False where it hides every key from every row.
+// `buffer`: LANES rows of KEY_TILE words.
+bool read_mask(const void* mask, int64_t place, int64_t kind, int64_t row_stride, int64_t stride,
+               int64_t rows, int64_t n, float* buffer, float* to) {
+  const int64_t bytes = element_bytes(kind);
+  const char* from = static_cast<const char*>(mask) + place * bytes;
+  bool seen = false;
+  auto row = [&](int64_t i, float* out) {
+    const char* at = from + i * row_stride * bytes;
+    // Rows lie far apart: ask for those of the next tile while this one is computed.
+    for (int64_t b = 0; stride == 1 && b < n * bytes; b += 64)
+      __builtin_prefetch(at + KEY_TILE * bytes + b, 0, 2);
+    read_floats(at, kind, stride, n, out);
+    bool any = false;
+    for (int64_t j = 0; j < n; j++) any |= out[j] != -INFINITY;
+    seen |= any;
+  };
+  if (!row_stride) {
+    row(0, to);
+    return seen;
+  }
+  for (int64_t first = 0; first < rows; first += LANES) {
+    for (int i = 0; i < LANES; i++) {
+      if (first + i < rows) row(first + i, buffer + i * KEY_TILE);
+      else std::memset(buffer + i * KEY_TILE, 0, 4 * KEY_TILE);
+    }
+    for (int64_t j = 0; j < n; j += LANES) {
+      vf x[LANES];
+      for (int i = 0; i < LANES; i++) x[i] = load<vf>(buffer + i * KEY_TILE + j);
+      transpose(x);
+      for (int i = 0; i < LANES; i++) store(to + (j + i) * QUERY_TILE + first, x[i]);
+    }
+  }
+  return seen;
+}
+
 void write_row(const float* from, int64_t kind, int64_t stride, int64_t n, char* to) {
   if (kind == F32) {
     float* p = reinterpret_cast<float*>(to);
