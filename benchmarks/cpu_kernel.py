@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks import bars
 from distr_compile.kernels.attention import build, cpu
 from distr_compile.lowering import cpu as lowering
 from distr_compile.lowering import cpu_fused
@@ -41,17 +42,6 @@ CELLS = [
     (128, 16384, 1, False),
 ]
 QUICK_CELLS = [cell for cell in CELLS if cell[1] <= 4096]
-
-BARS = {
-    # (arm, over, head widths, tokens, causal): the least ratio in fp32 and in bf16
-    ("rank d", "SDPA", (64, 128), (1024, 4096, 16384), False): (1.6, 2.8),
-    ("projection G=2", "SDPA", (128,), (4096,), False): (2.0, 3.2),
-    ("projection G=4", "SDPA", (128,), (4096,), False): (2.3, 3.6),
-    ("projection G=2", "rank d", (128,), (16384,), False): (1.15, 1.10),
-    ("calibrated G=2", "rank d", (128,), (16384,), False): (1.22, 1.15),
-    ("strict projection G=2", "SDPA", (128,), (4096,), True): (1.6, 2.4),
-}
-"""What was asked for, on a quiet machine with AVX-512 and bf16 dot products, one thread."""
 
 
 def arms(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> dict[str, Callable[[], object]]:
@@ -128,17 +118,15 @@ def cell(
     }  # fmt: skip
 
 
-def held(cells: list[dict[str, Any]]) -> list[list[object]]:
-    """One row a bar and cell: what was asked for, what was measured."""
-    rows: list[list[object]] = []
-    for (arm, over, widths, lengths, causal), bars in BARS.items():
-        for c in cells:
-            if c["d"] in widths and c["tokens"] in lengths and c["causal"] == causal:
-                least, got = bars[list(DTYPES).index(c["dtype"])], c[f"over {over}"].get(arm)
-                if got is not None:
-                    verdict = "held" if got >= least else "missed"
-                    rows.append([arm, over, c["dtype"], c["d"], c["tokens"], least, got, verdict])
-    return rows
+def timed(cell: dict[str, Any]) -> bars.Timed:
+    """A cell for the bars; other runtimes have no time here."""
+
+    def over(arm: str, other: str) -> float | None:
+        ratio: float | None = cell.get(f"over {other}", {}).get(arm)
+        return ratio
+
+    kind = "causal" if cell["causal"] else "full"
+    return bars.Timed(cell["dtype"], cell["d"], cell["tokens"], kind, over)
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -180,8 +168,7 @@ def main() -> None:
         for d, tokens, heads, causal in QUICK_CELLS if args.quick else CELLS:
             cells.append(cell(dtype, d, tokens, heads, causal, args.rounds, args.seconds))
             print(json.dumps({k: v for k, v in cells[-1].items() if k != "ms"}), flush=True)
-    header = ["arm", "over", "dtype", "d", "tokens", "asked", "measured", ""]
-    print(tabulate(held(cells), header))
+    print(tabulate(bars.held(map(timed, cells)), bars.HEADER))
     if args.json:
         args.json.write_text(json.dumps({**machine(args.threads), "cells": cells}, indent=1) + "\n")
 

@@ -28,7 +28,7 @@ import torch._dynamo
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks import cpu_kernel
+from benchmarks import bars, cpu_kernel
 from benchmarks.arms import Inputs, errors, make_inputs
 from benchmarks.cells import Cell
 from benchmarks.peer_calls import ARMS, RANK_D, RUNTIMES, SDPA, Arm, Call
@@ -194,32 +194,13 @@ def refusals(cells: list[dict[str, Any]]) -> list[str]:
     return [f"{name}: {reason} ({', '.join(at)})" for (name, reason), at in where.items()]
 
 
-BARS: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...], str, tuple[float, float]], ...] = (
-    # arm, over, head widths, tokens, kind: the least ratio in fp32 and in bf16
-    (RANK_D, SDPA, (64, 128), (1024, 4096, 16384), "full", (1.6, 2.8)),
-    ("projection G=2", SDPA, (128,), (4096,), "full", (2.0, 3.2)),
-    ("projection G=4", SDPA, (128,), (4096,), "full", (2.3, 3.6)),
-    ("projection G=2", RANK_D, (128,), (16384,), "full", (1.15, 1.10)),
-    ("calibrated G=2", RANK_D, (128,), (16384,), "full", (1.22, 1.15)),
-    (RANK_D, "runtime", (64, 128), (4096,), "full", (0.95, 1.0)),
-    ("projection G=2", "runtime", (128,), (4096,), "full", (1.1, 1.2)),
-    ("strict projection G=2", SDPA, (128,), (4096,), "causal", (1.6, 2.4)),
-)
-"""What was asked for, on a quiet machine with AVX-512 and bf16 dot products, one thread."""
+def timed(cell: dict[str, Any]) -> bars.Timed:
+    """A cell for the bars."""
 
+    def over(arm: str, other: str) -> float | None:
+        return speed(cell, arm, better_runtime(cell) if other == bars.RUNTIME else other)
 
-def held(cells: list[dict[str, Any]]) -> list[list[object]]:
-    """A row for each bar and each of the cells that it is about: asked for, and measured."""
-    rows: list[list[object]] = []
-    for (arm, over, widths, tokens, kind, bars), cell in itertools.product(BARS, cells):
-        if cell["head_dim"] in widths and cell["tokens"] in tokens and cell["kind"] == kind:
-            least = bars[DTYPES.index(cell["dtype"])]
-            got = speed(cell, arm, better_runtime(cell) if over == "runtime" else over)
-            verdict = "not measured" if got is None else "held" if got >= least else "missed"
-            told = "-" if got is None else f"{got:.2f}"
-            shape = [cell["dtype"], cell["head_dim"], cell["tokens"], kind]
-            rows.append([arm, over, *shape, least, told, verdict])
-    return rows
+    return bars.Timed(cell["dtype"], cell["head_dim"], cell["tokens"], cell["kind"], over)
 
 
 def grid(options: argparse.Namespace) -> list[Cell]:
@@ -258,8 +239,7 @@ def main() -> None:
                 store.put(cell.key, measure(cell, args.threads, args.rounds, args.seconds))
             shown.append(store.cells[cell.key])
     print(table(shown), *refusals(shown), sep="\n")
-    header = ["arm", "over", "dtype", "d", "N", "kind", "asked", "measured", ""]
-    print(tabulate(held(shown), header))
+    print(tabulate(bars.held(map(timed, shown)), bars.HEADER))
 
 
 if __name__ == "__main__":

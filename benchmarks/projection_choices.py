@@ -108,13 +108,18 @@ def error_rows(model: str) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Model and policy -> choice -> its row."""
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["model"], row["policy"]), {})[row["choice"]] = row
+    return cases
+
+
 def error_table(rows: list[dict[str, Any]]) -> str:
     """A line a model and policy; the divergence of each choice, and the task's metric as it is."""
-    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["model"], row["policy"]), {})[row["choice"]] = row
     lines = []
-    for (model, policy), by_choice in cells.items():
+    for (model, policy), by_choice in by_case(rows).items():
         plain = by_choice[CHOICES[0]]
         line = [model, policy, f"{plain['divergence']:.4g}"]
         for choice in CHOICES[1:]:
@@ -136,10 +141,7 @@ def document(rows: list[dict[str, Any]], exact: dict[str, float]) -> Iterator[st
         rows: of ``error``.
         exact: the task's metric of each exact model.
     """
-    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["model"], row["policy"]), {})[row["choice"]] = row
-    for (model, policy), by_choice in cells.items():
+    for (model, policy), by_choice in by_case(rows).items():
         group_size, block = policy.replace("G = ", "").replace("l = ", "").split(", ")
         plain = by_choice[CHOICES[0]]
         changes = [

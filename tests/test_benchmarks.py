@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import (
     arms,
+    bars,
     cells,
     cpu_plot,
     gpu,
@@ -484,7 +485,7 @@ def test_our_arms_compute_what_they_say(kind: str) -> None:
 def test_bars_are_about_the_cells_that_were_measured(beside_peers: list[dict[str, Any]]) -> None:
     single = beside_peers[0]
     single["arms"]["rank d"] = {"ms": [4.0, 8.0, 4.0]}
-    lines = peers.held(beside_peers)
+    lines = bars.held(map(peers.timed, beside_peers))
     shape = ["rank d", "SDPA", "float32", 64, 1024, "full"]
     assert lines[0] == [*shape, 1.6, "2.00", "held"]
     assert lines[1][2:] == ["bfloat16", 64, 1024, "full", 2.8, "-", "not measured"]
