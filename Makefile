@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots clean
+.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: lint types ## lint, types and all tests
 
 test-oldest: $(OLDEST)/stamp ## all tests with the oldest supported torch
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-wheel: $(VENV)/stamp ## build both packages into dist, install the wheel into an empty environment, use it there (5 minutes)
+	$(BIN)/python -m tests.packages
 
 # The walk over keys in several parts takes much data otherwise, so the workspace is made small.
 SANITIZED := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
@@ -97,7 +100,7 @@ clean: ## remove the environments and everything generated
 $(VENV)/stamp: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[zoo,integrations,dev]'
+	$(BIN)/python -m pip install --editable '.[zoo,integrations,docs,dev]'
 	touch $@
 
 # torch 2.11 and its Triton 3.6 have wheels for Python 3.10 to 3.14; that Triton's interpreter fails with numpy >= 2.4.
@@ -109,5 +112,5 @@ $(OLDEST)/stamp: pyproject.toml
 	echo 'No Python from 3.10 to 3.14 runs here, of: $(PYTHON_OLDEST).' \
 		'Install one, or name one: make test-oldest PYTHON_OLDEST=/path/to/python3' >&2; \
 	exit 1
-	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,integrations,dev]'
+	$(OLDEST)/bin/python -m pip install 'torch==2.11.*' 'numpy<2.4' --editable '.[zoo,integrations,docs,dev]'
 	touch $@

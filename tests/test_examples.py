@@ -13,6 +13,7 @@ import pytest
 
 from distr_compile import Policy
 from distr_compile.cli import main
+from tests import readme
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,10 +98,9 @@ def test_finetune_vit_wins_back_some_accuracy() -> None:
 
 
 def test_tour_of_the_readme(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tour,) = re.findall(r"<!-- tour -->\n+```python\n(.*?)```", text, re.DOTALL)
-    assert len(tour.splitlines()) <= 30
-    (tmp_path / "tour.py").write_text(tour, encoding="utf-8")
+    code = readme.tour()
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "tour.py").write_text(code, encoding="utf-8")
     out = run("tour.py", cwd=tmp_path)
     assert "distr, 1 exact" in out
 
@@ -109,9 +109,8 @@ def test_tuning_section_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Word by word: the file, then the commands."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- tune -->")[2]
-    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
-    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[0].splitlines()
+    file, commands = readme.tuning()
+    (tmp_path / "mine.py").write_text(file, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert [main(shlex.split(line, comments=True)[1:]) for line in commands] == [0, 0, 0]
