@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots clean
+.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,13 +84,17 @@ gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; gre
 gpu-wheel: $(VENV)/stamp ## wheels for a GPU machine without a network, into dist/gpu; the line that runs there
 	@$(BIN)/python -m benchmarks.wheels
 
-plots: $(VENV)/stamp ## docs/cpu_speed.png, docs/paper_time.png; plots of what `make gpu` measured
+plots: $(VENV)/stamp ## docs/cpu_speed.png, docs/paper_time.png, docs/pictures; plots of what `make gpu` measured
+	$(BIN)/python -m benchmarks.first_page
 	$(BIN)/python -m benchmarks.cpu_plot
 	$(BIN)/python -m benchmarks.paper.figures
 	@for results in $(wildcard benchmarks/results/*/attention.json); do \
 		folder=$$(dirname $$results); \
 		$(BIN)/python -m benchmarks.plot $$folder; \
 	done
+
+docs: $(VENV)/stamp ## the site, into dist/site; fails where a link or a page is wrong
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove the environments and everything generated
 	rm -rf $(VENV) $(OLDEST) regress.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
