@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+README_LINES, COLUMNS = 150, 120
+NARROW = [ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("index", "backend", "numbers"))]
+"""No line of these is wider than ``COLUMNS``; tables and code outside of the README may be."""
 
 
 def codes_raised() -> Iterator[str]:
@@ -55,3 +58,17 @@ def test_recipes_name_what_there_is() -> None:
     assert all(any((ROOT / top / n).exists() for top in ("", "distr_compile")) for n in named)
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     assert [n for n in re.findall(r"`(test_\w+)`", text) if f"def {n}(" not in tests] == []
+
+
+def test_the_readme_is_short_and_narrow() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= README_LINES, "tell it on a page of docs/, and lead there"
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+@pytest.mark.parametrize("document", NARROW, ids=lambda path: path.name)
+def test_prose_is_narrow(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    wide = [n for n in prose.splitlines() if len(n) > COLUMNS and not n.startswith("|")]
+    assert wide == []
