@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots clean
+.PHONY: help demo test test-oldest sanitize lint types survey regress baseline bench bench-quick bench-error bench-finetune bench-tune reactions paper paper-quick gpu gpu-wheel plots clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,12 @@ bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, an
 
 bench-quick: $(VENV)/stamp ## the CPU kernel beside other libraries, 16 calls only (10 minutes)
 	$(BIN)/python -m benchmarks.peers --grid quick
+
+reactions: $(VENV)/stamp ## fetch the optional model of the zoo (75 MB), a BERT of chemical reactions; the gate then measures it too
+	$(BIN)/python -m tests.zoo.reactions
+
+bench-finetune: $(VENV)/stamp ## does training through the approximation pay; rewrites benchmarks/results/finetune.json (hours; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.finetune
 
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
 	$(BIN)/python -m benchmarks.estimator_error
