@@ -50,7 +50,7 @@ SCENES = 13
 FIXED = 16
 """Batches of training data on which the loss is compared before and after."""
 
-MODELS = {"digits-vit": "ViT (top-1)", "gpt2": "GPT-2 (perplexity)", "tagger": "BERT tagger (F1)"}
+MODELS = {"tagger": "BERT tagger (F1)", "gpt2": "GPT-2 (perplexity)", "digits-vit": "ViT (top-1)"}
 POLICIES = {
     f"{name}, G={g}": {"estimator": name, "group_size": g, "min_seq_len": 0, "exact": "sdpa"}
     for name in ("lsh-sample", "lsh-mean", "projection")
@@ -128,27 +128,48 @@ def _held_out_scenes(scenes: int) -> list[Batch]:
 # --- training and evaluation -------------------------------------------------------------------
 
 
-def trained(of: Subject, policy: dict[str, Any] | None, seed: int, steps: int) -> nn.Module:
-    """A copy of the model after ``steps`` more, through the approximation if a policy is given."""
+def trained(
+    of: Subject,
+    policy: dict[str, Any] | None,
+    seed: int,
+    steps: int,
+    *,
+    rate: float = RATE,
+    prepare: Callable[[nn.Module], object] = lambda model: None,
+    penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
+) -> tuple[nn.Module, list[float]]:
+    """A copy of the model after ``steps`` more, and the loss of each.
+
+    Args:
+        of: the model and its data.
+        policy: through which approximation; None for the model as it is.
+        seed: of the batches.
+        steps: of the optimiser.
+        rate: the highest learning rate.
+        prepare: changes the copy before.
+        penalty: added to the loss.
+    """
     model = deepcopy(of.model).train()
+    prepare(model)
     run: Any = model
     if policy is not None:
         torch._dynamo.reset()
         options = {"policy": Policy({**policy, "training": "approximate"}), "compiler": "eager"}
         run = torch.compile(model, backend="distr", options=options)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, max(2, steps), pct_start=WARMUP, cycle_momentum=False
+        optimizer, rate, max(2, steps), pct_start=WARMUP, cycle_momentum=False
     )
-    generator = Generator().manual_seed(1000 + seed)
+    generator, losses = Generator().manual_seed(1000 + seed), []
     for _ in range(steps):
         loss = _loss(run, of.sample(generator))
         optimizer.zero_grad()
-        loss.backward()
+        (loss + penalty(model)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-    return model.eval()
+        losses.append(loss.item())
+    return model.eval(), losses
 
 
 def _loss(run: Callable[..., Any], batch: Batch) -> Tensor:
@@ -221,7 +242,7 @@ def cell(name: str, seed: int, arm: str, quick: bool) -> Cell:
                 if each in exact
             },
         }
-    model = trained(of, POLICIES[arm], seed, 2 if quick else STEPS)
+    model, _ = trained(of, POLICIES[arm], seed, 2 if quick else STEPS)
     rows = rows_of(of, model, [EXACT, arm])
     return {
         "metric": of.metric,
@@ -239,7 +260,7 @@ def _exactly_trained(name: str, seed: int, quick: bool) -> dict[str, Tensor]:
     if path.exists() and not quick:
         return load_file(path)
     of, batches = subject(name, quick), 2 if quick else FIXED
-    model = trained(of, None, seed, 2 if quick else STEPS)
+    model, _ = trained(of, None, seed, 2 if quick else STEPS)
     rows = rows_of(of, model, [EXACT, "lsh-sample, G=2"] if quick else [EXACT, *POLICIES])
     losses = [loss_on_training_data(of, each, batches) for each in (of.model, model)]
     rows["losses"] = torch.tensor(losses, dtype=torch.float64)

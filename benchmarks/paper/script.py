@@ -32,6 +32,10 @@ TOLD = ("architecture", "torch", "triton", "python", "sources", "commit")
 Cells = dict[str, Callable[[], Cell]]
 
 
+class UnavailableError(Exception):
+    """What a cell needs is not here; it is left as it is, and the reason is told."""
+
+
 @dataclass(frozen=True)
 class Script:
     """One table or figure of the paper.
@@ -74,7 +78,11 @@ class Script:
         with progress_bar(True) as bar:
             for key in bar.track(left, description=self.name):
                 begin, load = time.perf_counter(), os.getloadavg()[0]
-                found = cells[key]()
+                try:
+                    found = cells[key]()
+                except UnavailableError as error:
+                    print(f"{key}: {error}", file=sys.stderr)
+                    continue
                 seconds = time.perf_counter() - begin
                 store.put(key, {**found, "load": load, "seconds": seconds})
         return store
