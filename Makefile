@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune paper paper-quick gpu gpu-wheel plots docs clean
+.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune reactions paper paper-quick paper-train gpu gpu-wheel plots docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench: $(VENV)/stamp ## time of the CPU kernel, of other libraries beside it, an
 bench-quick: $(VENV)/stamp ## the CPU kernel beside other libraries, 16 calls only (10 minutes)
 	$(BIN)/python -m benchmarks.peers --grid quick
 
+reactions: $(VENV)/stamp ## fetch the optional model of the zoo (75 MB), a BERT of chemical reactions; the gate then measures it too
+	$(BIN)/python -m tests.zoo.reactions
+
 bench-error: $(VENV)/stamp ## accuracy of every estimator; rewrites benchmarks/results/estimator_error.json
 	$(BIN)/python -m benchmarks.estimator_error
 
@@ -74,6 +77,10 @@ bench-tune: $(VENV)/stamp ## does the budget hold, for every model of the zoo; r
 
 paper: $(VENV)/stamp ## the paper's tables as measured here, all but training; rewrites docs/paper.md (half an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper
+
+paper-train: $(VENV)/stamp ## the tables of trained models, and whether training through the approximation pays (hours; goes on where it stopped)
+	$(BIN)/python -m pip install --quiet --editable '.[paper]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper --train
 
 paper-quick: $(VENV)/stamp ## two small cells of each of them, kept nowhere (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper --quick

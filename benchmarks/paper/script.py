@@ -25,11 +25,15 @@ from tabulate import tabulate
 from benchmarks.store import MEASURED, Cell, Store, describe, version
 from distr_compile.accuracy.progress import progress_bar
 
-RESULTS = Path(__file__).parents[1] / "results" / "paper"
+RESULTS = Path(__file__).parents[1] / "results"
 NOT_MEASURED = "not measured"
 TOLD = ("architecture", "torch", "triton", "python", "sources", "commit")
 
 Cells = dict[str, Callable[[], Cell]]
+
+
+class UnavailableError(Exception):
+    """What a cell needs is not here; it is left as it is, and the reason is told."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Script:
         table: cells by their keys, of which some may be missing -> Markdown.
         sources: files or folders of this repository that the results hang on, beside the script.
         packages: whose versions the results hang on, beside PyTorch.
+        folder: of the module below ``benchmarks``, and of the file below ``benchmarks/results``.
     """
 
     name: str
@@ -51,15 +56,17 @@ class Script:
     table: Callable[[dict[str, Cell]], str]
     sources: tuple[str, ...] = MEASURED
     packages: tuple[str, ...] = ()
+    folder: str = "paper"
 
     @property
     def results(self) -> Path:
         """The committed results."""
-        return RESULTS / f"{self.name}.json"
+        return RESULTS / self.folder / f"{self.name}.json"
 
     def environment(self) -> dict[str, str]:
         """What the results hang on."""
-        found = describe("cpu", (*self.sources, f"benchmarks/paper/{self.name}.py"))
+        module = (Path("benchmarks") / self.folder / f"{self.name}.py").as_posix()
+        found = describe("cpu", (*self.sources, module))
         told = {name: found[name] for name in TOLD}
         told |= {name: version(name) for name in self.packages}
         return {"cpu": cpu_name(), "threads": str(torch.get_num_threads()), **told}
@@ -71,7 +78,11 @@ class Script:
         with progress_bar(True) as bar:
             for key in bar.track(left, description=self.name):
                 begin, load = time.perf_counter(), os.getloadavg()[0]
-                found = cells[key]()
+                try:
+                    found = cells[key]()
+                except UnavailableError as error:
+                    print(f"{key}: {error}", file=sys.stderr)
+                    continue
                 seconds = time.perf_counter() - begin
                 store.put(key, {**found, "load": load, "seconds": seconds})
         return store

@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -411,8 +411,33 @@ def undisturbed(shape: Shape) -> Iterator[None]:
         torch.no_grad(),
         torch.autocast(shape.device.type, enabled=False),
         sdpa.best_sdpa(shape.device) if plain else nullcontext(),  # as the backend compiles it
+        peak_kept(shape.device),
     ):
         yield
+
+
+@contextmanager
+def peak_kept(device: torch.device) -> Iterator[None]:
+    """Leave ``torch.cuda.max_memory_allocated`` as the caller's own tensors made it.
+
+    A peak can be reset but not set: where it was raised inside, it is reset, and memory is
+    allocated up to what it was, and freed at once. The other peaks (of reserved memory, of the
+    number of blocks) begin anew then. Blocks are multiples of 512 bytes; the peak may come out
+    lower by as many.
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.max_memory_allocated(device)
+    try:
+        yield
+    finally:
+        if torch.cuda.max_memory_allocated(device) > before:
+            torch.cuda.reset_peak_memory_stats(device)
+            missing = (before - torch.cuda.memory_allocated(device)) // 512 * 512
+            if missing > 0:
+                with suppress(torch.cuda.OutOfMemoryError):  # others have it now
+                    torch.empty(missing, dtype=torch.uint8, device=device)
 
 
 def _round(arms: Arms, clock: Clock, repeats: int, turn: int = 0) -> dict[str, float]:

@@ -155,3 +155,44 @@ def test_events_time_calls_on_a_flushed_cache(monkeypatch: pytest.MonkeyPatch) -
     assert order == ["event", "run", "event"] * 2 + ["wait"]
     assert isinstance(clock_of(CPU), HostClock)
     assert HostClock().seconds(lambda: time.sleep(0.002), 3) >= 0.002
+
+
+class Memory:
+    """The counters of an allocator whose blocks are freed at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, allocated: int, peak: int) -> None:
+        self.allocated, self.peak, self.resets = allocated, peak, 0
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def reset(self, device: torch.device) -> None:
+        self.peak, self.resets = self.allocated, self.resets + 1
+
+    def use(self, size: int, *, dtype: Any = None, device: Any = None) -> None:
+        self.peak = max(self.peak, self.allocated + -(-size // 512) * 512)
+
+
+@pytest.mark.parametrize("peak", [1 << 20, 5 << 20, (5 << 20) + 100])
+def test_the_peak_of_memory_is_the_callers_own(monkeypatch: pytest.MonkeyPatch, peak: int) -> None:
+    memory = Memory(monkeypatch, allocated=1 << 20, peak=peak)
+    monkeypatch.setattr(torch, "empty", memory.use)
+    with measure.peak_kept(torch.device("cuda")):
+        memory.use(64 << 20)
+    assert memory.resets == 1
+    assert peak - 512 < memory.peak <= peak
+
+
+def test_a_peak_that_was_not_reached_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch, allocated=1 << 20, peak=5 << 20)
+    with measure.peak_kept(torch.device("cuda")):
+        memory.use(2 << 20)
+    assert (memory.resets, memory.peak) == (0, 5 << 20)
+
+
+def test_without_cuda_no_counter_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch, 0, 0)
+    with measure.peak_kept(torch.device("cpu")):
+        memory.use(1 << 20)
+    assert (memory.resets, memory.peak) == (0, 1 << 20)

@@ -15,10 +15,11 @@ from distr_compile.accuracy.baseline import Tolerance
 from distr_compile.accuracy.batch import Batch
 from distr_compile.policy import Policy
 from distr_compile.targets import cast
-from tests.zoo import ZOO, ZooModel, load
+from tests.zoo import OPTIONAL, ZOO, ZooModel, load, reactions
 
 BASELINE = Path(__file__).with_name("baseline.json")
-MODELS = tuple(ZOO)
+MODELS = (*ZOO, *(OPTIONAL if reactions.is_fetched() else ()))
+"""What is measured here: those that are shipped, and the optional one where it was fetched."""
 CAUSAL = ("gpt2", "llama")
 
 POLICIES: dict[str, dict[str, Any]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.zoo import digits, language, minilm, t5, tagger
+from tests.zoo import digits, language, minilm, reactions, t5, tagger
 from tests.zoo.recipe import Recipe, ZooModel
 
-__all__ = ["RECIPES", "ZOO", "ZooModel", "load"]
+__all__ = ["OPTIONAL", "RECIPES", "ZOO", "ZooModel", "load"]
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -22,10 +22,15 @@ ZOO: dict[str, Callable[[], ZooModel]] = {
 """What makes each model with its data, in a few seconds."""
 
 
+OPTIONAL: dict[str, Callable[[], ZooModel]] = {"reactions": reactions.load}
+"""Models that are too large to be shipped; their modules say how they are fetched."""
+
+
 def load(name: str) -> ZooModel:
     """The model called ``name`` with its data.
 
     Raises:
-        KeyError: there is no such model; ``ZOO`` has the names.
+        KeyError: there is no such model; ``ZOO`` and ``OPTIONAL`` have the names.
+        FileNotFoundError: it is optional and was not fetched.
     """
-    return ZOO[name]()
+    return {**ZOO, **OPTIONAL}[name]()

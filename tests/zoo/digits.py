@@ -42,7 +42,13 @@ def scenes(
 
     ``hard`` from 0 to 1 is how far off the middle they may be, and how strong all else is.
     """
-    images, _ = digits(held_out=held_out)
+    return scenes_of(digits(held_out=held_out)[0], chosen, size, generator, hard=hard)
+
+
+def scenes_of(
+    images: Tensor, chosen: Tensor, size: int, generator: Generator, *, hard: float = SHOWN
+) -> Tensor:
+    """:func:`scenes` with other pictures in the place of the digits, ``(n, 1, 8, 8)`` fp32."""
     count = len(chosen)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
+from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.instrument import Call, Instrument
-from tests.zoo import ZOO, ZooModel, load
+from tests.zoo import ZOO, load
 
 SHARES = (0.99, 0.999)
 EXAMPLES = 8  # of each batch that is looked at
@@ -46,7 +47,7 @@ def effective_ranks(q: Tensor, k: Tensor) -> Tensor:
     return torch.stack([(power < share * power[..., -1:]).sum(-1) + 1 for share in SHARES])
 
 
-def ranks(zoo: ZooModel) -> dict[str, Ranks]:
+def ranks(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Ranks]:
     """The ranks of every attention of a model, by the name of its site."""
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
 
@@ -56,9 +57,9 @@ def ranks(zoo: ZooModel) -> dict[str, Ranks]:
         found[call.site.name].append(effective_ranks(q, k).flatten(1))
         return call.exact()
 
-    step = max(1, len(zoo.batches) // BATCHES)
-    with Instrument(look).on(zoo.model) as run:
-        for batch in zoo.batches[::step][:BATCHES]:
+    step = max(1, len(batches) // BATCHES)
+    with Instrument(look).on(model) as run:
+        for batch in batches[::step][:BATCHES]:
             batch.call(run)
     joined = {name: torch.cat(parts, 1).double() for name, parts in found.items()}
     return {
@@ -72,7 +73,7 @@ def table(names: Iterable[str]) -> str:
     rows = []
     for name in names:
         zoo = load(name)
-        for site, found in ranks(zoo).items():
+        for site, found in ranks(zoo.model, zoo.batches).items():
             rows.append((name, zoo.head_dim, site, *found))
     headers = ("model", "head width", "layer", "99 %: mean", "largest", "99.9 %: mean")
     return tabulate(rows, headers, tablefmt="github", floatfmt=".1f")
