@@ -21,6 +21,7 @@ from torch import fx
 from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.lowering import gradients
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
@@ -378,7 +379,9 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     keep_from_fusion(gm)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{gradients.FORMULAS}"):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
 
 

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import distr_compile
 from distr_compile.kernels.projection import reference as projection
+from distr_compile.lowering import gradients as lowered
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import SDPA, Measured, Race
 from tests.backend_models import HEADS, WIDTH, Attention, approximate
@@ -198,6 +201,25 @@ def test_autocast() -> None:
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-5
+
+
+def test_programs_of_another_formula_are_not_taken_from_the_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiled backward calls the ops as they were when it was compiled."""
+    model, x = layers(), tokens()
+
+    def hits() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        gradients(model, compiled(model, "inductor"), x)
+        return counters["aot_autograd"]["autograd_cache_hit"]
+
+    with fresh_cache():
+        assert hits() == 0
+        assert hits() > 0
+        monkeypatch.setattr(lowered, "FORMULAS", "another")
+        assert hits() == 0
 
 
 def test_a_second_derivative_is_pytorchs_error() -> None:

@@ -25,6 +25,9 @@ _WIDEST = {"mps": torch.float32}
 
 _is_exact: ContextVar[bool] = ContextVar("distr_is_exact", default=False)
 
+_was_entered = False
+"""Whether any thread ever entered the context."""
+
 
 @contextmanager
 def computing_exactly() -> Iterator[None]:
@@ -32,8 +35,10 @@ def computing_exactly() -> Iterator[None]:
 
     The checks of the op are as always. Graphs that are compiled inside or before obey alike, with
     any compiler; a CUDA graph that was recorded before does not. Only the thread or task that
-    entered the context is affected.
+    entered the context is affected. A backward computes what its forward did, wherever it runs.
     """
+    global _was_entered
+    _was_entered = True
     token = _is_exact.set(True)
     try:
         yield
@@ -44,6 +49,27 @@ def computing_exactly() -> Iterator[None]:
 def is_computing_exactly() -> bool:
     """Whether this thread or task is inside :func:`computing_exactly`."""
     return _is_exact.get()
+
+
+def note(like: Tensor) -> Tensor:
+    """A flag on the device of ``like``: whether this call computes exactly; :func:`noted` reads it.
+
+    Returns:
+        ``()`` bool.
+    """
+    flag = like.new_zeros((), dtype=torch.bool)
+    return flag.fill_(True) if is_computing_exactly() else flag
+
+
+def noted(flag: Tensor) -> bool:
+    """What :func:`note` wrote, perhaps in another graph.
+
+    It waits for the device only in a process that has entered :func:`computing_exactly`, and not
+    while a CUDA graph is recorded, which does not obey that context.
+    """
+    if not _was_entered or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(flag)
 
 
 def attention(

@@ -9,12 +9,14 @@ The grouping of columns, or the basis, is held constant: nothing is differentiat
 softmax(scale * Q A (K B)^T + mask) V. So the gradient is that of the function with these very A
 and B, and a biased estimate of how the output changes where A and B move with Q and K.
 
-Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), and the logarithm of each
-row's sum of exponentials; Qhat, Khat and the weights are rebuilt.
+Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), the logarithm of each row's
+sum of exponentials, and whether the forward was told to compute exactly (``exactly.py``), which a
+backward must follow wherever it runs; Qhat, Khat and the weights are rebuilt.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import torch
@@ -38,14 +40,21 @@ from distr_compile.lowering.told import tell_exact
 
 RECORDED = (
     "attention_recorded(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? basis_q, "
-    f"Tensor? basis_k, Tensor? sinks, *, {KEYWORDS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? basis_k, Tensor? sinks, *, {KEYWORDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 BACKWARD = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, "
-    f"Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, *, {KEYWORDS}, "
+    f"Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor was_exact, *, {KEYWORDS}, "
     "bool mask_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+FORMULAS = hashlib.sha256(f"{RECORDED}{BACKWARD}".encode()).hexdigest()[:12]
+"""Names the formula of a backward, which is part of compiled programs that PyTorch's caches keep.
+
+Their keys know the graph of the forward only, so that another version of this package would find
+programs that call the ops as they were.
+"""
 
 
 def are_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -114,8 +123,8 @@ def _attention_recorded(
     *,
     dropout_p: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A and B.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and ``exactly.note``.
 
     A and B are ``(B, H_k, blocks, d, r)`` of every grouping block; empty where the call is given
     them, or is exact by its rank; 0 where it is exact by its length.
@@ -125,15 +134,16 @@ def _attention_recorded(
     sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse = q.new_empty(sizes.lse, dtype=dtype)
     A, B = (q.new_zeros(sizes.bases, dtype=dtype) for _ in "AB")
-    how = _applied(q, k, arguments)
-    if how.rank != arguments.approximation.rank and not exactly.is_computing_exactly():
+    is_exact = exactly.is_computing_exactly()
+    how = _applied(q, k, arguments, is_exact)
+    if how.rank != arguments.approximation.rank and not is_exact:
         tell_exact(arguments.site, None)
     out = empty_output(q, v)
     call = Call(q, k, v, mask, sinks, arguments.scores, how, given, out)
     training.forward(call, Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B)))
-    if exactly.is_computing_exactly():
+    if is_exact:
         out.copy_(exactly.attention(q, k, v, mask, **call.softmax))
-    return out, lse, A, B
+    return out, lse, A, B, exactly.note(q)
 
 
 def _recorded_fake(
@@ -147,19 +157,18 @@ def _recorded_fake(
     *,
     dropout_p: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = read_arguments(options)
     validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
     sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
-    return empty_output(q, v), lse, A, B
+    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.bool)
 
 
-def _applied(q: Tensor, k: Tensor, arguments: Arguments) -> Approximation:
-    """What a call is computed by, which is exact where the call is short."""
+def _applied(q: Tensor, k: Tensor, arguments: Arguments, is_exact: bool) -> Approximation:
+    """What a call is computed by: exactly where it is short, or where the forward was told so."""
     how, head_dim = arguments.approximation, q.shape[3]
-    is_exact = is_short(q.shape[2], k.shape[2], arguments.min_seq_len)
-    if is_exact or exactly.is_computing_exactly():
+    if is_exact or is_short(q.shape[2], k.shape[2], arguments.min_seq_len):
         return Approximation.none(head_dim)
     return how
 
@@ -168,10 +177,10 @@ def _save(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     q, k, v, mask, basis_q, basis_k, sinks = inputs
-    out, lse, A, B = output
+    out, lse, A, B, was_exact = output
     if basis_q is not None:
         A, B = basis_q, basis_k
-    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B)
+    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, was_exact)
     ctx.options = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -199,20 +208,19 @@ def _attention_backward(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    basis_q: Tensor,
-    basis_k: Tensor,
+    *kept: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, mask and sinks; the last two empty where they are not asked for.
 
-    The inputs are trusted: only the formula of ``attention_recorded`` calls this.
+    The inputs are trusted: only the formula of ``attention_recorded`` calls this. ``kept`` is what
+    that gave, with the bases that a call was given in the place of its own.
     """
+    out, lse, basis_q, basis_k, was_exact = kept
     mask_grad, sinks_grad = (options.get(name) for name in ("mask_grad", "sinks_grad"))
     found = _empty_gradients(q, k, v, mask if mask_grad else None, sinks if sinks_grad else None)
     arguments = read_arguments(options)
-    how = _applied(q, k, arguments)
+    how = _applied(q, k, arguments, exactly.noted(was_exact))
     bases = None
     if how.rank != q.shape[3]:  # A and B that were given are the same for all batches and blocks
         bases = (basis_q, basis_k)
