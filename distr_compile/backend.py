@@ -10,7 +10,7 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,21 @@ class Result:
     audit: RuleAudit = field(default_factory=RuleAudit)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Keep what fake tensors save for a backward from the hooks of who calls, as checkpointing has.
+
+    It would count tensors in the call that compiles which no recomputation saves.
+    """
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
+
+
+@_unseen()
 def run_pass(
     gm: fx.GraphModule,
     policy: Policy,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention.dropout import Dropout
 
 CHUNK_BYTES = 256 * 2**20
 """Scores held at one time."""
@@ -79,6 +80,7 @@ def attention(
     mask: Tensor | None,
     *,
     causal_offset: int,
+    dropout: Dropout | None,
     **softmax: Any,
 ) -> Tensor:
     """Attention by its formula, ``CHUNK_BYTES`` of scores at a time.
@@ -89,6 +91,7 @@ def attention(
         v: ``(B or 1, H_k, M, d_v)``.
         mask: broadcastable to ``(B, H, N, M)``, bool or floating, or None.
         causal_offset: as in the op.
+        dropout: says which weights are dropped.
         **softmax: ``scale``, ``is_causal``, ``softcap`` and ``sinks`` of the op.
 
     Returns:
@@ -108,6 +111,7 @@ def attention(
             mask[..., start : start + step, :] if mask is not None and has_rows else mask,
             causal_offset=causal_offset + start,
             rank=head_dim,
+            dropout=None if dropout is None else dropout.part(row=start),
             **softmax,
         ).to(q.dtype)
         for start in range(0, max(1, num_queries), step)

@@ -334,7 +334,7 @@ class Given(torch.autograd.Function):
         lse = torch.cat([S, column], -1).logsumexp(-1)
         out = (S - lse[..., None]).exp() @ wide_v
         not_exact = torch.zeros((), dtype=torch.bool)
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, A, B, not_exact)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, A, B, not_exact, None)
         ctx.options = options
         return out
 
@@ -397,13 +397,13 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 def test_opcheck_of_the_backward(name: str) -> None:
     tensors, options = call_of(name, torch.float32)
     q, k, v, mask, A, B, sinks = tensors
-    out, lse, made_A, made_B, note = torch.ops.distr.attention_recorded(*tensors, **options)
+    out, lse, made_A, made_B, note = torch.ops.distr.attention_recorded(*tensors, None, **options)
     A, B = (made_A, made_B) if A is None else (A, B)
     has_bias = mask is not None and mask.is_floating_point()
     wanted = {"mask_grad": has_bias, "sinks_grad": sinks is not None}
     torch.library.opcheck(
         torch.ops.distr.attention_backward.default,
-        (torch.ones_like(out), q, k, v, mask, sinks, out, lse, A, B, note),
+        (torch.ones_like(out), q, k, v, mask, sinks, out, lse, A, B, note, None),
         {**options, **wanted},
     )
 
@@ -572,9 +572,8 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_of_scores_exists(estimator: str) -> None:
     q, k, v = (draw(1, 2, 3000, 32, seed=i).float() for i in range(3))
     options = {"scale": 0.2, "rank": 16, "estimator": estimator, "grouping_block": 0}
-    out, lse, A, B, _ = torch.ops.distr.attention_recorded(
-        q, k, v, None, None, None, None, **options
-    )
+    given = (q, k, v, *[None] * 5)
+    out, lse, A, B, _ = torch.ops.distr.attention_recorded(*given, **options)
     call = Call(q, k, v, None, None, Scores(0.2), Approximation(estimator, 16), None, out)
     grads = Gradients(*(torch.empty_like(t) for t in (q, k, v)), None, None)
     with Largest() as largest:
