@@ -10,7 +10,7 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import fx
 from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.lowering import gradients
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
@@ -184,6 +185,21 @@ class Result:
     audit: RuleAudit = field(default_factory=RuleAudit)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Keep what fake tensors save for a backward from the hooks of who calls, as checkpointing has.
+
+    It would count tensors in the call that compiles which no recomputation saves.
+    """
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
+
+
+@_unseen()
 def run_pass(
     gm: fx.GraphModule,
     policy: Policy,
@@ -378,7 +394,9 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     keep_from_fusion(gm)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{gradients.FORMULAS}"):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
 
 

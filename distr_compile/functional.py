@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention.dropout import MOST_SEEDS
 from distr_compile.lowering import op
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
 from distr_compile.passes.decide import decide_bare, may_be_causal, rank_fault
@@ -55,7 +57,8 @@ def attention(
         value: ``(B, H_k, M, d_v)`` or ``(B, M, d_v)``.
         attn_mask: it broadcasts to ``(B, H, N, M)``, or ``(B, N, M)``; bool (True attends) or
             floating (added to the scaled scores).
-        dropout_p: 0 only.
+        dropout_p: from 0 to 1: the share of the weights that is dropped, as a seed says that is
+            drawn from PyTorch's generator of the device.
         is_causal: row i sees keys ``j <= i`` only, counted from the top left. A mask may stand
             beside it, which SDPA refuses; a key is then seen where both let it.
         scale: multiplies Q K^T; ``1 / sqrt(d)`` if None.
@@ -78,10 +81,9 @@ def attention(
 
     Raises:
         ValueError: sizes, dtypes or options that do not fit together; ``group_size`` and ``rank``
-            both given; ``dropout_p`` above 0.
+            both given.
         NotImplementedError: a transform of ``torch.func``.
     """
-    _refuse_dropout(dropout_p)
     plan = _plan(
         group_size=group_size,
         rank=rank,
@@ -95,8 +97,10 @@ def attention(
     approximation = approximated(q, k, v, attn_mask, plan, is_causal)
     if isinstance(approximation, str):
         raise ValueError(approximation)
-    scores = Scores(width**-0.5 if scale is None else scale, is_causal)
-    out: Tensor = op.call(q, k, v, attn_mask, **op_arguments(approximation, scores))
+    scale = width**-0.5 if scale is None else scale
+    scores = Scores(scale, is_causal, dropout_p=dropout_p)
+    rest = (None, None, None, drawn_seed(q)) if dropout_p else ()
+    out: Tensor = op.call(q, k, v, attn_mask, *rest, **op_arguments(approximation, scores))
     return out if query.dim() == 4 else out.squeeze(0)
 
 
@@ -149,10 +153,9 @@ def approximated(
     return decide_bare(shape, plan) or Approximation.none(width)
 
 
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        advice = "call it so in evaluation, or F.scaled_dot_product_attention in training"
-        raise ValueError(sentence("dropout_p", repr(dropout_p), "0", advice))
+def drawn_seed(q: Tensor) -> Tensor:
+    """A seed for the dropout of a call: ``()`` int64, from PyTorch's generator of q's device."""
+    return torch.randint(MOST_SEEDS, (), dtype=torch.int64, device=q.device)
 
 
 def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from distr_compile import naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.functional import approximated, four_axes
+from distr_compile.functional import approximated, drawn_seed, four_axes
 from distr_compile.lowering import op, sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
 from distr_compile.lowering.judge import Judge
@@ -140,7 +140,8 @@ def attend(
         value: ``(B, H_k, M, d_v)``.
         attention_mask: as ``sdpa_mask`` makes it: ``(B, 1, N, M)``, bool; or floating, which is
             added.
-        dropout: on the weights; such a call is exact.
+        dropout: on the weights; such a call is exact, unless gradients are recorded and the plan
+            says ``training = "approximate"``.
         scaling: multiplies Q K^T; ``1 / sqrt(d)`` if None.
         is_causal: where there is no mask; the module's own ``is_causal`` if None.
         position_bias: ``(B or 1, H, N, M)``, added to the scaled scores.
@@ -169,11 +170,11 @@ def attend(
     mask = _with_bias(attention_mask, position_bias)
     q, k, v = four_axes(query, key, value, mask, enable_gqa=True)
     scale = q.shape[3] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, is_causal, softcap=softcap)
+    scores = Scores(scale, is_causal, softcap=softcap, dropout_p=dropout)
     assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
     trains = _needs_gradient(q, k, v, mask, sinks)
-    if dropout != 0 or (trains and assigned.plan.training == "exact"):
-        out = _exactly(q, k, v, mask, sinks, scores, dropout)
+    if (dropout != 0 and not trains) or (trains and assigned.plan.training == "exact"):
+        out = _exactly(q, k, v, mask, sinks, scores)
     elif bounds := _packed(mask, options.get("position_ids")):
         each = replace(scores, is_causal=True)
         parts = [
@@ -218,10 +219,11 @@ def _attend(
 ) -> Tensor:
     approximation = _chosen(q, k, v, mask, sinks, assigned, scores)
     if approximation.rank == q.shape[3]:
-        return _exactly(q, k, v, mask, sinks, scores, 0.0)
+        return _exactly(q, k, v, mask, sinks, scores)
     bases = _bases(assigned, approximation, k)
     given = op_arguments(approximation, scores)
-    out: Tensor = op.call(q, k, v, mask, *bases, sinks, **given)
+    seed = drawn_seed(q) if scores.dropout_p else None
+    out: Tensor = op.call(q, k, v, mask, *bases, sinks, seed, **given)
     return out
 
 
@@ -257,6 +259,7 @@ def _chosen(
         return exact  # nothing is timed or read in a trace: SDPA stands there, for the backend
     if plan.min_seq_len == "auto":
         has = {"softcap": scores.softcap > 0, "sinks": sinks is not None}
+        has["dropout"] = scores.dropout_p > 0
         shape = Shape.of(q, k, v, mask, scores.is_causal, **has)
         if not _is_faster(shape._replace(trained=_needs_gradient(q, k, v, mask, sinks)), found):
             return exact
@@ -295,9 +298,8 @@ def _exactly(
     mask: Tensor | None,
     sinks: Tensor | None,
     scores: Scores,
-    dropout: float,
 ) -> Tensor:
-    given = {"scale": scores.scale, "is_causal": scores.is_causal}
+    given, dropout = {"scale": scores.scale, "is_causal": scores.is_causal}, scores.dropout_p
     if dropout == 0:
         return sdpa.attention(q, k, v, mask, **given, softcap=scores.softcap, sinks=sinks)
     if not sdpa.says(scores.softcap, sinks):

@@ -15,11 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import distr_compile
+from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.projection import reference as projection
+from distr_compile.lowering import gradients as lowered
+from distr_compile.lowering import training
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import SDPA, Measured, Race
 from tests.backend_models import HEADS, WIDTH, Attention, approximate
@@ -163,12 +170,120 @@ def test_activation_checkpointing_changes_no_bit(compiler: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_checkpointing_around_the_compiled_model() -> None:
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_checkpointing_around_the_compiled_model(compiler: str) -> None:
+    """From the first call on, which compiles while the checkpoint looks on."""
     model, x = layers(), tokens()
-    called = compiled(model, "inductor")
-    plain = gradients(model, called, x)
+    called = compiled(model, compiler)
     around = gradients(model, lambda x: checkpoint(called, x, use_reentrant=False), x)
+    plain = gradients(model, called, x)
     assert all(torch.equal(a, b) for a, b in zip(plain, around, strict=True))
+
+
+class Dropping(Attention):
+    """The weights are dropped: by ``F.dropout``, by SDPA, or in ``nn.MultiheadAttention``."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "module":
+            self.inner = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "module":
+            return self.inner(x, x, x, need_weights=False)[0]
+        q, k, v = self.split(x)
+        if self.how == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+        else:
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            out = F.dropout(weights, 0.3, self.training) @ v
+        return self.out(self.merge(out))
+
+    def defined(self, x: Tensor, seed: Tensor) -> Tensor:
+        """With the definition in its place."""
+        if self.how == "module":
+            heads = F.linear(x, self.inner.in_proj_weight, self.inner.in_proj_bias)
+            q, k, v = heads.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = self.split(x)
+        options = {"scale": q.shape[-1] ** -0.5, "rank": q.shape[-1] // 2}
+        dropout = Dropout(0.3, seed, HEADS)
+        out = reference.attention(q, k, v, estimator="projection", dropout=dropout, **options)
+        return (self.inner.out_proj if self.how == "module" else self.out)(self.merge(out))
+
+
+@pytest.fixture
+def seeds(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The seeds that recorded calls are given, in the order in which they run."""
+    seen: list[Tensor] = []
+    run = training.forward
+
+    def spy(call: Any, saved: Any) -> None:
+        seen.append(call.dropout.seed.clone())
+        run(call, saved)
+
+    monkeypatch.setattr(training, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["spelled", "sdpa", "module"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_dropout_of_the_weights(how: str, compiler: str, seeds: list[Tensor]) -> None:
+    """Each step drops others, and its gradients are those of the definition at its seed."""
+    model, x = Dropping(how), tokens()
+    called = compiled(model, compiler)
+    for step in range(2):
+        through = gradients(model, called, x)
+        assert len(seeds) == step + 1
+        same(through, gradients(model, lambda x: model.defined(x, seeds[-1]), x))
+    assert seeds[0] != seeds[1]
+    (row,) = distr_compile.report(model).rows
+    assert (row.decision, row.backward) == ("distr", "distr-cpu")
+    torch.manual_seed(3)
+    first = gradients(model, called, x)
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(model, called, x), strict=True))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("around", [False, True])
+def test_checkpointing_drops_the_same_weights(
+    compiler: str, around: bool, seeds: list[Tensor]
+) -> None:
+    """Inside of the compiled model and around it the recomputation has the seed of the forward."""
+    model, x = nn.Sequential(Dropping("spelled"), nn.GELU(), Dropping("sdpa")), tokens()
+    called = compiled(model if around else Checkpointed(model), compiler)
+    run = (lambda x: checkpoint(called, x, use_reentrant=False)) if around else called
+    through = gradients(model, run, x)
+    first, second, *again = seeds
+    if around:
+        assert again == [first, second]
+
+    def defined(x: Tensor) -> Tensor:
+        return model[2].defined(model[1](model[0].defined(x, first)), second)
+
+    same(through, gradients(model, defined, x))
+
+
+def test_dropout_stays_exact_where_nothing_is_trained() -> None:
+    model, x = Dropping("spelled"), tokens()
+    for policy, grad, codes in (
+        (TRAINED, False, ["dropout"]),
+        ({"default": {"min_seq_len": 0}}, True, ["gradients", "dropout"]),
+    ):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            torch.manual_seed(1)
+            got = compiled(model, policy=policy)(x)
+            torch.manual_seed(1)
+            assert torch.equal(got, model(x))
+        rows = distr_compile.report(model).rows
+        assert [r.code for r in rows[-1].reasons] == codes
+    torch._dynamo.reset()
+    with torch.no_grad():  # in evaluation nothing is dropped
+        compiled(model.eval())(x)
+    assert distr_compile.report(model).rows[-1].decision == "distr"
 
 
 def test_gradients_accumulate() -> None:
@@ -198,6 +313,25 @@ def test_autocast() -> None:
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-5
+
+
+def test_programs_of_another_formula_are_not_taken_from_the_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiled backward calls the ops as they were when it was compiled."""
+    model, x = layers(), tokens()
+
+    def hits() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        gradients(model, compiled(model, "inductor"), x)
+        return counters["aot_autograd"]["autograd_cache_hit"]
+
+    with fresh_cache():
+        assert hits() == 0
+        assert hits() > 0
+        monkeypatch.setattr(lowered, "FORMULAS", "another")
+        assert hits() == 0
 
 
 def test_a_second_derivative_is_pytorchs_error() -> None:

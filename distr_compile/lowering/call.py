@@ -41,7 +41,7 @@ class Shape(NamedTuple):
         mask: its four sizes and its dtype; None without one.
         dtype, device: of Q, K and V.
         causal_offset: row i sees keys ``j <= i + causal_offset``, where causal.
-        softcap, sinks: whether there are any.
+        softcap, sinks, dropout: whether there are any.
         order: how Q, K and V lie in memory: their axes B, H, N, d, outermost first, by number;
             ``~i`` for an axis i that was expanded, whose stride is 0.
         trained: whether gradients are recorded, so that its backward counts too.
@@ -63,6 +63,7 @@ class Shape(NamedTuple):
     sinks: bool = False
     order: tuple[tuple[int, ...], ...] = (BHND,) * 3
     trained: bool = False
+    dropout: bool = False
 
     def resized(self, sizes: Mapping[str, int]) -> Shape:
         """The same with other numbers of queries and keys, those of the mask too."""
@@ -86,6 +87,7 @@ class Shape(NamedTuple):
         *,
         softcap: bool = False,
         sinks: bool = False,
+        dropout: bool = False,
     ) -> Shape:
         """The shape of a call with these tensors, laid out as the op takes them."""
         batch, heads, queries, width = q.shape
@@ -105,6 +107,7 @@ class Shape(NamedTuple):
             softcap=softcap,
             sinks=sinks,
             order=tuple(axes_in_memory(t.shape, t.stride()) for t in (q, k, v)),
+            dropout=dropout,
         )
 
 
@@ -154,19 +157,21 @@ class Approximation:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the scores are made of besides Q, K, mask and sinks.
+    """What the weights are made of besides Q, K, mask and sinks.
 
     Attributes:
         scale: multiplies Q K^T: a number, or the graph node of one.
         is_causal: row i sees keys ``j <= i + offset`` only.
         offset: 0 where None.
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``.
+        dropout_p: the share of the weights that is dropped.
     """
 
     scale: Any
     is_causal: bool = False
     offset: int | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
 
 
 class Arguments(NamedTuple):
@@ -190,8 +195,8 @@ def op_arguments(
         site: number of the call's site within its graph; -1 outside of graphs.
 
     Returns:
-        A new dict. Offset, soft cap, seed and strictness are in it only where they are not the
-        defaults of the schema.
+        A new dict. Offset, soft cap, dropout, seed and strictness are in it only where they are not
+        the defaults of the schema.
     """
     always = {
         "scale": scores.scale,
@@ -206,6 +211,7 @@ def op_arguments(
     sometimes = {
         "causal_offset": scores.offset,
         "softcap": scores.softcap or None,
+        "dropout_p": scores.dropout_p or None,
         "seed": approximation.seed or None,
         "strict": approximation.strict or None,
     }
@@ -229,6 +235,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
             is_causal=arguments.get("is_causal", False),
             offset=arguments.get("causal_offset"),
             softcap=arguments.get("softcap", 0.0),
+            dropout_p=arguments.get("dropout_p", 0.0),
         ),
         arguments.get("min_seq_len", 0),
         arguments.get("site", -1),

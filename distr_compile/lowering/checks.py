@@ -16,11 +16,6 @@ from distr_compile.lowering.call import Approximation, Arguments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-NOT_YET = {
-    "dropout_p": 0.0,
-}
-"""Arguments of the schema that have no implementation, with the only value they may have."""
-
 
 def is_short(num_queries: int, num_keys: int, min_seq_len: int) -> bool:
     """Whether a call is exact because of its length."""
@@ -38,37 +33,31 @@ def validate(
     v: Tensor,
     mask: Tensor | None,
     bases: tuple[Tensor | None, Tensor | None],
-    sinks: Tensor | None,
+    rest: tuple[Tensor | None, Tensor | None],
     arguments: Arguments,
-    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """Refuse what the ops cannot do; of symbolic sizes only relations are asked.
 
     Args:
-        q: as the op ``attention`` takes it; k, v, mask and sinks too.
+        q: as the op ``attention`` takes it; k, v and mask too.
         k: see ``q``.
         v: see ``q``.
         mask: see ``q``.
         bases: ``basis_q`` and ``basis_k``.
-        sinks: see ``q``.
+        rest: ``sinks`` and ``dropout_seed``.
         arguments: what the keywords say.
-        dropout_p: see ``NOT_YET``.
 
     Returns:
         A and B where the estimator needs them, else None.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: ``dropout_p``; as ``NoArithmeticError``, an estimator that nothing
-            computes on the device.
+        NoArithmeticError: an estimator that nothing computes on the device.
     """
     how, scores = arguments.approximation, arguments.scores
     estimator, rounds = how.estimator, how.rounds
-    if dropout_p != (only := NOT_YET["dropout_p"]):
-        raise NotImplementedError(
-            f"dropout_p: got {dropout_p!r}; only {only!r} is supported yet: leave it out"
-        )
-    tensors = [t for t in (q, k, v, mask, sinks) if t is not None]
+    sinks, dropout_seed = rest
+    tensors = [t for t in (q, k, v, mask, sinks, dropout_seed) if t is not None]
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(
@@ -82,8 +71,8 @@ def validate(
         )
     if any(t.device != q.device for t in tensors):
         raise ValueError(
-            f"q, k, v, mask, sinks: got devices {', '.join(str(t.device) for t in tensors)}; "
-            "must be one: move them"
+            "q, k, v, mask, sinks, dropout_seed: got devices "
+            f"{', '.join(str(t.device) for t in tensors)}; must be one: move them"
         )
     arithmetic(estimator, role(q))  # raises where there is none
     accepted = ESTIMATORS[estimator].rounds
@@ -112,6 +101,7 @@ def validate(
         )
     if mask is not None:
         _validate_mask(q, k, mask)
+    _validate_dropout(scores.dropout_p, dropout_seed)
     return _validate_bases(q, k, *bases, how.rank, estimator)
 
 
@@ -197,6 +187,21 @@ def _validate_bases(
             ),
         )
     return basis_q, basis_k
+
+
+def _validate_dropout(p: float, seed: Tensor | None) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p: got {p}; must be from 0 to 1")
+    if (p > 0) != (seed is not None):
+        got, accepted = ("a tensor", "None") if p == 0 else ("None", "() of torch.int64")
+        raise ValueError(
+            f"dropout_seed: got {got} with dropout_p {p}; must be {accepted}: draw a seed for "
+            "dropout_p > 0, torch.randint(2**63 - 1, (), device=q.device)"
+        )
+    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64):
+        raise ValueError(
+            f"dropout_seed: got {tuple(seed.shape)} of {seed.dtype}; must be () of torch.int64"
+        )
 
 
 def _validate_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.plan import Plans
 from distr_compile.lowering import sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape
@@ -44,6 +45,7 @@ class Call:
         bases: A and B of an estimator that needs them, ``(H_k, d, r)``.
         out: ``(B, H, N, d_v)`` with unit last stride, to be filled.
         key: names the geometry of the tensors and all options: for :data:`plans`.
+        dropout: says which weights are dropped.
     """
 
     q: Tensor
@@ -56,10 +58,11 @@ class Call:
     bases: tuple[Tensor, Tensor] | None
     out: Tensor
     key: Hashable = None
+    dropout: Dropout | None = None
 
     @property
     def softmax(self) -> dict[str, Any]:
-        """Scale, causality, soft cap and sinks as keywords of an implementation."""
+        """Scale, causality, soft cap, sinks and dropout as keywords of an implementation."""
         scores = self.scores
         return {
             "scale": scores.scale,
@@ -67,6 +70,7 @@ class Call:
             "causal_offset": scores.offset or 0,
             "softcap": scores.softcap,
             "sinks": self.sinks,
+            "dropout": self.dropout,
         }
 
     @property
@@ -97,6 +101,7 @@ class Call:
             self.scores.offset or 0,
             softcap=self.scores.softcap > 0,
             sinks=self.sinks is not None,
+            dropout=self.dropout is not None,
         )
 
 
@@ -248,6 +253,7 @@ def _kind(name: str, call: Call, shape: Shape) -> tuple[object, ...]:
         None if shape.mask is None else shape.mask[1],
         shape.softcap,
         shape.sinks,
+        shape.dropout,
         call.approximation,
         *((s == 1, s % 16 == 0) for t in tensors for s in t.stride()),
         *(t.data_ptr() % 16 == 0 for t in tensors),

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack, working
 from distr_compile.lowering import cpu_fused
@@ -91,6 +92,7 @@ def attention(
     sinks: Tensor | None = None,
     bases: tuple[Tensor, Tensor] | None = None,
     strict: bool = False,
+    dropout: Dropout | None = None,
     fused: bool | None = None,
     out: Tensor,
     lse: Tensor | None = None,
@@ -118,6 +120,7 @@ def attention(
         sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
         bases: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
         strict: of ``projection``, the form in which no row depends on later ones.
+        dropout: says which weights are dropped.
         fused: whether the fused kernel makes the result; None where it can.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned.
         lse: ``(B, H, N)`` in the dtype of the arithmetic, is filled with the logarithm of each
@@ -141,7 +144,8 @@ def attention(
         panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
         pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
     call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block, lse
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block, lse,
+        dropout,
     )  # fmt: skip
     asked = Asked(
         estimator=estimator,
@@ -181,6 +185,7 @@ def exact_attention(
     causal_offset: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
     out: Tensor,
     lse: Tensor | None = None,
 ) -> Tensor:
@@ -193,7 +198,8 @@ def exact_attention(
     block = max(1, num_queries)
     pieces = _pieces(block, rep, num_keys, max(q.shape[3], v.shape[3]), 0)
     call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, block, lse
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, block, lse,
+        dropout,
     )  # fmt: skip
     for some in _some_heads(q.shape[0], k.shape[1], pieces.heads):
         _attend_blocks(call, call.part(some), itertools.repeat((None, None)), pieces)
@@ -254,6 +260,7 @@ class _Call:
     strict: bool
     block: int
     lse: Tensor | None = None
+    dropout: Dropout | None = None
 
     def part(self, some: _Some) -> _Heads:
         """Views for some heads."""
@@ -267,7 +274,8 @@ class _Call:
         if sinks is not None:
             sinks = _split_sinks(sinks, self.q.dtype, key_heads)[some[1]]
         lse = None if self.lse is None else self.lse.unflatten(1, (key_heads, -1))[some]
-        return _Heads(Q, K, V, mask, sinks, self.softcap, out, lse)
+        dropout = _of_heads(self.dropout, some, Q.shape[2])
+        return _Heads(Q, K, V, mask, sinks, self.softcap, out, lse, dropout)
 
 
 def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group]) -> None:
@@ -289,6 +297,7 @@ def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group
         strict=call.strict,
         out=call.out[wide],
         lse=None if call.lse is None else call.lse[wide],
+        dropout=part.dropout,
     )
 
 
@@ -309,8 +318,9 @@ class _Heads:
     """Views of the inputs and the output for the heads that are computed together.
 
     Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, the
-    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, the sinks ``(h, rep)``, and the
-    logarithms of the sums of exponentials ``(b, h, rep, N)``, if they are asked for.
+    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, the sinks ``(h, rep)``, the
+    logarithms of the sums of exponentials ``(b, h, rep, N)``, if they are asked for, and which
+    weights are dropped.
     """
 
     Q: Tensor
@@ -321,6 +331,32 @@ class _Heads:
     softcap: float
     out: Tensor
     lse: Tensor | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch's softmax of the scores is all there is to a row that sees a key."""
+        return self.sinks is None and self.lse is None and self.dropout is None
+
+
+def _of_heads(dropout: Dropout | None, some: _Some, rep: int) -> Dropout | None:
+    """That of some heads."""
+    if dropout is None:
+        return None
+    return dropout.part(batch=some[0].start, head=some[1].start * rep)
+
+
+def _drop(dropout: Dropout | None, weights: Tensor, row: int, key: int) -> None:
+    """Make dropped weights of ``(b, h, tokens, rep, keys)`` 0, in place, and scale the others.
+
+    ``row`` and ``key`` are the first of them, in the part that the dropout is of.
+    """
+    if dropout is None:
+        return
+    b, h, tokens, rep, keys = weights.shape
+    part = dropout.part(row=row, key=key)
+    stays = part.kept(part.numbers(b, h, rep), tokens, keys).transpose(2, 3)
+    weights.mul_(stays).mul_(dropout.scale)
 
 
 def _four_dimensions(mask: Tensor) -> Tensor:
@@ -381,7 +417,7 @@ def _attend_panel(
 
     no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
-    at_once = len(chunks) == 2 and no_empty_row and part.sinks is None and part.lse is None
+    at_once = len(chunks) == 2 and no_empty_row and part.is_plain
     for key, key_stop in itertools.pairwise(chunks):
         V = _units(part.V[..., key:key_stop, :], b)
         left, right = Q, _units(part.K[..., key:key_stop, :], b)
@@ -412,10 +448,11 @@ def _attend_panel(
             P = S.sub_(new_top).exp_()
             top[:, tile].copy_(new_top)
             total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
+            _drop(part.dropout, P.view(view.shape), token, key)
             O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
     if part.lse is not None:
-        lse = total.log().add_(top).view(b, h, last - first, rep).transpose(2, 3)
-        part.lse[..., first:last].copy_(lse)
+        lse = total.log().add_(top)
+        part.lse[..., first:last].copy_(lse.view(b, h, last - first, rep).transpose(2, 3))
     # A row that saw a key, or has a sink, has a total of at least 1, from exp(top - top). Where no
     # key was seen O is 0.
     O.div_(total.clamp_(min=1))

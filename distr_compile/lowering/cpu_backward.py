@@ -7,8 +7,9 @@ delta = do . o of its row. Then (FlashAttention, arXiv 2205.14135, appendix B.4)
 
 and with dQ = dQhat A^T, dK = sum over grouping blocks of dKhat B^T every estimator is served: A and
 B of the LSH estimators say which columns are one group, and which are turned. A soft cap c puts a
-factor 1 - tanh^2 into ds, an additive mask has the gradient ds, summed where it is broadcast, and a
-sink, which is a score without a value, has -(its weight) delta.
+factor 1 - tanh^2 into ds; where weights were dropped, with z 0 or 1 / (1 - p), dV has w z in the
+place of w and ds has z dO V^T, delta being what it is; an additive mask has the gradient ds, summed
+where it is broadcast, and a sink, which is a score without a value, has -(its weight) delta.
 
 Heads go in chunks, query rows in panels and tiles, keys in chunks, as in ``cpu.py``; of one size
 with N and M are a chunk's dK and dV only. Arithmetic is fp32, or fp64 for fp64 inputs. Sums are
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.roles import prefix_edge
 from distr_compile.kernels.rows import sliced, stack
 from distr_compile.lowering import cpu
@@ -47,6 +49,7 @@ class _Part:
         mask, dmask: ``(b, h, N, rep, M)``, size 1 where they are broadcast; to the second is added.
         sinks: ``(h, rep)``.
         dsinks: likewise, to which is added.
+        dropout: says which weights are dropped.
     """
 
     Q: Tensor
@@ -62,6 +65,7 @@ class _Part:
     dmask: Tensor | None
     sinks: Tensor | None
     dsinks: Tensor | None
+    dropout: Dropout | None
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,8 @@ def _part(
         None if t is None else cpu._split_sinks(t, call.q.dtype, key_heads)[some[1]]
         for t in (call.sinks, sums.get("sinks"))
     )
-    return _Part(Q, K, V, O, dO, lse, dQ, dK, dV, mask, dmask, sinks, dsinks)
+    dropout = cpu._of_heads(call.dropout, some, rep)
+    return _Part(Q, K, V, O, dO, lse, dQ, dK, dV, mask, dmask, sinks, dsinks, dropout)
 
 
 def _panel(
@@ -271,8 +276,14 @@ def _chunk(
         if rule.limit is not None:
             cpu._apply_causal(view, token + rule.limit - keys.start)
         P = S.sub_(lse).exp_()
-        dV[:, : seen - keys.start].baddbmm_(P.mT, dO)
-        dS = torch.bmm(dO, V[:, : seen - keys.start].mT).sub_(delta).mul_(P)
+        dP, weights = torch.bmm(dO, V[:, : seen - keys.start].mT), P
+        if part.dropout is not None:
+            stays = torch.ones_like(P)
+            cpu._drop(part.dropout, stays.view(view.shape), token, keys.start)
+            weights = P * stays
+            dP.mul_(stays)
+        dV[:, : seen - keys.start].baddbmm_(weights.mT, dO)
+        dS = dP.sub_(delta).mul_(P)
         if part.dmask is not None:
             dmask = sliced(part.dmask, *ranges)
             dmask.add_(dS.view(view.shape).sum_to_size(dmask.shape))

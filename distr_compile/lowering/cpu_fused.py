@@ -12,6 +12,7 @@ from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.cpu import Group
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
 from distr_compile.lowering.saved import Gradients, Saved, rows_of_a_block
@@ -34,6 +35,7 @@ def exact_attention(
     causal_offset: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
     out: Tensor,
     lse: Tensor | None = None,
 ) -> Tensor:
@@ -49,6 +51,7 @@ def exact_attention(
         causal_offset: see ``is_causal``.
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``; 0 does not.
         sinks: ``(H,)`` floating, in the softmax's denominator only.
+        dropout: says which weights are dropped.
         out: ``(B, H, N, d_v)``, any strides, is filled and returned; rows that see no key are 0.
         lse: ``(B, H, N)`` fp32, is filled with the logarithm of each row's sum of exponentials.
 
@@ -65,6 +68,7 @@ def exact_attention(
         is_causal=is_causal,
         causal_offset=causal_offset,
         softcap=softcap,
+        dropout=dropout,
         out=out,
         lse=lse,
     )
@@ -86,6 +90,7 @@ def attend(
     strict: bool,
     out: Tensor,
     lse: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """Fill ``out`` with the approximation whose A and B come in ``groups``.
 
@@ -104,6 +109,7 @@ def attend(
         strict: the strict form: a block's own keys and later ones are scored exactly.
         out: ``(b, h rep, N, d_v)``.
         lse: ``(b, h rep, N)`` fp32, see ``exact_attention``.
+        dropout: says which weights are dropped.
     """
     num_queries, key_heads, start = q.shape[2], k.shape[1], 0
     for group in groups:
@@ -129,6 +135,7 @@ def attend(
             follows=start > 0,
             out=out[:, :, rows],
             lse=None if lse is None else lse[:, :, rows],
+            dropout=None if dropout is None else dropout.part(row=start),
         )
         start = rows.stop
 
@@ -161,6 +168,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         grouping_block=rows_of_a_block(call, saved),
         softcap=scores.softcap,
         bases=saved.bases,
+        dropout=call.dropout,
         dq=wanted.q,
         dk=dk,
         dv=dv,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
@@ -54,6 +55,7 @@ def attention(
     seed: int = 0,
     softcap: float = 0.0,
     strict: bool = False,
+    dropout: Dropout | None = None,
     out: Tensor,
     workspace: int = WORKSPACE_MIB << 20,
     by_pointers: bool = False,
@@ -76,6 +78,7 @@ def attention(
         seed: names the random numbers of the estimator.
         softcap: c > 0 turns a score s into ``c * tanh(s / c)``.
         strict: of ``projection``, the form in which no row depends on later ones.
+        dropout: says which weights are dropped.
         out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
         workspace: bound on Qhat, Khat and what the estimator needs to make them, with ``strict``
             also on what a block's two parts need to become one, bytes.
@@ -95,6 +98,7 @@ def attention(
         "rank": rank,
         "block": block,
         "softcap": softcap,
+        "dropout": dropout,
         "out": out,
         "workspace": workspace,
         "by_pointers": by_pointers,
@@ -125,6 +129,7 @@ def _attend(
     rank: int,
     block: int,
     softcap: float,
+    dropout: Dropout | None,
     out: Tensor,
     workspace: int,
     by_pointers: bool,
@@ -180,6 +185,7 @@ def _attend(
             causal_offset=offset,
             grouping_block=block if prologue else num_queries,
             softcap=softcap,
+            dropout=chunk.of(dropout, rows.start),
             tile=tile,
             out=out[chunk.batch, chunk.heads, rows],
         )
@@ -199,6 +205,7 @@ def _attend_strictly(
     rank: int,
     block: int,
     softcap: float,
+    dropout: Dropout | None,
     out: Tensor,
     workspace: int,
     by_pointers: bool,
@@ -213,7 +220,7 @@ def _attend_strictly(
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
     softmax = {"scale": scale, "softcap": softcap}
     call = _Strict(
-        q, k, v, mask, sinks, prologue, is_causal, causal_offset, block, out,
+        q, k, v, mask, sinks, prologue, is_causal, causal_offset, block, dropout, out,
         known=softmax | {"tile": known_tile},
         others=softmax | {"tile": exact_tile, "is_causal": is_causal},
     )  # fmt: skip
@@ -251,6 +258,7 @@ class _Strict:
     is_causal: bool
     causal_offset: int
     block: int
+    dropout: Dropout | None
     out: Tensor
     known: dict[str, Any]
     others: dict[str, Any]
@@ -270,7 +278,9 @@ class _Strict:
         V, mask = _of_key_heads(self.v, chunk)[:, :, keys], self.mask
         if mask is not None:
             mask = sliced(mask, chunk.batch, chunk.heads, rows, keys)
-        attention_fwd(Q, K, V, mask, grouping_block=self.block, **options)
+        dropout = chunk.of(self.dropout, rows.start, keys.start or 0)
+        options |= {"grouping_block": self.block, "dropout": dropout}
+        attention_fwd(Q, K, V, mask, **options)
 
 
 def _attend_chunk(call: _Strict, chunk: _Chunk) -> None:
@@ -358,6 +368,12 @@ class _Chunk:
     heads: slice
     key_heads: slice
     rows: slice
+
+    def of(self, dropout: Dropout | None, row: int, key: int = 0) -> Dropout | None:
+        """What of the chunk's heads is dropped, from a row and a key of the call on."""
+        if dropout is None:
+            return None
+        return dropout.part(batch=self.batch.start, head=self.heads.start, row=row, key=key)
 
 
 def _of_key_heads(t: Tensor, chunk: _Chunk) -> Tensor:
@@ -447,7 +463,8 @@ def _run(call: Call, by_pointers: bool = False) -> None:
     if call.key is None or how.strict:
         attention(Q, K, call.v, call.mask, **options)
         return
-    with recording((Q, K, call.v, call.mask, call.sinks, call.out)) as recorder:
+    seed = None if call.dropout is None else call.dropout.seed
+    with recording((Q, K, call.v, call.mask, call.sinks, seed, call.out)) as recorder:
         attention(Q, K, call.v, call.mask, **options)
     plan = recorder.plan()
     if plan is not None:
@@ -477,13 +494,14 @@ def _repeat(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    seed: Tensor | None,
     bases: _Bases | None,
     out: Tensor,
 ) -> None:
     """What the op calls where it knows a call: ``factors``, if there are bases, and launches."""
     if factors is not None:
         q, k = factors(q, k, mask, bases)
-    plan(q, k, v, mask, sinks, out)
+    plan(q, k, v, mask, sinks, seed, out)
 
 
 _BY_POINTERS = Implementation(

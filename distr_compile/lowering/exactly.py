@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention.dropout import Dropout
 
 CHUNK_BYTES = 256 * 2**20
 """Scores held at one time."""
@@ -25,6 +26,9 @@ _WIDEST = {"mps": torch.float32}
 
 _is_exact: ContextVar[bool] = ContextVar("distr_is_exact", default=False)
 
+_was_entered = False
+"""Whether any thread ever entered the context."""
+
 
 @contextmanager
 def computing_exactly() -> Iterator[None]:
@@ -32,8 +36,10 @@ def computing_exactly() -> Iterator[None]:
 
     The checks of the op are as always. Graphs that are compiled inside or before obey alike, with
     any compiler; a CUDA graph that was recorded before does not. Only the thread or task that
-    entered the context is affected.
+    entered the context is affected. A backward computes what its forward did, wherever it runs.
     """
+    global _was_entered
+    _was_entered = True
     token = _is_exact.set(True)
     try:
         yield
@@ -46,6 +52,27 @@ def is_computing_exactly() -> bool:
     return _is_exact.get()
 
 
+def note(like: Tensor) -> Tensor:
+    """A flag on the device of ``like``: whether this call computes exactly; :func:`noted` reads it.
+
+    Returns:
+        ``()`` bool.
+    """
+    flag = like.new_zeros((), dtype=torch.bool)
+    return flag.fill_(True) if is_computing_exactly() else flag
+
+
+def noted(flag: Tensor) -> bool:
+    """What :func:`note` wrote, perhaps in another graph.
+
+    It waits for the device only in a process that has entered :func:`computing_exactly`, and not
+    while a CUDA graph is recorded, which does not obey that context.
+    """
+    if not _was_entered or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(flag)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -53,6 +80,7 @@ def attention(
     mask: Tensor | None,
     *,
     causal_offset: int,
+    dropout: Dropout | None,
     **softmax: Any,
 ) -> Tensor:
     """Attention by its formula, ``CHUNK_BYTES`` of scores at a time.
@@ -63,6 +91,7 @@ def attention(
         v: ``(B or 1, H_k, M, d_v)``.
         mask: broadcastable to ``(B, H, N, M)``, bool or floating, or None.
         causal_offset: as in the op.
+        dropout: says which weights are dropped.
         **softmax: ``scale``, ``is_causal``, ``softcap`` and ``sinks`` of the op.
 
     Returns:
@@ -82,6 +111,7 @@ def attention(
             mask[..., start : start + step, :] if mask is not None and has_rows else mask,
             causal_offset=causal_offset + start,
             rank=head_dim,
+            dropout=None if dropout is None else dropout.part(row=start),
             **softmax,
         ).to(q.dtype)
         for start in range(0, max(1, num_queries), step)

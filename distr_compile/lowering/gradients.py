@@ -9,12 +9,14 @@ The grouping of columns, or the basis, is held constant: nothing is differentiat
 softmax(scale * Q A (K B)^T + mask) V. So the gradient is that of the function with these very A
 and B, and a biased estimate of how the output changes where A and B move with Q and K.
 
-Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), and the logarithm of each
-row's sum of exponentials; Qhat, Khat and the weights are rebuilt.
+Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), the logarithm of each row's
+sum of exponentials, and whether the forward was told to compute exactly (``exactly.py``), which a
+backward must follow wherever it runs; Qhat, Khat and the weights are rebuilt.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import torch
@@ -33,19 +35,34 @@ from distr_compile.lowering.registering import (
     register,
     register_autocast,
 )
-from distr_compile.lowering.saved import Gradients, Saved, dtype_of, number_of_blocks
+from distr_compile.lowering.saved import (
+    Gradients,
+    Saved,
+    dropout_of,
+    dtype_of,
+    number_of_blocks,
+)
 from distr_compile.lowering.told import tell_exact
 
 RECORDED = (
     "attention_recorded(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? basis_q, "
-    f"Tensor? basis_k, Tensor? sinks, *, {KEYWORDS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? basis_k, Tensor? sinks, Tensor? dropout_seed, *, {KEYWORDS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 BACKWARD = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, "
-    f"Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, *, {KEYWORDS}, "
+    "Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor was_exact, "
+    f"Tensor? dropout_seed, *, {KEYWORDS}, "
     "bool mask_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+FORMULAS = hashlib.sha256(f"{RECORDED}{BACKWARD}".encode()).hexdigest()[:12]
+"""Names the formula of a backward, which is part of compiled programs that PyTorch's caches keep.
+
+Their keys know the graph of the forward only, so that another version of this package would find
+programs that call the ops as they were.
+"""
 
 
 def are_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -78,7 +95,7 @@ def recorded(*tensors: Tensor | None, **options: Any) -> Tensor:
 
     The arguments are those of the op; defaults may be left out.
     """
-    given = (*tensors, *(None,) * (7 - len(tensors)))
+    given = (*tensors, *(None,) * (8 - len(tensors)))
     out: Tensor = torch.ops.distr.attention_recorded.default(*given, **options)[0]
     return out
 
@@ -111,29 +128,31 @@ def _attention_recorded(
     basis_q: Tensor | None,
     basis_k: Tensor | None,
     sinks: Tensor | None,
-    *,
-    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A and B.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and ``exactly.note``.
 
     A and B are ``(B, H_k, blocks, d, r)`` of every grouping block; empty where the call is given
     them, or is exact by its rank; 0 where it is exact by its length.
     """
     arguments = read_arguments(options)
-    given = validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
+    given = validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
     sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse = q.new_empty(sizes.lse, dtype=dtype)
     A, B = (q.new_zeros(sizes.bases, dtype=dtype) for _ in "AB")
-    how = _applied(q, k, arguments)
-    if how.rank != arguments.approximation.rank and not exactly.is_computing_exactly():
+    is_exact = exactly.is_computing_exactly()
+    how = _applied(q, k, arguments, is_exact)
+    if how.rank != arguments.approximation.rank and not is_exact:
         tell_exact(arguments.site, None)
     out = empty_output(q, v)
-    call = Call(q, k, v, mask, sinks, arguments.scores, how, given, out)
+    scores = arguments.scores
+    dropout = dropout_of(q, scores.dropout_p, dropout_seed)
+    call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout)
     training.forward(call, Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B)))
-    if exactly.is_computing_exactly():
+    if is_exact:
         out.copy_(exactly.attention(q, k, v, mask, **call.softmax))
-    return out, lse, A, B
+    return out, lse, A, B, exactly.note(q)
 
 
 def _recorded_fake(
@@ -144,22 +163,20 @@ def _recorded_fake(
     basis_q: Tensor | None,
     basis_k: Tensor | None,
     sinks: Tensor | None,
-    *,
-    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = read_arguments(options)
-    validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
+    validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
     sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
-    return empty_output(q, v), lse, A, B
+    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.bool)
 
 
-def _applied(q: Tensor, k: Tensor, arguments: Arguments) -> Approximation:
-    """What a call is computed by, which is exact where the call is short."""
+def _applied(q: Tensor, k: Tensor, arguments: Arguments, is_exact: bool) -> Approximation:
+    """What a call is computed by: exactly where it is short, or where the forward was told so."""
     how, head_dim = arguments.approximation, q.shape[3]
-    is_exact = is_short(q.shape[2], k.shape[2], arguments.min_seq_len)
-    if is_exact or exactly.is_computing_exactly():
+    if is_exact or is_short(q.shape[2], k.shape[2], arguments.min_seq_len):
         return Approximation.none(head_dim)
     return how
 
@@ -167,21 +184,21 @@ def _applied(q: Tensor, k: Tensor, arguments: Arguments) -> Approximation:
 def _save(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
-    q, k, v, mask, basis_q, basis_k, sinks = inputs
-    out, lse, A, B = output
+    q, k, v, mask, basis_q, basis_k, sinks, dropout_seed = inputs
+    out, lse, A, B, was_exact = output
     if basis_q is not None:
         A, B = basis_q, basis_k
-    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B)
+    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, was_exact, dropout_seed)
     ctx.options = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, mask and sinks where they are asked for; A and B have none."""
+    """Gradients of q, k, v, mask and sinks where they are asked for; A, B and a seed have none."""
     if grad is None:
-        return (None,) * 7
-    for_q, for_k, for_v, for_mask, _A, _B, for_sinks = ctx.needs_input_grad
+        return (None,) * 8
+    for_q, for_k, for_v, for_mask, _A, _B, for_sinks, _seed = ctx.needs_input_grad
     found = torch.ops.distr.attention_backward.default(
         grad, *ctx.saved_tensors, mask_grad=for_mask, sinks_grad=for_sinks, **ctx.options
     )
@@ -189,7 +206,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     dq, dk, dv, dmask, dsinks = (
         t if is_wanted else None for t, is_wanted in zip(found, wanted, strict=True)
     )
-    return dq, dk, dv, dmask, None, None, dsinks
+    return dq, dk, dv, dmask, None, None, dsinks, None
 
 
 def _attention_backward(
@@ -199,26 +216,27 @@ def _attention_backward(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    basis_q: Tensor,
-    basis_k: Tensor,
+    *kept: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, mask and sinks; the last two empty where they are not asked for.
 
-    The inputs are trusted: only the formula of ``attention_recorded`` calls this.
+    The inputs are trusted: only the formula of ``attention_recorded`` calls this. ``kept`` is what
+    that gave, with the bases that a call was given in the place of its own, and the dropout's seed.
     """
+    out, lse, basis_q, basis_k, was_exact, dropout_seed = kept
     mask_grad, sinks_grad = (options.get(name) for name in ("mask_grad", "sinks_grad"))
     found = _empty_gradients(q, k, v, mask if mask_grad else None, sinks if sinks_grad else None)
     arguments = read_arguments(options)
-    how = _applied(q, k, arguments)
+    how = _applied(q, k, arguments, exactly.noted(was_exact))
     bases = None
     if how.rank != q.shape[3]:  # A and B that were given are the same for all batches and blocks
         bases = (basis_q, basis_k)
         if basis_q.dim() == 3:
             bases = (basis_q[None, :, None], basis_k[None, :, None])
-    call = Call(q, k, v, mask, sinks, arguments.scores, how, None, out)
+    scores = arguments.scores
+    dropout = dropout_of(q, scores.dropout_p, dropout_seed)
+    call = Call(q, k, v, mask, sinks, scores, how, None, out, dropout=dropout)
     dq, dk, dv, dmask, dsinks = found
     wanted = Gradients(dq, dk, dv, dmask if mask_grad else None, dsinks if sinks_grad else None)
     training.backward(call, Saved(lse, bases), grad, wanted)
@@ -241,7 +259,7 @@ def _backward_fake(
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    *_: Tensor,
+    *_: Any,
     mask_grad: bool = False,
     sinks_grad: bool = False,
     **__: Any,

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -53,6 +54,9 @@ BACKEND = "sdpa "
 
 SEVERAL = {"cuda"}
 """Types of devices on which SDPA has several backends worth trying."""
+
+DROPOUT = 0.1
+"""The share of the weights that is dropped in what is timed, where a call drops any."""
 
 SDPA, EXACT, DISTR = "sdpa", "exact", "distr"
 """The candidates: PyTorch's attention, ours at the full width, and the approximation."""
@@ -324,13 +328,20 @@ def arms(shape: Shape, how: Approximation, units: int) -> Arms:
     softcap = 30.0 if shape.softcap else 0.0
     sinks = torch.zeros(heads, device=shape.device) if shape.sinks else None
     offset = shape.causal_offset if shape.is_causal else None
-    scores = Scores(scale, shape.is_causal, offset, softcap)
+    dropout_p = DROPOUT if shape.dropout else 0.0
+    scores = Scores(scale, shape.is_causal, offset, softcap, dropout_p)
+    seed = torch.zeros((), dtype=torch.int64, device=shape.device) if shape.dropout else None
     # A program makes the mask of an offset once.
     is_causal, seen = shape.is_causal, mask
     if is_causal and (offset or mask is not None):
         seen, is_causal = sdpa.with_causal(mask, q, k, offset or 0), False
 
     def by_pytorch() -> Tensor:
+        if shape.dropout:
+            gqa = k.shape[1] != heads
+            return F.scaled_dot_product_attention(
+                q, k, v, seen, dropout_p, is_causal, scale=scale, enable_gqa=gqa
+            )
         return sdpa.attention(q, k, v, seen, scale=scale, is_causal=is_causal)
 
     def by_us(how: Approximation) -> Callable[[], Tensor]:
@@ -338,7 +349,7 @@ def arms(shape: Shape, how: Approximation, units: int) -> Arms:
         if ESTIMATORS[how.estimator].needs == "bases" and how.rank < shape.head_dim:
             bases = random_bases(units, shape.head_dim, how.rank, shape.device)
         arguments = op_arguments(how, scores)
-        return lambda: op.call(*tensors, *bases, sinks, **arguments)
+        return lambda: op.call(*tensors, *bases, sinks, seed, **arguments)
 
     exact = by_us(Approximation.none(shape.head_dim))
     found: Arms = {SDPA: by_pytorch, EXACT: exact, DISTR: by_us(how)}
@@ -405,7 +416,9 @@ def random_bases(
 def undisturbed(shape: Shape) -> Iterator[None]:
     """Run PyTorch as a plain call does, whatever is being traced or recorded around it."""
     plain = shape.mask is None and not shape.causal_offset
+    drawn_on = [shape.device] if shape.device.type == "cuda" else []
     with (
+        torch.random.fork_rng(drawn_on, enabled=shape.dropout),  # SDPA's dropout draws
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch.no_grad(),

@@ -38,12 +38,14 @@ from distr_compile.lowering.registering import (
     register,
     register_autocast,
 )
+from distr_compile.lowering.saved import dropout_of
 from distr_compile.lowering.told import count_exact_calls as count_exact_calls
 from distr_compile.lowering.told import tell_exact
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
-    f"Tensor? basis_k=None, Tensor? sinks=None, *, {KEYWORDS}) -> Tensor"
+    "Tensor? basis_k=None, Tensor? sinks=None, Tensor? dropout_seed=None, "
+    f"*, {KEYWORDS}) -> Tensor"
 )
 
 
@@ -55,6 +57,7 @@ def attention(
     basis_q: Tensor | None = None,
     basis_k: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     *,
     scale: float,
     is_causal: bool = False,
@@ -83,6 +86,8 @@ def attention(
             products are fp32.
         basis_k: B, likewise.
         sinks: ``(H,)`` floating: a logit per head that adds to the denominator of the softmax only.
+        dropout_seed: ``()`` int64, with ``dropout_p`` > 0: which weights are dropped follows from
+            it and their places (``kernels/attention/dropout.py``). Whoever makes the call draws it.
         scale: multiplies Q K^T; give the scale of the original width d.
         is_causal: row i sees keys ``j <= i + causal_offset``, from the top left as in SDPA.
         causal_offset: 0 when None; only with ``is_causal``.
@@ -99,7 +104,8 @@ def attention(
         min_seq_len: exact attention where ``min(N, M)`` is below it; always where N < 16.
         seed: names the random numbers of the estimator.
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
-        dropout_p: only 0 yet.
+        dropout_p: from 0 to 1: the share of the weights that is dropped; the others are divided by
+            1 - p. Sinks stay.
         site: number handed to ``count_exact_calls``.
 
     Returns:
@@ -108,29 +114,34 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
-        NotImplementedError: an argument that is not supported yet has a value; a ``torch.func``
-            transform; as ``NoArithmeticError``, an estimator that nothing computes on the device.
+        NotImplementedError: a ``torch.func`` transform; as ``NoArithmeticError``, an estimator that
+            nothing computes on the device.
     """
     key = None
     if q.device.type in choose.PLANNED:
         options = (scale, is_causal, causal_offset, rank, estimator, grouping_block, rounds)
         more = (strict, min_seq_len, seed, softcap, dropout_p)
-        key = (geometry(q, k, v, mask, sinks, basis_q, basis_k), options, more)
+        tensors = (q, k, v, mask, sinks, basis_q, basis_k, dropout_seed)
+        key = (geometry(*tensors), options, more)
         plan = choose.plans.get(key)
         if plan is not None and not exactly.is_computing_exactly():
             out = empty_output(q, v)
-            plan(q, k, v, mask, sinks, None if basis_q is None else (basis_q, basis_k), out)
+            given = None if basis_q is None else (basis_q, basis_k)
+            plan(q, k, v, mask, sinks, dropout_seed, given, out)
             return out
     approximation = Approximation(estimator, rank, grouping_block, rounds, seed, strict)
-    scores = Scores(scale, is_causal, causal_offset, softcap)
+    scores = Scores(scale, is_causal, causal_offset, softcap, dropout_p)
     arguments = Arguments(approximation, scores, min_seq_len, site)
-    bases = validate(q, k, v, mask, (basis_q, basis_k), sinks, arguments, dropout_p)
+    bases = validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
+    if dropout_p == 1:
+        return empty_output(q, v).zero_()
     softmax: dict[str, Any] = {
         "scale": scale,
         "is_causal": is_causal,
         "causal_offset": causal_offset or 0,
         "softcap": softcap,
         "sinks": sinks,
+        "dropout": dropout_of(q, dropout_p, dropout_seed),
     }
     if exactly.is_computing_exactly():
         return lay_out(exactly.attention(q, k, v, mask, **softmax))
@@ -139,7 +150,10 @@ def attention(
             tell_exact(site, None)
         return lay_out(sdpa.attention(q, k, v, mask, **softmax))
     out = empty_output(q, v)
-    failure = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out, key))
+    dropout = softmax["dropout"]
+    failure = choose.run(
+        Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout)
+    )
     if failure is not None and rank < q.shape[3]:
         tell_exact(site, failure)
     return out
@@ -153,11 +167,11 @@ def _attention_fake(
     basis_q: Tensor | None = None,
     basis_k: Tensor | None = None,
     sinks: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    validate(q, k, v, mask, (basis_q, basis_k), sinks, read_arguments(options), dropout_p)
+    rest = (sinks, dropout_seed)
+    validate(q, k, v, mask, (basis_q, basis_k), rest, read_arguments(options))
     return empty_output(q, v)
 
 

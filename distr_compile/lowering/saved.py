@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.lowering.call import Approximation
 from distr_compile.lowering.choose import Call
 
@@ -39,6 +40,11 @@ class Gradients:
     v: Tensor
     mask: Tensor | None
     sinks: Tensor | None
+
+
+def dropout_of(q: Tensor, p: float, seed: Tensor | None) -> Dropout | None:
+    """What a call drops, of its arguments; ``p`` is less than 1."""
+    return Dropout(p, seed, q.shape[1]) if p and seed is not None else None
 
 
 def dtype_of(q: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.lowering.architecture import architecture
 
 CUDNN_FIRST = ("sm_90",)
@@ -50,9 +51,12 @@ def by(backend: SDPBackend, run: Callable[[], Tensor]) -> Tensor:
         return run()
 
 
-def says(softcap: float, sinks: object | None) -> bool:
-    """Whether SDPA has words for a call with this soft cap and these sinks."""
-    return softcap == 0 and sinks is None
+def says(softcap: float, sinks: object | None, dropout: object | None = None) -> bool:
+    """Whether SDPA has words for a call with this soft cap, these sinks and this dropout.
+
+    It has a dropout, but drops other weights than the seed of a call says.
+    """
+    return softcap == 0 and sinks is None and dropout is None
 
 
 def attention(
@@ -66,12 +70,13 @@ def attention(
     causal_offset: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """The call of the op, exactly, as PyTorch computes it; its result may have any strides.
 
     SDPA's ``is_causal`` knows no offset and stands beside no mask: there the mask says it. Soft
-    caps and sinks are beyond SDPA: the scores are written out in fp32, as in the models that have
-    them.
+    caps, sinks and dropout by a seed are beyond SDPA: the scores are written out in fp32, as in the
+    models that have them.
 
     Args:
         q: ``(B, H, N, d)``.
@@ -83,11 +88,12 @@ def attention(
         causal_offset: see ``is_causal``.
         softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``.
         sinks: ``(H,)`` floating, in the softmax's denominator only.
+        dropout: says which weights are dropped.
 
     Returns:
         ``(B, H, N, d_v)`` in the dtype of q.
     """
-    if not says(softcap, sinks):
+    if not says(softcap, sinks, dropout):
         dtype = torch.promote_types(q.dtype, torch.float32)
         return reference.attention(
             q.to(dtype),
@@ -100,6 +106,7 @@ def attention(
             rank=q.shape[3],
             softcap=softcap,
             sinks=sinks,
+            dropout=dropout,
         ).to(q.dtype)
     if is_causal and causal_offset >= k.shape[2] - 1:
         is_causal = False  # the first row sees every key already, as in a decode step

@@ -12,7 +12,7 @@ import torch
 from distr_compile.estimators import estimator_named
 from distr_compile.lowering.call import BHND, Approximation, Shape
 
-_WORDS = ("causal", "softcap", "sinks", "strict", "training")
+_WORDS = ("causal", "softcap", "sinks", "strict", "training", "dropout")
 _KEYS = (
     *("q", "k", "v", "dtype", "device", "mask", "causal", "order"),
     *("estimator", "rank", "block", "rounds"),
@@ -44,6 +44,7 @@ def spelled(shape: Shape, approximation: Approximation | None) -> str:
         parts["order"] = ",".join("".join(map(_letter, axes)) for axes in s.order)
     words = [("causal", s.is_causal and not s.causal_offset)]
     words += [("softcap", s.softcap), ("sinks", s.sinks), ("training", s.trained)]
+    words.append(("dropout", s.dropout))
     if (a := approximation) is not None:
         parts |= {"estimator": a.estimator, "rank": str(a.rank)}
         if a.block:
@@ -109,6 +110,7 @@ def _shape(parts: dict[str, str]) -> Shape:
         sinks="sinks" in parts,
         order=order,
         trained="training" in parts,
+        dropout="dropout" in parts,
     )
 
 

@@ -45,7 +45,8 @@ def names(shape: Shape, approximation: Approximation, *, mask_grad: bool = False
 
 def forward(call: Call, saved: Saved) -> None:
     """Fill ``call.out`` and ``saved``."""
-    if not call.out.numel():
+    if not call.out.numel() or call.scores.dropout_p == 1:
+        call.out.zero_()
         saved.lse.fill_(-torch.inf)
         return
     fused = cpu_fused.IMPLEMENTATION
@@ -67,7 +68,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         grad: ``(B, H, N, d_v)``, any strides.
         wanted: is filled.
     """
-    if not call.out.numel():
+    if not call.out.numel() or call.scores.dropout_p == 1:
         for t in (wanted.q, wanted.k, wanted.v, wanted.mask, wanted.sinks):
             if t is not None:
                 t.zero_()

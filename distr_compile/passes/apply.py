@@ -254,7 +254,7 @@ class _Site:
             and found.num_queries >= MIN_QUERIES
             and found.dtype in {torch.float32, torch.bfloat16, torch.float16}
             and found.compute_dtype is None
-            and not (found.softcap or found.sinks or found.requires_grad)
+            and not (found.softcap or found.sinks or found.dropout_p or found.requires_grad)
             and all(reason.code != "shared-graph" for reason in self.decision.reasons)
         )
 

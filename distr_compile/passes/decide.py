@@ -86,6 +86,12 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
     elif site.written_later:
         text = "gradients are recorded, and an input or the output is written in place afterwards"
         reasons.append(Reason("in-place-write", text))
+    if site.dropout_p and not (site.requires_grad and plan.training == "approximate"):
+        text = (
+            "the weights are dropped out, which is approximated in training that the policy calls "
+            '"approximate" only'
+        )
+        reasons.append(Reason("dropout", text))
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)
         reasons.append(Reason("dtype", f"dtype is {str(site.dtype)[6:]}; accepted: {accepted}"))

@@ -13,6 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from distr_compile.kernels.attention.dropout import MOST_SEEDS
 from distr_compile.passes.memory import call
 from distr_compile.passes.vocabulary import tensor_of
 
@@ -106,6 +107,11 @@ class Emitter:
         self._made.append(node)
         return node
 
+    def seed(self, device: torch.device) -> fx.Node:
+        """A seed for dropout, drawn anew in each run: ``()`` int64."""
+        options = {"dtype": torch.int64, "device": device}
+        return self.function(torch.randint, MOST_SEEDS, (), **options)
+
     def stand_for(self, output: fx.Node, node: fx.Node) -> None:
         """Let ``node`` take the place of a site's output."""
         output.replace_all_uses_with(node)
@@ -126,21 +132,22 @@ class Emitter:
     def _keep(self, node: fx.Node) -> fx.Node:
         node.meta.update(self._meta)
         node.meta.pop("example_value", None)
-        value = _example_value(node)
+        value = _example_value(node, self._anchor)
         if value is not None:
             node.meta["example_value"] = value
         self._made.append(node)
         return node
 
 
-def _example_value(node: fx.Node) -> Any:
+def _example_value(node: fx.Node, anchor: fx.Node) -> Any:
     """The node's fake value, which Dynamo records for its own nodes; None if it is not known.
 
     Without it AOTAutograd's cache refuses every graph that calls a method on the node.
     """
     inputs = {n: n.meta.get("example_value") for n in node.all_input_nodes}
     # Their own mode: the one now in force is another, made for the backend.
-    modes = [x.fake_mode for x in tree_leaves(list(inputs.values())) if isinstance(x, FakeTensor)]
+    near = list(inputs.values()) or [anchor.meta.get("example_value")]
+    modes = [x.fake_mode for x in tree_leaves(near) if isinstance(x, FakeTensor)]
     if not modes or any(value is None for value in inputs.values()):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)

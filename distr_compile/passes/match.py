@@ -28,6 +28,7 @@ from distr_compile.passes.site import (
     Step,
     Unmatched,
     count,
+    dropped,
     refusal,
 )
 from distr_compile.passes.steps import AddStep, FillStep
@@ -175,8 +176,7 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
         raise RefusedError("scores-edited", "the arguments of SDPA are not known")
     if not node.users:
         raise RefusedError("dead", "nothing reads the result of this attention")
-    if isinstance(op.dropout_p, fx.Node) or op.dropout_p != 0:
-        raise RefusedError("dropout", "the weights are dropped out: training")
+    dropout_p = dropped(op.dropout_p)
     if not isinstance(op.is_causal, bool) or not isinstance(op.enable_gqa, bool):
         raise RefusedError("scores-edited", "is_causal or enable_gqa is not a constant")
     if voc.is_tensor(op.scale):
@@ -212,6 +212,7 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
         anchor=node,
         form="sdpa",
         factors=(Factor(scale),),
+        dropout_p=dropout_p,
         output_dims=tuple(range(rank)),
         interior=(node,),
     )

@@ -22,7 +22,7 @@ from torch import fx
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.emit import Emitter, dtype_of, erase_idle
 from distr_compile.passes.memory import Memory
-from distr_compile.passes.site import AttentionSite, Causal, RefusedError
+from distr_compile.passes.site import AttentionSite, Causal, RefusedError, dropped
 from distr_compile.passes.vocabulary import shape_of, target_name
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
@@ -57,8 +57,7 @@ def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
         raise RefusedError("weights-reused", "the weights are returned (need_weights)")
     if not outputs:
         raise RefusedError("dead", "nothing reads the result of this attention")
-    if a["training"] and a["dropout_p"] != 0:
-        raise RefusedError("dropout", "the weights are dropped out: training")
+    dropout_p = dropped(a["dropout_p"]) if a["training"] else 0.0
     if a["bias_k"] is not None or a["bias_v"] is not None or a["add_zero_attn"]:
         raise RefusedError("extra-keys", "bias_k, bias_v or add_zero_attn append keys")
     if a["static_k"] is not None or a["static_v"] is not None:
@@ -73,7 +72,8 @@ def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
     batch = query[1] if len(query) == 3 else 1
     sizes = (batch, a["num_heads"], query[0], key[0], query[-1])
     causal = Causal(0) if is_causal else None
-    return _site(node, "mha", outputs[0], sizes, mask_kind=kind, causal=causal)
+    rest: dict[str, Any] = {"mask_kind": kind, "causal": causal, "dropout_p": dropout_p}
+    return _site(node, "mha", outputs[0], sizes, **rest)
 
 
 def encoder_layer_site(node: fx.Node) -> AttentionSite:

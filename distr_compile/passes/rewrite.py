@@ -67,8 +67,10 @@ def rewrite(
             rest = tuple(map(emit.constant, names, bases))
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
+        if site.dropout_p:
+            rest = (*rest, *(None,) * (3 - len(rest)), emit.seed(site.device))
         offset = site.causal.offset or None if is_causal and site.causal is not None else None
-        scores = Scores(scale, is_causal, offset, site.softcap)
+        scores = Scores(scale, is_causal, offset, site.softcap, site.dropout_p)
         approximation = Approximation.none(site.head_dim)
         if decision.is_distr:
             approximation = decision.approximation
@@ -154,8 +156,11 @@ def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
 
 
 def _sdpa_means_the_same(site: OpenSite) -> bool:
-    """SDPA knows no soft cap and no sinks, and takes a float mask in Q's dtype only."""
+    """SDPA knows no soft cap and no sinks, takes a float mask in Q's dtype only, and its dropout
+    draws other numbers than the model's."""
     if site.kind != "softmax" or site.softcap or site.sinks or site.compute_dtype:
+        return False
+    if site.dropout_p:  # it would drop others than the model does
         return False
     dtype = dtype_of(site.q.node)
     if any(dtype_of(s.tensor) != dtype for s in site.steps if isinstance(s, AddStep)):

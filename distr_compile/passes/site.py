@@ -129,6 +129,7 @@ class AttentionSite(Sizes):
         causal: the graph says that query i sees keys j <= i + offset only.
         softcap: c > 0 where the scaled scores s become ``c * tanh(s / c)``, before every bias and
             mask; the scale then is that of all factors and steps together, on both sides of tanh.
+        dropout_p: the share of the weights that is dropped.
         sinks: one number per query head, ``(H,)`` when flattened, that stands in the softmax as the
             score of one more key, whose weight is dropped.
         interior: the nodes from the product to the output, which nothing else reads, and what is
@@ -148,6 +149,7 @@ class AttentionSite(Sizes):
     mask_kind: str = "none"
     causal: Causal | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
     sinks: fx.Node | None = None
     interior: tuple[fx.Node, ...] = ()
     written_later: bool = False
@@ -208,6 +210,17 @@ class RefusedError(Exception):
     def __init__(self, code: str, text: str, attention: bool = True) -> None:
         super().__init__(text)
         self.code, self.text, self.attention = code, text, attention
+
+
+def dropped(p: Any) -> float:
+    """The share of the weights that a call drops.
+
+    Raises:
+        RefusedError: it is no number while compiling.
+    """
+    if not isinstance(p, int | float):
+        raise RefusedError("dropout", "the weights are dropped out by a share that is no number")
+    return float(p)
 
 
 def refusal(error: Exception) -> RefusedError:

@@ -43,6 +43,7 @@ class Way:
         steps: likewise: what the call must be told of.
         softcap: likewise; 0 for none.
         width: that of scores and sinks together, once the sinks stand beside the scores.
+        dropout_p: of the weights, behind the softmax.
     """
 
     flow: Flow
@@ -56,6 +57,7 @@ class Way:
     steps: list[Step] = field(default_factory=list)
     softcap: float = 0.0
     width: Any = None
+    dropout_p: float = 0.0
 
     def refuse_shift(self) -> None:
         """One number added to all scores: softmax ignores it, tanh or a sink beside them do not."""

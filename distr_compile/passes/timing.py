@@ -149,6 +149,7 @@ def shape_of_call(
         hint(scores.offset or 0),
         softcap=scores.softcap > 0,
         sinks=sinks,
+        dropout=scores.dropout_p > 0,
     )
     device: torch.device = values[0].device  # type: ignore[union-attr]
     return shape._replace(device=device, dtype=dtype, trained=trained)

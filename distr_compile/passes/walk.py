@@ -24,7 +24,16 @@ from distr_compile.passes.operands import (
 )
 from distr_compile.passes.origin import BATCH, TOKEN, Flow, axis_origin
 from distr_compile.passes.output import order_to_copy
-from distr_compile.passes.site import Factor, Level, OpenSite, Operand, RefusedError, Step, count
+from distr_compile.passes.site import (
+    Factor,
+    Level,
+    OpenSite,
+    Operand,
+    RefusedError,
+    Step,
+    count,
+    dropped,
+)
 from distr_compile.passes.steps import KINDS, Way, drops_sink, mask_of, replay
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
@@ -102,6 +111,7 @@ class Walk(Way):
             compute_dtype=dtype,
             factors=factors,
             softcap=self.softcap,
+            dropout_p=self.dropout_p,
             sinks=sinks,
             output_dims=output_dims,
             interior=tuple(dict.fromkeys(self.interior)),
@@ -253,8 +263,10 @@ class Walk(Way):
             self.forward.append(target_name(user).strip("_"))
             self.interior.append(user)
             if isinstance(op, voc.Dropout):
-                raise RefusedError("dropout", "the weights are dropped out: training")
-            if isinstance(op, voc.Permute):
+                if self.dropout_p:
+                    raise RefusedError("dropout", "the weights are dropped out twice")
+                self.dropout_p = dropped(op.p)
+            elif isinstance(op, voc.Permute):
                 axes = tuple(op.dims.index(axis) for axis in axes)
                 self.permuted |= op.dims[:-2] != tuple(range(rank - 2))
                 shape = shape_of(user)

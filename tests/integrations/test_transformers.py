@@ -253,6 +253,29 @@ def test_dropout_in_training_is_that_of_sdpa() -> None:
     torch.testing.assert_close(*outputs)
 
 
+def test_dropout_in_training_that_is_approximated() -> None:
+    """Ours, by the seed; on the average over seeds what the model without dropout has."""
+    models = [built("gpt2, left padding", "distr").train() for _ in range(2)]
+    policy = {"default": {**POLICY["default"], "training": "approximate"}}
+    for model, p in zip(models, (0.2, 0.0), strict=True):
+        distr_compile.transformers.apply(model, policy)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = p if name.endswith("attn_dropout") else 0.0
+    inputs = MODELS["gpt2, left padding"][2]()
+    dropped, plain = models
+
+    def run(model: torch.nn.Module, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return real_rows(model(**inputs)[0], inputs).detach()
+
+    assert torch.equal(run(dropped, 1), run(dropped, 1))
+    assert not torch.equal(run(dropped, 1), run(dropped, 2))
+    many = torch.stack([run(dropped, seed) for seed in range(30)])
+    assert (many.mean(0) - run(plain, 0)).norm() < 0.5 * (many[0] - run(plain, 0)).norm()
+    dropped(**inputs)[0].sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["eager", "distr"])
 def test_a_model_with_plans_can_be_compiled(backend: str) -> None:
     ours = built("llama, key heads, left padding", "distr")

@@ -164,8 +164,10 @@ def test_the_op_looks_for_a_plan_first(monkeypatch: pytest.MonkeyPatch) -> None:
         told.out.fill_(1)
         choose.plans.put(told.key, repeat)
 
-    def repeat(q: Any, k: Any, v: Any, mask: Any, sinks: Any, bases: Any, out: Tensor) -> None:
+    def repeat(q: Any, k: Any, v: Any, mask: Any, sinks: Any, *rest: Any) -> None:
         seen.append("plan")
+        seed, bases, out = rest
+        assert seed is dropout_seed
         assert bases is None
         out.fill_(2)
 
@@ -175,7 +177,7 @@ def test_the_op_looks_for_a_plan_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "plans", Plans())
     q, k, v = (torch.randn(1, 2, 20, 32) for _ in "qkv")
     options = {"scale": 0.2, "rank": 16, "estimator": "projection", "grouping_block": 0}
-    op = torch.ops.distr.attention
+    op, dropout_seed = torch.ops.distr.attention, None
     assert (op(q, k, v, **options) == 1).all()
     got = op(q, k, v, **options)
     assert (got == 2).all()
@@ -184,6 +186,11 @@ def test_the_op_looks_for_a_plan_first(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (op(q, k, v, **options | changed) == 1).all()
     assert (op(q, k, v, q.new_zeros(20, 20), **options) == 1).all()
     assert seen == ["run", "plan", *["run"] * 5]
+    for p in (0.1, 0.2):  # a plan holds for any seed, and for one share only
+        for value in (1, 2):
+            dropout_seed = torch.tensor(value)
+            rest = (None, None, None, None, dropout_seed)
+            assert (op(q, k, v, *rest, dropout_p=p, **options) == value).all()
     with exactly.computing_exactly():  # does not ask for plans
         assert (op(q, k, v, **options) != 2).any()
     recorded = op(q.requires_grad_(), k, v, **options)  # another op, which has no plans

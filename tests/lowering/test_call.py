@@ -13,7 +13,6 @@ from torch import fx
 from distr_compile.estimators import ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments, read_arguments
-from distr_compile.lowering.checks import NOT_YET
 from distr_compile.lowering.op import SCHEMA, attention
 
 OP = torch.ops.distr.attention.default
@@ -29,6 +28,7 @@ OTHER: dict[str, Any] = {
     "is_causal": True,
     "offset": 0,
     "softcap": 4.0,
+    "dropout_p": 0.5,
 }
 """Another value for every field."""
 
@@ -59,13 +59,14 @@ def test_no_keyword_of_the_op_is_forgotten() -> None:
     approximation = Approximation(*(OTHER[f.name] for f in fields(Approximation)))
     scores = Scores(*(OTHER[f.name] for f in fields(Scores)))
     arguments = op_arguments(approximation, scores, 7, 8)
-    assert arguments.keys() == KEYWORDS.keys() - NOT_YET.keys(), SCHEMA
+    assert arguments.keys() == KEYWORDS.keys(), SCHEMA
     assert (arguments["min_seq_len"], arguments["site"]) == (7, 8)
 
 
 def test_what_is_left_out_is_the_default_of_the_op() -> None:
     arguments = op_arguments(*PLAIN)
-    left_out = {"causal_offset": None, "softcap": 0.0, "seed": 0, "strict": False, **NOT_YET}
+    left_out = {"causal_offset": None, "softcap": 0.0, "seed": 0, "strict": False}
+    left_out["dropout_p"] = 0.0
     assert KEYWORDS.keys() - arguments.keys() == left_out.keys()
     defaults = inspect.signature(attention).parameters
     assert {name: defaults[name].default for name in left_out} == left_out

@@ -138,10 +138,8 @@ def test_a_batch_of_one_is_shared() -> None:
 def test_pointers_in_the_place_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, with the tiles of sm_90."""
     made: list[Tensor] = []
-    real = triton_fwd._descriptor
-    monkeypatch.setattr(
-        triton_fwd, "_descriptor", lambda t, block: made.append(t) or real(t, block)
-    )
+    real = triton_fwd.descriptor
+    monkeypatch.setattr(triton_fwd, "descriptor", lambda t, block: made.append(t) or real(t, block))
     monkeypatch.setattr(cuda, "architecture", lambda device: "sm_90")
     q, k, v = (t.half() for t in qkv(d=32, dv=32))
     for options in ({}, {"rank": 32}, {"estimator": "projection", "strict": True}):

@@ -7,6 +7,7 @@ of autograd through the definition in the working precision, plus the rounding o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -332,7 +333,8 @@ class Given(torch.autograd.Function):
         column = sinks[:, None, None].expand(*S.shape[:3], 1)
         lse = torch.cat([S, column], -1).logsumexp(-1)
         out = (S - lse[..., None]).exp() @ wide_v
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, A, B)
+        not_exact = torch.zeros((), dtype=torch.bool)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, A, B, not_exact, None)
         ctx.options = options
         return out
 
@@ -395,13 +397,13 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 def test_opcheck_of_the_backward(name: str) -> None:
     tensors, options = call_of(name, torch.float32)
     q, k, v, mask, A, B, sinks = tensors
-    out, lse, made_A, made_B = torch.ops.distr.attention_recorded(*tensors, **options)
+    out, lse, made_A, made_B, note = torch.ops.distr.attention_recorded(*tensors, None, **options)
     A, B = (made_A, made_B) if A is None else (A, B)
     has_bias = mask is not None and mask.is_floating_point()
     wanted = {"mask_grad": has_bias, "sinks_grad": sinks is not None}
     torch.library.opcheck(
         torch.ops.distr.attention_backward.default,
-        (torch.ones_like(out), q, k, v, mask, sinks, out, lse, A, B),
+        (torch.ones_like(out), q, k, v, mask, sinks, out, lse, A, B, note, None),
         {**options, **wanted},
     )
 
@@ -435,16 +437,38 @@ def test_exact_calls_are_counted() -> None:
     assert told == [(2, None), (3, None)]
 
 
-def test_computing_exactly_holds_for_both_ways() -> None:
-    q, k, v = (draw(1, 2, 20, 32, seed=i).requires_grad_() for i in range(3))
-    with exactly.computing_exactly():
-        out = op(q, k, v, scale=0.2, rank=16, estimator="projection", grouping_block=8)
-        got = torch.autograd.grad(out.square().sum(), (q, k, v))
-    exact = F.scaled_dot_product_attention(q, k, v, scale=0.2)
-    torch.testing.assert_close(out, exact)
-    wanted = torch.autograd.grad(exact.square().sum(), (q, k, v))
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("name", ["projection", "calibrated"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_the_forward_settles_whether_a_call_is_exact(
+    forward: bool, backward: bool, name: str, compiler: str | None
+) -> None:
+    """The backward is of what was computed, inside the context and outside of it."""
+    q, k, v = leaves = [draw(1, 2, 20, 32, seed=i).requires_grad_() for i in range(3)]
+    A, B = bases(2, 32, 16) if name == "calibrated" else (None, None)
+    options = {"scale": 0.2, "rank": 16, "estimator": name, "grouping_block": 8}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return op(q, k, v, None, A, B, **options)
+
+    def inside(is_inside: bool) -> Any:
+        return exactly.computing_exactly() if is_inside else contextlib.nullcontext()
+
+    called = torch.compile(call, backend=compiler) if compiler else call
+    with inside(forward):
+        out = called(q, k, v)
+    with inside(backward):
+        got = torch.autograd.grad(out.square().sum(), leaves)
+    if forward:
+        defined = F.scaled_dot_product_attention(q, k, v, scale=0.2)
+    else:
+        given = None if A is None else (A.double(), B.double())
+        defined = reference.attention(q, k, v, bases=given, **options)
+    torch.testing.assert_close(out, defined, rtol=1e-7, atol=1e-7)
+    wanted = torch.autograd.grad(defined.square().sum(), leaves)
     for mine, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-7)
 
 
 def test_flops_of_a_backward() -> None:
@@ -548,7 +572,8 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_of_scores_exists(estimator: str) -> None:
     q, k, v = (draw(1, 2, 3000, 32, seed=i).float() for i in range(3))
     options = {"scale": 0.2, "rank": 16, "estimator": estimator, "grouping_block": 0}
-    out, lse, A, B = torch.ops.distr.attention_recorded(q, k, v, None, None, None, None, **options)
+    given = (q, k, v, *[None] * 5)
+    out, lse, A, B, _ = torch.ops.distr.attention_recorded(*given, **options)
     call = Call(q, k, v, None, None, Scores(0.2), Approximation(estimator, 16), None, out)
     grads = Gradients(*(torch.empty_like(t) for t in (q, k, v)), None, None)
     with Largest() as largest:

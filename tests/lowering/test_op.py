@@ -350,18 +350,6 @@ def test_flops_of_projection(rounds: int, block: int) -> None:
 # --- refusals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "got"),
-    [
-        ("dropout_p", 0.1, "0.1"),
-    ],
-)
-def test_arguments_not_supported_yet(option: str, value: object, got: str) -> None:
-    q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match=re.escape(f"{option}: got {got}; only ")):
-        op(q, k, v, **OPTIONS, **{option: value})
-
-
 Q, K, V = qkv()
 BAD: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
     "rank": ((Q, K, V), {"rank": 8}, "rank: got 8 for head_dim 32; must be head_dim"),
@@ -397,7 +385,11 @@ BAD: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
     "no heads": ((Q, K[:, :0], V[:, :0]), {}, "k: got 0 heads"),
     "dtype": ((Q, K.double(), V), {}, "q, k, v: got torch.float32, torch.float64, torch.float32"),
     "int": ((Q.int(), K.int(), V.int()), {}, "q, k, v: got torch.int32"),
-    "device": ((Q, K.to("meta"), V), {}, "q, k, v, mask, sinks: got devices cpu, meta, cpu"),
+    "device": (
+        (Q, K.to("meta"), V),
+        {},
+        "q, k, v, mask, sinks, dropout_seed: got devices cpu, meta",
+    ),
     "mask size": ((Q, K, V, torch.ones(19, 24)), {}, "mask: got (19, 24); must broadcast to"),
     "mask dims": ((Q, K, V, torch.ones(1, 2, 4, 20, 24)), {}, "mask: got (1, 2, 4, 20, 24)"),
     "mask type": ((Q, K, V, torch.ones(24).int()), {}, "mask: got torch.int32; must be torch.bool"),

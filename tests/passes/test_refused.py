@@ -76,10 +76,16 @@ def _(q, k, v, start):
 REFUSALS[-1].shapes.update(v=(6, 33, 24), start=(6, 17, 24))
 
 
-@refuse("weights dropped out", "dropout")
+@refuse("weights dropped out, without gradients", "dropout")
 def _(q, k, v):
     torch.manual_seed(0)
     return F.dropout((q @ k.mT * C).softmax(-1), 0.5, training=True) @ v
+
+
+@refuse("weights dropped out twice", "dropout")
+def _(q, k, v):
+    torch.manual_seed(0)
+    return F.dropout(F.dropout((q @ k.mT * C).softmax(-1), 0.5), 0.2) @ v
 
 
 @refuse("weights dropped out by SDPA", "dropout")

@@ -18,6 +18,7 @@
 
 #include <atomic>
 
+#include "dropout.h"
 #include "vectors.h"
 
 // The arguments of one call. Strides are in elements, those of a broadcast dimension are 0. A and B
@@ -48,6 +49,7 @@ struct Gradients {
   int64_t is_causal, causal_offset;
   int64_t dtype, mask_kind;
   double scale, softcap;
+  Dropout dropout;
   ParallelFor parallel_for;
   int64_t threads;
   char* workspace;            // distr_backward_workspace(call) bytes, 64-byte aligned
@@ -80,7 +82,7 @@ struct Backward {
     float *lse, *delta;
     float *k_rows, *v_rows, *k_hat, *k_panels;   // of a key tile
     float *d_k_hat, *d_k, *d_v;
-    float *scores, *d_scores, *slopes, *bias, *ones;
+    float *scores, *d_scores, *bias, *stays, *ones;
   };
   int64_t chunk_rows() const {  // fewer where blocks are short, whose tiles are not full
     return c.block < QUERY_TILE ? CHUNK_ROWS / QUERY_TILE * c.block : CHUNK_ROWS;
@@ -109,8 +111,8 @@ struct Backward {
     s.k_hat = take(KEY_TILE * rp), s.k_panels = take(KEY_TILE * rp);
     s.d_k_hat = take(KEY_TILE * rp), s.d_k = take(KEY_TILE * dp), s.d_v = take(KEY_TILE * vp);
     s.scores = take(KEY_TILE * QUERY_TILE), s.d_scores = take(KEY_TILE * QUERY_TILE);
-    if (c.softcap) s.slopes = take(KEY_TILE * QUERY_TILE);
     if (c.mask_kind != NONE) s.bias = take(KEY_TILE * QUERY_TILE);
+    if (c.dropout.scale) s.stays = take(KEY_TILE * QUERY_TILE);
     s.ones = take(QUERY_TILE);
     if (used) *used = at;
     return s;
@@ -237,8 +239,13 @@ struct Backward {
     return read_mask(c.mask, place, c.mask_kind, st[2], st[3], t.rows, n, s.buffer, s.bias);
   }
 
-  // P^T into s.scores, dS^T without the factor into s.d_scores, for n keys from `key` on.
-  void weigh(const Tile& t, int64_t key, int64_t n, Scratch& s) const {
+  // P^T into s.scores, dS^T without the factor into s.d_scores, for n keys from `key` on. Of dropped
+  // weights P is 0, and dS has what their softmax does to the others.
+  template <bool DROPS>
+  void weigh(const Head& h, const Tile& t, int64_t key, int64_t n, Scratch& s) const {
+    if (DROPS)
+      read_dropout(c.dropout, h.batch, h.head, t.row, key, n, t.vectors, float(c.dropout.scale),
+                   s.stays);
     product<false, false>(reinterpret_cast<char*>(s.k_hat), 4 * rp,
                           s.hat_t + t.place * QUERY_TILE * rp, QUERY_TILE, n, r, t.vectors,
                           {s.scores, QUERY_TILE, factor, nullptr});
@@ -269,8 +276,13 @@ struct Backward {
         }
         x = x - lse;
         const vf weight = exp_negative(x > 0.f ? vf{} : x);  // lse was rounded
-        store(p, weight);
-        vf ds = weight * (load<vf>(q) - delta);
+        vf d_weight = load<vf>(q), stays = splat(1.f);
+        if (DROPS) {
+          stays = load<vf>(s.stays + j * QUERY_TILE + u * LANES);
+          d_weight = d_weight * stays;
+        }
+        store(p, DROPS ? weight * stays : weight);
+        vf ds = weight * (d_weight - delta);
         if (c.softcap) ds = ds * slope;
         store(q, ds);
       }
@@ -305,7 +317,8 @@ struct Backward {
       if (t.block != block) return;
       const int64_t seen = std::min(n, keys_seen(t.row + t.rows) - key);
       if (seen <= 0 || (c.mask_kind != NONE && !read_bias(h, t, key, seen, s))) return;
-      weigh(t, key, seen, s);
+      if (c.dropout.scale) weigh<true>(h, t, key, seen, s);
+      else weigh<false>(h, t, key, seen, s);
       const char *P = reinterpret_cast<char*>(s.scores), *dS = reinterpret_cast<char*>(s.d_scores);
       const int64_t row_bytes = 4 * QUERY_TILE;
       product<false, false>(P, row_bytes, s.grad + t.place * QUERY_TILE * vp, vp, seen, t.rows,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distr_compile.kernels.attention import build
 from distr_compile.kernels.attention import cpu as kernel
+from distr_compile.kernels.attention.dropout import Dropout
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -36,6 +37,7 @@ class _Gradients(ctypes.Structure):
         ),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("dropout", kernel.DroppedWeights),
         ("parallel_for", _pointer),
         ("threads", _int64),
         ("workspace", _pointer),
@@ -61,6 +63,7 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     delta: Tensor | None = None,
+    dropout: Dropout | None = None,
     lib: build.Library | None = None,
 ) -> None:
     """Gradients of softmax(scale * Q A (K B)^T + mask) V by Q, K and V, in fp32 arithmetic.
@@ -87,6 +90,7 @@ def backward(
         dk: like k but in fp32 and with unit last stride, is filled.
         dv: like v, likewise.
         delta: ``(B, H, N)`` fp32, contiguous; filled with each row's sum of ``grad * out``.
+        dropout: says which weights were dropped.
         lib: see ``cpu.attention``.
 
     Raises:
@@ -123,6 +127,8 @@ def backward(
             getattr(call, strides)[:] = [
                 s if n > 1 else 0 for s, n in zip(t.stride()[:3], t.shape[:3], strict=True)
             ]
+    if dropout is not None:
+        call.dropout = kernel.DroppedWeights.of(dropout)
     if delta is not None:
         call.delta = delta.data_ptr()
     call.threads = torch.get_num_threads()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from distr_compile.kernels.attention import build, reference
+from distr_compile.kernels.attention.dropout import Dropout
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of Q, K, V and the output, as the library numbers them."""
@@ -32,6 +33,21 @@ BASES = 1 << 20
 """Elements of A and B together that are alive at a time; more blocks take several calls."""
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class DroppedWeights(ctypes.Structure):
+    """``struct Dropout`` of ``dropout.h``, field by field; all 0 drops nothing."""
+
+    _fields_ = (
+        *((name, _int64) for name in "seed threshold heads head row".split()),
+        ("scale", ctypes.c_double),
+    )
+
+    @classmethod
+    def of(cls, dropout: Dropout) -> DroppedWeights:
+        """What the kernel is told of a part of a call that begins at the first key."""
+        place = (dropout.heads, dropout.head, dropout.row)
+        return cls(int(dropout.seed), dropout.threshold, *place, dropout.scale)
 
 
 class _Call(ctypes.Structure):
@@ -57,6 +73,7 @@ class _Call(ctypes.Structure):
         ),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("dropout", DroppedWeights),
         ("parallel_for", _pointer),
         ("threads", _int64),
         ("workspace", _pointer),
@@ -186,6 +203,7 @@ def attention(
     follows: bool = False,
     out: Tensor,
     lse: Tensor | None = None,
+    dropout: Dropout | None = None,
     lib: build.Library | None = None,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, as ``triton_fwd.py`` computes it on a GPU.
@@ -218,6 +236,7 @@ def attention(
         out: ``(B, H, N, d_v)`` in the dtype of q, any strides; filled and returned.
         lse: ``(B, H, N)`` fp32, any strides; filled with the logarithm of each row's sum of
             exponentials, sinks included, -inf where the row sees nothing.
+        dropout: says which weights are dropped.
         lib: the library that computes it, where it is not yet known to be fit; else ``library()``.
 
     Raises:
@@ -252,6 +271,8 @@ def attention(
         call.sinks = sinks.data_ptr()
     if lse is not None:
         keep.append(point(call, "lse", lse))
+    if dropout is not None:
+        call.dropout = DroppedWeights.of(dropout)
     _run(lib, call)
     return out
 

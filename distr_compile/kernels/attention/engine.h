@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "dropout.h"
 #include "vectors.h"
 
 // The arguments of one call. Strides are in elements, those of a broadcast dimension are 0.
@@ -32,6 +33,7 @@ struct Call {
   int64_t strict;             // 1: the first block has no Khat, 2: it follows others
   int64_t dtype, mask_kind;
   double scale, softcap;
+  Dropout dropout;
   ParallelFor parallel_for;
   int64_t threads;
   char* workspace;            // distr_workspace(call) bytes, 64-byte aligned
@@ -52,7 +54,7 @@ struct Arena {
 
 struct Scratch {  // of one worker
   float *rows, *q_rows, *q_wide, *q, *q_exact, *k_rows, *k_wide;
-  float *scores, *weights, *bias, *out, *top, *total, *rescale;
+  float *scores, *weights, *bias, *stays, *out, *top, *total, *rescale;
 };
 
 // A part of the work whose packed keys and values fit in PACK_BYTES. A unit is a key head of a
@@ -120,6 +122,7 @@ template <bool PAIRS> struct Engine {
     s.scores = s.weights = arena.take(KEY_TILE * QUERY_TILE);
     if (PAIRS) s.weights = arena.take(KEY_TILE / 2 * QUERY_TILE);
     if (c.mask_kind != NONE) s.bias = arena.take(KEY_TILE * QUERY_TILE);
+    if (c.dropout.scale) s.stays = arena.take(KEY_TILE * QUERY_TILE);
     s.out = arena.take(c.value_dim * QUERY_TILE);
     s.top = arena.take(QUERY_TILE);
     s.total = arena.take(QUERY_TILE);
@@ -348,8 +351,11 @@ template <bool PAIRS> struct Engine {
       });
   }
 
-  // One step of the running softmax and O^T = O^T * rescale + V^T P^T.
-  void accumulate(const Item& t, int64_t key, int64_t n, Scratch& s) const {
+  // One step of the running softmax and O^T = O^T * rescale + V^T P^T. Dropped weights count in the
+  // sum of all, and those that stay are scaled when the row is finished.
+  template <bool DROPS> void accumulate(const Item& t, int64_t key, int64_t n, Scratch& s) const {
+    if (DROPS)
+      read_dropout(c.dropout, t.batch, t.head, t.row, key, n, t.vectors, 1.f, s.stays);
     for (int u = 0; u < t.vectors; u++) {
       const int at = u * LANES;
       const vf before = load<vf>(s.top + at);
@@ -358,7 +364,7 @@ template <bool PAIRS> struct Engine {
       auto weight = [&](int64_t j, int place) {
         const vf p = exp_negative(load<vf>(s.scores + j * QUERY_TILE + at) - top);
         sum[place] += p;
-        return p;
+        return DROPS ? p * load<vf>(s.stays + j * QUERY_TILE + at) : p;
       };
       auto weigh = [&](int64_t j, int place) {
         if (PAIRS) {
@@ -403,6 +409,7 @@ template <bool PAIRS> struct Engine {
     for (int u = 0; u < t.vectors; u++) {
       vf total = load<vf>(s.total + u * LANES);
       total = total == 0.f ? splat(1.f) : total;
+      if (c.dropout.scale) total = total / float(c.dropout.scale);
       for (int64_t i = 0; i < c.value_dim; i += LANES) {
         const int64_t n = std::min<int64_t>(LANES, c.value_dim - i);
         vf x[LANES];
@@ -451,7 +458,8 @@ template <bool PAIRS> struct Engine {
       const int64_t n = std::min<int64_t>(KEY_TILE, end - key);
       if (c.mask_kind != NONE && !read_bias(t, key, n, s)) continue;
       score(t, key, n, s);
-      accumulate(t, key, n, s);
+      if (c.dropout.scale) accumulate<true>(t, key, n, s);
+      else accumulate<false>(t, key, n, s);
     }
     if (wave.last) finish(t, s);
   }

@@ -16,7 +16,7 @@ A call goes through four steps:
    ``calibrated``, which are not the paper's, replace steps 2 and 3: ``reference.py`` in the folders
    of their names. The table of estimators says which module computes which.
 4. ``attention``: softmax(scale * Qhat Khat^T + mask) V, with a soft cap and sinks where a model
-   has them.
+   has them, and with dropout on the weights, of which ``dropout.py`` says which stay.
 
 Works in any floating dtype, fp64 included. Steps 3 and 4 are evaluated in the dtype of the inputs,
 the hash in at least fp32, so that a low precision does not change which columns are grouped.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_named
+from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.roles import Asked, Block
 
 
@@ -174,6 +175,7 @@ def attention(
     sinks: Tensor | None = None,
     bases: tuple[Tensor, Tensor] | None = None,
     strict: bool = False,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """softmax(scale * Qhat Khat^T + mask) V, the scores of each grouping block from ``estimate``.
 
@@ -196,6 +198,7 @@ def attention(
             of the scaled scores; neither scaled nor capped.
         bases: see ``estimate``.
         strict: see ``estimate``.
+        dropout: says which weights are dropped, after the softmax.
 
     Returns:
         ``(B, H, N, d_v)``; rows that see no key are 0.
@@ -230,4 +233,6 @@ def attention(
     if is_causal:
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=Q.device)
         S = S.masked_fill(~visible.tril(causal_offset), -torch.inf)
-    return (masked_softmax(S, sinks).to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)
+    P = masked_softmax(S, sinks)
+    P = P if dropout is None else dropout.weigh(P)
+    return (P.to(V.dtype) @ V.repeat_interleave(rep, dim=1)).to(Q.dtype)

@@ -26,10 +26,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.attention.triton_arguments import (
+    describable,
+    descriptor,
+    dropped,
+    power_of_two,
+    strides,
+)
 from distr_compile.kernels.padding import cdiv
 from distr_compile.kernels.plan import do_not_repeat, launch
+from distr_compile.kernels.triton_random import is_kept
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -66,6 +74,11 @@ def _walk_keys(
     Khat,
     V,
     Mask,
+    Seed,
+    threshold,
+    drop_head,
+    drop_rows,
+    drop_key,
     last_key,
     start,
     stop,
@@ -87,6 +100,7 @@ def _walk_keys(
     KEYS_FIT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    DROP_BY_FOUR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the keys from ``start`` to ``stop`` to the running softmax of one tile of queries.
@@ -140,6 +154,12 @@ def _walk_keys(
             p = tl.exp2((s - new_highest[:, None]) * LOG2_E)
             shrink = tl.exp2((highest - new_highest) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
+        if Seed is not None:
+            seed = tl.load(Seed)
+            kept = is_kept(
+                seed, threshold, drop_head, drop_rows, drop_key + n, BLOCK_N, DROP_BY_FOUR
+            )
+            p = tl.where(kept, p, 0.0)
         acc = acc * shrink[:, None]
         if USE_TMA:
             v = V.load([v_at[0], v_at[1], n, 0]).reshape(BLOCK_N, BLOCK_V)
@@ -160,7 +180,7 @@ def _walk_keys(
 @triton.jit(
     do_not_specialize=(
         "causal_offset batch_heads heads rep num_queries num_keys grouping_block tiles "
-        "tiles_per_block heads_together"
+        "tiles_per_block heads_together threshold drop_heads drop_head drop_row drop_key"
     ).split()
 )
 def _attention_fwd(
@@ -169,9 +189,16 @@ def _attention_fwd(
     V,
     Mask,
     Sinks,
+    Seed,
     Out,
     Lse,
     scale,
+    drop_scale,
+    threshold,
+    drop_heads,
+    drop_head,
+    drop_row,
+    drop_key,
     causal_offset,
     batch_heads,
     heads,
@@ -216,6 +243,7 @@ def _attention_fwd(
     SOFTCAP: tl.constexpr,
     MASK_PER_ROW: tl.constexpr,
     KEYS_FIT: tl.constexpr,
+    DROP_BY_FOUR: tl.constexpr,
     ALIGNED: tl.constexpr,
     USE_TMA: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -300,21 +328,25 @@ def _attention_fwd(
         seen = num_keys
         last_key = tl.full([1], 0, tl.int32) + (num_keys - 1)
     whole = whole // BLOCK_N * BLOCK_N
+    drop_head = drop_head + head // heads * drop_heads + head % heads
+    drop_rows = drop_row + rows
     acc, total, highest = _walk_keys(
-        acc, total, highest, q, Khat, V, Mask, last_key, 0, whole, num_keys, scale,
+        acc, total, highest, q, Khat, V, Mask, Seed, threshold, drop_head, drop_rows, drop_key,
+        last_key, 0, whole, num_keys, scale,
         k_at, v_at, stride_km, stride_vm, stride_mm, R, D_V, BLOCK_N, BLOCK_R, BLOCK_V,
-        FOLD_SCALE, SOFTCAP, False, KEYS_FIT, USE_TMA, WARP_SPECIALIZE, PRECISION,
+        FOLD_SCALE, SOFTCAP, False, KEYS_FIT, USE_TMA, WARP_SPECIALIZE, DROP_BY_FOUR, PRECISION,
     )  # fmt: skip
     if IS_CAUSAL or not KEYS_FIT:
         acc, total, highest = _walk_keys(
-            acc, total, highest, q, Khat, V, Mask, last_key, whole, seen, num_keys, scale,
+            acc, total, highest, q, Khat, V, Mask, Seed, threshold, drop_head, drop_rows, drop_key,
+            last_key, whole, seen, num_keys, scale,
             k_at, v_at, stride_km, stride_vm, stride_mm, R, D_V, BLOCK_N, BLOCK_R, BLOCK_V,
-            FOLD_SCALE, SOFTCAP, True, KEYS_FIT, USE_TMA, False, PRECISION,
+            FOLD_SCALE, SOFTCAP, True, KEYS_FIT, USE_TMA, False, DROP_BY_FOUR, PRECISION,
         )  # fmt: skip
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    acc = acc * (1.0 / total)[:, None]
+    acc = acc * (drop_scale / total)[:, None]
     in_block = rows < stop_row
     rows = rows.to(tl.int64)
     Out += b * stride_ob + h * stride_oh
@@ -374,6 +406,7 @@ def attention_fwd(
     causal_offset: int = 0,
     grouping_block: int,
     softcap: float = 0.0,
+    dropout: Dropout | None = None,
     tile: Tile,
     out: Tensor,
     lse: Tensor | None = None,
@@ -398,6 +431,7 @@ def attention_fwd(
         grouping_block: l, query rows per Khat.
         softcap: c > 0 turns the scaled scores s into ``c * tanh(s / c)``, before mask and
             causality, with an absolute error up to about c * 2^-20; 0 does not.
+        dropout: says which weights are dropped.
         tile: how to cut the work up.
         out: ``(B, H, N, d_v)``, last stride 1. Rows that see no key are 0.
         lse: ``(B, H, N)`` fp32 or None: filled with the natural logarithm of the softmax's
@@ -415,8 +449,10 @@ def attention_fwd(
         mask = mask.expand(batch, heads, num_queries, num_keys)
     if blocks == 1:
         grouping_block = max(num_queries, 1)
-    block_m = min(tile.block_m, _power_of_two(min(grouping_block, num_queries)))
-    block_n = min(tile.block_n, _power_of_two(num_keys))
+    block_m = min(tile.block_m, power_of_two(min(grouping_block, num_queries)))
+    # Dropout's numbers take registers: half as many keys at a time.
+    keys_at_once = tile.block_n if dropout is None else max(16, tile.block_n // 2)
+    block_n = min(keys_at_once, power_of_two(num_keys))
     tiles_per_block = cdiv(grouping_block, block_m)
     last_block = num_queries - (blocks - 1) * grouping_block
     tiles = (blocks - 1) * tiles_per_block + cdiv(last_block, block_m)
@@ -425,23 +461,23 @@ def attention_fwd(
     together = min(rep * max(1, L2_BYTES // bytes_of_head), batch * heads)
     is_bias = mask is not None and mask.dtype != torch.bool
     keys_fit = num_keys % block_n == 0
-    use_tma = tile.use_tma and _describable(Khat) and _describable(V)
+    use_tma = tile.use_tma and describable(Khat) and describable(V)
     if tile.use_tma and not use_tma:
         tile = tile.by_pointers()
     warp_specialize = (
         tile.warp_specialize
         and use_tma
         and (block_m, tile.num_warps) == (128, 4)
-        and (Qhat.is_contiguous() and _describable(Qhat) and Qhat.numel() < 2**31)
-        and (keys_fit and mask is None and not is_causal)
+        and (Qhat.is_contiguous() and describable(Qhat) and Qhat.numel() < 2**31)
+        and (keys_fit and mask is None and not is_causal and dropout is None)
     )
     programs = tiles * batch * heads
     if not programs:
         return
     keys, values = Khat, V
     if use_tma:
-        keys = _descriptor(Khat, [1, 1, 1, block_n, _power_of_two(r)])
-        values = _descriptor(V, [1, 1, block_n, _power_of_two(d_v)])
+        keys = descriptor(Khat, [1, 1, 1, block_n, power_of_two(r)])
+        values = descriptor(V, [1, 1, block_n, power_of_two(d_v)])
     with torch.cuda.device_of(Qhat):
         start = partial(
             launch,
@@ -452,9 +488,11 @@ def attention_fwd(
             V=values,
             Mask=mask,
             Sinks=sinks,
+            Seed=None if dropout is None else dropout.seed,
             Out=out,
             Lse=lse,
             scale=float(scale),
+            **dropped(dropout),
             causal_offset=min(max(causal_offset, -num_queries), num_keys),
             batch_heads=batch * heads,
             heads=heads,
@@ -467,19 +505,19 @@ def attention_fwd(
             heads_together=together if is_causal else 1,
             k_batches=Khat.shape[0],
             v_batches=V.shape[0],
-            **_strides("q", "bhn", Qhat),
-            **_strides("k", "bhlm", Khat),
-            **_strides("v", "bhm", V),
-            **_strides("m", "bhnm", mask),
-            **_strides("s", "h", sinks),
-            **_strides("o", "bhn", out),
-            **_strides("l", "bhn", lse),
+            **strides("q", "bhn", Qhat),
+            **strides("k", "bhlm", Khat),
+            **strides("v", "bhm", V),
+            **strides("m", "bhnm", mask),
+            **strides("s", "h", sinks),
+            **strides("o", "bhn", out),
+            **strides("l", "bhn", lse),
             R=r,
             D_V=d_v,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_R=_power_of_two(r),
-            BLOCK_V=_power_of_two(d_v),
+            BLOCK_R=power_of_two(r),
+            BLOCK_V=power_of_two(d_v),
             IS_CAUSAL=is_causal,
             # A positive scale moves through the maximum into the exponent. In its units of log2(e)
             # a bias of the lowest finite number would overflow.
@@ -487,6 +525,7 @@ def attention_fwd(
             SOFTCAP=float(softcap),
             MASK_PER_ROW=mask is not None and num_queries > 1 and mask.stride(2) != 0,
             KEYS_FIT=keys_fit,
+            DROP_BY_FOUR=dropout is not None and dropout.key % 4 == 0,
             # Triton tells only multiples of 16 by itself; eight fp16 numbers are one load as well.
             ALIGNED=math.gcd(16, *Khat.stride()[:3], *V.stride()[:2]),
             USE_TMA=use_tma,
@@ -510,34 +549,6 @@ def _with_scratch(start: Callable[[], object]) -> None:
     )
     do_not_repeat()
     start()
-
-
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
-
-
-def _describable(t: Tensor) -> bool:
-    """Whether the copy engine can read the tensor: steps of 16 bytes, none of them 0."""
-    steps = t.stride()
-    return (
-        t.numel() > 0
-        and t.data_ptr() % 16 == 0
-        and min(steps) > 0
-        and all(step * t.element_size() % 16 == 0 for step in steps[:-1])
-    )
-
-
-def _power_of_two(size: int) -> int:
-    """The next power of two, at least the 16 that a matrix instruction needs."""
-    return max(16, 1 << max(size - 1, 0).bit_length())
-
-
-def _strides(tensor: str, dimensions: str, t: Tensor | None) -> dict[str, int]:
-    """Arguments ``stride_<tensor><dimension>``; 0 for a batch of 1, which is then shared."""
-    steps = [0] * len(dimensions) if t is None else list(t.stride()[: len(dimensions)])
-    if t is not None and dimensions[0] == "b" and t.shape[0] == 1:
-        steps[0] = 0
-    return {f"stride_{tensor}{name}": step for name, step in zip(dimensions, steps, strict=True)}
 
 
 def _check(
