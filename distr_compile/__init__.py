@@ -69,7 +69,7 @@ _HOMES = {
 }
 
 
-_MODULES = ("ops", "transformers")
+_MODULES = ("ops", "parallel", "transformers")
 """Modules that are reached by their names without an import of their own."""
 
 

@@ -84,6 +84,51 @@ def attention(
             both given.
         NotImplementedError: a transform of ``torch.func``.
     """
+    q, k, v, arguments = planned(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        group_size=group_size,
+        rank=rank,
+        estimator=estimator,
+        rounds=rounds,
+        grouping_block=grouping_block,
+        causal=causal,
+    )
+    rest = (None, None, None, drawn_seed(q)) if dropout_p else ()
+    out: Tensor = op.call(q, k, v, attn_mask, *rest, **arguments)
+    return out if query.dim() == 4 else out.squeeze(0)
+
+
+def planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    group_size: int = _TWO,
+    rank: int | None = None,
+    estimator: str = "projection",
+    rounds: int = 1,
+    grouping_block: int | Literal["auto"] = "auto",
+    causal: Literal["block", "strict"] = "block",
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """What ``attention`` calls the op with: Q, K and V of four axes, and the op's keywords.
+
+    The mask goes beside them as it is.
+
+    Raises:
+        ValueError: as ``attention``.
+    """
     plan = _plan(
         group_size=group_size,
         rank=rank,
@@ -93,15 +138,12 @@ def attention(
         causal=causal,
     )
     q, k, v = four_axes(query, key, value, attn_mask, enable_gqa)
-    width = q.shape[3]
     approximation = approximated(q, k, v, attn_mask, plan, is_causal)
     if isinstance(approximation, str):
         raise ValueError(approximation)
-    scale = width**-0.5 if scale is None else scale
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     scores = Scores(scale, is_causal, dropout_p=dropout_p)
-    rest = (None, None, None, drawn_seed(q)) if dropout_p else ()
-    out: Tensor = op.call(q, k, v, attn_mask, *rest, **op_arguments(approximation, scores))
-    return out if query.dim() == 4 else out.squeeze(0)
+    return q, k, v, op_arguments(approximation, scores)
 
 
 def approximated(
