@@ -23,8 +23,20 @@ PAGES = {
 }
 """Files of the repository -> pages that are made of them."""
 
+USING = "Using it with ..."
+"""The part of the menu that takes every page of ``docs/using``."""
+
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^][]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Give the menu the pages of ``docs/using``, by their titles."""
+    (part,) = (each for each in config.nav if isinstance(each, dict) and USING in each)
+    for path in sorted((ROOT / "docs" / "using").glob("[!A-Z]*.md")):
+        title = path.read_text(encoding="utf-8").partition("\n")[0]
+        part[USING].append({title.removeprefix("# Using it with "): f"using/{path.name}"})
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,5 +1,6 @@
 """Settings of PyTorch, Triton and measuring that all tests share."""
 
+import importlib.metadata
 import os
 
 import torch
@@ -29,6 +30,23 @@ def _own_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What this machine has measured before must not decide what a test sees."""
     folder = tmp_path_factory.mktemp("measured")
     stored.folder = lambda: folder
+
+
+LIBRARIES = """
+torch triton transformers diffusers timm peft accelerate lightning sentence-transformers
+""".split()
+"""What the tables of ``docs/using`` name versions of."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End with the versions that the tests had."""
+    versions = []
+    for name in LIBRARIES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name}: missing")
+    terminalreporter.write_line(f"versions: {', '.join(versions)}")
 
 
 @pytest.fixture
