@@ -211,6 +211,17 @@ def tensor_parallel(kind: str, compiler: str) -> dict[str, Any]:
 RULE = {"layers": "2", "rank": 24}
 
 
+def dropped() -> str:
+    """What is said of dropout on the weights."""
+    mesh = init_device_mesh("cpu", (2,))
+    q, k, v = (distribute_tensor(t, mesh, [Shard(1)]) for t in qkv(*((1, 2, 40, 32),) * 3))
+    try:
+        distr_compile.attention(q, k, v, dropout_p=0.2)
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing"
+
+
 def gathered() -> dict[str, Any]:
     """Queries, keys and values that are sharded along tokens, in a compiled function."""
     mesh = init_device_mesh("cpu", (2,))
@@ -235,6 +246,7 @@ def all_of_it() -> dict[str, Any]:
         "DTensor": tensor_parallel("DTensor", "aot_eager"),
         "local": tensor_parallel("local", "aot_eager"),
         "gathered": gathered(),
+        "dropped": dropped(),
         "rank": dist.get_rank(),
     }
 
@@ -276,3 +288,9 @@ def test_a_sequence_shard_is_gathered_and_the_report_says_so(found: list[Any]) -
         assert said["off"] < 1e-6
         assert "gathered: sharded" in said["table"]
         assert WORDS["tokens"] in str(said["json"])
+
+
+def test_dropout_is_refused(found: list[Any]) -> None:
+    for process in found:
+        said = "dropout_p: got 0.2 with DTensors; accepted: 0; use local heads"
+        assert process["dropped"].startswith(said)

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 BATCH, HEADS, WHOLE = "batch", "heads", "whole"
 
 _OPERANDS = {
-    "attention": "q k v mask basis_q basis_k sinks",
-    "attention_recorded": "q k v mask basis_q basis_k sinks",
-    "attention_backward": "grad q k v mask sinks out lse basis_q basis_k",
+    "attention": "q k v mask basis_q basis_k sinks dropout_seed",
+    "attention_recorded": "q k v mask basis_q basis_k sinks dropout_seed",
+    "attention_backward": "grad q k v mask sinks out lse basis_q basis_k was_exact dropout_seed",
 }
 _RESULTS = {
     "attention": ("out",),
-    "attention_recorded": ("out", "lse", "basis_q", "basis_k"),
+    "attention_recorded": ("out", "lse", "basis_q", "basis_k", "was_exact"),
     "attention_backward": ("q", "k", "v", "mask", "sinks"),
 }
 
@@ -42,7 +42,7 @@ _RESULTS = {
 def is_sharded(x: Any) -> bool:
     """Whether a value is a DTensor, asked without loading what they need."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+    return module is not None and isinstance(x, getattr(module, "DTensor", ()))
 
 
 def prepare(tensors: Sequence[Any]) -> None:
@@ -131,9 +131,18 @@ def _axes(name: str, shape: Sequence[int]) -> dict[str, int]:
 
 
 def _run(name: str, cls: type, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
-    """Compute this process's part of a call, or all of it."""
+    """Compute this process's part of a call, or all of it.
+
+    Raises:
+        NotImplementedError: the weights are dropped out: processes would have to agree on a seed.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+    if dropout_p := (kwargs or {}).get("dropout_p"):
+        raise NotImplementedError(
+            f"dropout_p: got {dropout_p!r} with DTensors; accepted: 0; use local heads, whose "
+            "processes draw for themselves"
+        )
     given = dict(zip(_OPERANDS[name].split(), args, strict=False))
     q, k, v = (given[each] for each in "qkv")
     present = {n: t for n, t in given.items() if t is not None}

@@ -133,6 +133,8 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
         others.add("DTensor")
     if others:
         raise RefusedError("tensor-subclass", f"a tensor is a {', '.join(sorted(others))}")
+    if is_sharded and site.dropout_p:
+        raise RefusedError("dropout", "the weights of DTensors are dropped out")
     site = replace(site, is_sharded=is_sharded)
     for writer in nodes:
         # What is written goes with the nodes: nobody else may look at it.
