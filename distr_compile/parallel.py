@@ -68,9 +68,10 @@ def scatter_heads(
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised, or another process refused.
-        ValueError: this process or ``src`` is not in the group; a tensor is missing on ``src`` or
-            given elsewhere; the options differ between processes; what ``distr_compile.attention``
-            refuses. Every process raises then, so that none waits for another.
+        ValueError: this process or ``src`` is not in the group; a tensor is missing on ``src``,
+            given elsewhere, or on a device that the group's backend does not send from; the options
+            differ between processes; what ``distr_compile.attention`` refuses. Every process raises
+            then, so that none waits for another.
         TypeError: an option that ``distr_compile.attention`` does not have.
     """
     team = _Team.of(src, group)
@@ -80,6 +81,7 @@ def scatter_heads(
         _check_heads(heads_per_round)
         if team.is_source:
             job = _job(q, k, v, attn_mask, options)
+            team.require(job.plan.device)
         elif any(t is not None for t in (q, k, v, attn_mask)):
             got = f"tensors on rank {dist.get_rank()}, where src is {src}"
             raise ValueError(sentence("q, k, v, attn_mask", got, "None", "give them on src only"))
@@ -351,9 +353,27 @@ class _Team:
         sizes = tuple(map(tuple, read["sizes"]))
         return _Plan(sizes, tuple(read["dtypes"]), read["device"], read["arguments"])
 
+    def require(self, kind: str) -> None:
+        """Refuse tensors that the group cannot send.
+
+        Raises:
+            ValueError: they are on a type of device that its backend does not send from.
+        """
+        backend = self._backends().get(kind)
+        if self.size > 1 and (backend is None or (backend == "gloo" and kind != "cpu")):
+            accepted = ", ".join(f"{x} by {y}" for x, y in self._backends().items() if y != "gloo")
+            got = f"tensors on {kind} in a group whose backend there is {backend}"
+            advice = 'call init_process_group("cpu:gloo,cuda:nccl"), or move them to the CPU'
+            raise ValueError(sentence("q, k, v", got, accepted or "cpu by gloo", advice))
+
+    def _backends(self) -> dict[str, str]:
+        """Type of device -> what sends from it."""
+        config = str(dist.get_backend_config(self.group))
+        return dict(part.split(":") for part in config.split(","))
+
     def _meeting_place(self) -> torch.device:
         """A device that the group's backend can send from; the CPU where it can."""
-        of = dict(part.split(":") for part in str(dist.get_backend_config(self.group)).split(","))
+        of = self._backends()
         return _own("cpu" if "cpu" in of else next(iter(of)))
 
     def send(self, tensor: Tensor, to: int) -> tuple[dist.Work | None, Tensor]:

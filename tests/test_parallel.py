@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distr_compile
-from distr_compile.parallel import COLLECT, COMPUTE, POST, deal, scatter_heads
+from distr_compile.parallel import COLLECT, COMPUTE, POST, _Team, deal, scatter_heads
 from tests.processes import together
 from tests.test_functional import assert_near, defined, qkv
 
@@ -213,3 +213,15 @@ def test_one_process_alone_computes_the_definition(tmp_path: Path) -> None:
 def test_without_a_group_the_error_says_what_to_call() -> None:
     with pytest.raises(RuntimeError, match=r"got none initialised; accepted: .*; call torch.distr"):
         scatter_heads(*qkv((1, 2, 20, 32), (1, 2, 20, 32), (1, 2, 20, 32)))
+
+
+def test_tensors_that_the_group_cannot_send_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gloo cannot those of a GPU."""
+    team = _Team(group=None, ranks=(0, 1), src=0)  # type: ignore[arg-type]
+    for config, kind in (("cpu:gloo,cuda:gloo", "cuda"), ("cuda:nccl", "cpu")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        with pytest.raises(ValueError, match=rf"got tensors on {kind} .*; accepted: .*; call init"):
+            team.require(kind)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    team.require("cpu")
+    team.require("cuda")

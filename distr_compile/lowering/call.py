@@ -75,6 +75,23 @@ class Shape(NamedTuple):
         keys = changed.num_keys if keys > 1 else 1
         return changed._replace(mask=((*lead, rows, keys), dtype))
 
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON has it, without the device."""
+        plain: dict[str, Any] = {**self._asdict(), "dtype": str(self.dtype)[6:]}
+        del plain["device"]
+        if self.mask is not None:
+            plain["mask"] = (self.mask[0], str(self.mask[1])[6:])
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any], device: torch.device) -> Shape:
+        """The shape that ``to_json`` said, on a device."""
+        mask, order = plain["mask"], tuple(map(tuple, plain["order"]))
+        if mask is not None:
+            mask = (tuple(mask[0]), getattr(torch, mask[1]))
+        dtype = getattr(torch, plain["dtype"])
+        return cls(**{**plain, "mask": mask, "order": order, "dtype": dtype, "device": device})
+
     @classmethod
     def of(
         cls,

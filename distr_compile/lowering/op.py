@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from distr_compile.kernels.plan import geometry
-from distr_compile.lowering import choose, exactly, gradients, sdpa
+from distr_compile.lowering import choose, exactly, gradients, sdpa, sharded
 from distr_compile.lowering.call import (
     KEYWORDS,
     Approximation,
@@ -182,9 +182,13 @@ def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
     through the dispatcher again would cost a third of the host time of a small call.
     """
     if gradients.are_recorded(tensors):
+        sharded.prepare(tensors)
         return gradients.recorded(*tensors, **options)
+    go: Callable[..., Tensor] = attention
+    if not _are_plain(tensors):
+        sharded.prepare(tensors)
+        go = call
     with torch._C._AutoDispatchBelowAutograd():
-        go: Callable[..., Tensor] = attention if _are_plain(tensors) else call
         return go(*tensors, **options)
 
 

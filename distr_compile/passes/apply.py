@@ -183,6 +183,7 @@ class _Site:
         refused: why our implementations before that one do not, by name.
         measured: what was found of its speed, if that was asked.
         backward: what computes the gradients through the approximation.
+        sharding: how the processes of a mesh share the approximated call, if they do.
     """
 
     found: AttentionSite
@@ -195,6 +196,7 @@ class _Site:
     refused: Mapping[str, str] = field(default_factory=dict)
     measured: Measured | None = None
     backward: str | None = None
+    sharding: str | None = None
 
     @property
     def decides_at_run_time(self) -> bool:
@@ -211,7 +213,9 @@ class _Site:
         if refused is not None:
             reason = Reason(refused.code, refused.text)
             self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
-        may_change = plan.exact != "keep" and not self.found.written_later
+        may_change = plan.exact != "keep" and not (
+            self.found.written_later or self.found.is_sharded
+        )
         if not self.decision.is_distr and may_change:
             watch.judge = judge
             asks = ours and judge is not None
@@ -220,6 +224,7 @@ class _Site:
                 self.kernel = "sdpa" if is_sdpa else None
         self.measured, self.refused = watch.measured, watch.refused
         self.backward = watch.backward if self.decision.is_distr else None
+        self.sharding = watch.sharding if self.decision.is_distr else None
 
     def _refused(self, watch: Stopwatch, change: bool) -> RefusedError | None:
         """Write the op in the site's place; why it cannot be, where it cannot."""
@@ -290,6 +295,7 @@ class _Site:
             site=number,
             kernel=self.kernel,
             backward=self.backward,
+            sharding=self.sharding,
             refused=self.refused,
             min_seq_len=decision.min_seq_len,
             measured=None if measured is None else {**measured.seconds, **measured.gains},

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from distr_compile.kernels.attention.dropout import MOST_SEEDS
-from distr_compile.passes.memory import call
+from distr_compile.passes.memory import call, local_of
 from distr_compile.passes.vocabulary import tensor_of
 
 STANDS_FOR = "distr_stands_for"
@@ -101,7 +101,7 @@ class Emitter:
         with self.graph.inserting_before(self._anchor):
             node = self.graph.get_attr(name)
         example = self._anchor.meta.get("example_value")
-        fake = example[0] if isinstance(example, tuple) else example
+        fake = local_of(example[0] if isinstance(example, tuple) else example)
         if isinstance(fake, FakeTensor):
             node.meta["example_value"] = fake.fake_mode.from_tensor(value)
         self._made.append(node)
@@ -147,7 +147,8 @@ def _example_value(node: fx.Node, anchor: fx.Node) -> Any:
     inputs = {n: n.meta.get("example_value") for n in node.all_input_nodes}
     # Their own mode: the one now in force is another, made for the backend.
     near = list(inputs.values()) or [anchor.meta.get("example_value")]
-    modes = [x.fake_mode for x in tree_leaves(near) if isinstance(x, FakeTensor)]
+    leaves = [local_of(x) for x in tree_leaves(near)]
+    modes = [x.fake_mode for x in leaves if isinstance(x, FakeTensor)]
     if not modes or any(value is None for value in inputs.values()):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)

@@ -16,7 +16,7 @@ from torch import fx
 
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.memory import is_plain_fake
+from distr_compile.passes.memory import is_plain_fake, local_of
 from distr_compile.passes.operands import common_dtype, operand
 from distr_compile.passes.origin import Flow
 from distr_compile.passes.site import (
@@ -126,10 +126,16 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
         raise RefusedError("gradients", "a gradient is cut inside the attention: detach, no_grad")
     if nodes & memory.transformed:
         raise RefusedError("transform", _TRANSFORM)
-    values = (voc.tensor_of(n) for n in nodes | read_too)
-    others = {type(x).__name__ for x in values if x is not None and not is_plain_fake(x)}
+    values = [x for n in nodes | read_too if (x := voc.tensor_of(n)) is not None]
+    others = {type(x).__name__ for x in values if not is_plain_fake(local_of(x))}
+    is_sharded = any(local_of(x) is not x for x in values)
+    if is_sharded and not (isinstance(site, OpenSite) and site.is_static):
+        others.add("DTensor")
     if others:
         raise RefusedError("tensor-subclass", f"a tensor is a {', '.join(sorted(others))}")
+    if is_sharded and site.dropout_p:
+        raise RefusedError("dropout", "the weights of DTensors are dropped out")
+    site = replace(site, is_sharded=is_sharded)
     for writer in nodes:
         # What is written goes with the nodes: nobody else may look at it.
         for reader, position in memory.position.items() if memory.writes(writer) else ():

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
+from distr_compile.lowering.sharded import is_sharded
 from distr_compile.passes.vocabulary import same_shape, target_name, value_of
 
 _LEVELS = {"increment_nesting": 1, "enter_dual": 1, "decrement_nesting": -1, "exit_dual": -1}
@@ -164,7 +165,7 @@ class _Run:
         self.may_alias: dict[int, frozenset[int]] = {}
         # Kept alive to the end: a freed storage's address would come back as another's name.
         self.alive: list[Any] = []
-        values = (x for node in graph.nodes for x in tensors_in(value_of(node)))
+        values = (local_of(x) for node in graph.nodes for x in tensors_in(value_of(node)))
         self.mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
         self.autocast: list[Any] = []
         self.named: set[int] = set()  # storages that a node so far has given a name to
@@ -249,7 +250,7 @@ class _Run:
         is_body = isinstance(node.target, torch._ops.HigherOrderOperator)
         is_strange = is_body or node.op == "call_module" or node in self.memory.transformed
         tensors = tensors_in([*(self.values[n] for n in node.all_input_nodes), example])
-        if is_strange or not all(map(is_plain_fake, tensors)):
+        if is_strange or not all(map(is_plain_fake, map(local_of, tensors))):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         seen = _Watch()
@@ -331,12 +332,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _storage(x: Any) -> int | None:
     try:
-        return int(x.untyped_storage()._cdata)
+        return int(local_of(x).untyped_storage()._cdata)
     except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, sparse, functorch's
         return None
 
 
 def _geometry(x: Any) -> Geometry | None:
+    x = local_of(x)
     try:
         return Geometry(x.dtype, (x.storage_offset(), *x.shape, *x.stride()))
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -345,6 +347,11 @@ def _geometry(x: Any) -> Geometry | None:
 
 def _kinds(value: Any) -> list[tuple[torch.dtype, int]]:
     return [(x.dtype, x.dim()) for x in tensors_in(value)]
+
+
+def local_of(x: Any) -> Any:
+    """The part of a DTensor that is here; anything else is itself."""
+    return x._local_tensor if is_sharded(x) else x
 
 
 def is_plain_fake(x: Any) -> bool:

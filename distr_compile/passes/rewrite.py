@@ -77,6 +77,8 @@ def rewrite(
         if watch is not None:
             kind = {"sinks": site.sinks is not None, "trained": site.requires_grad}
             shape = shape_of_call((q, k, v), mask, scores, site.dtype, **kind)
+            if site.is_sharded:
+                watch.see_shards(*map(tensor_of, (q, k, v)))
             if decision.is_distr:
                 least = watch.least_length(
                     shape, approximation, site.symbolic_lengths, mask_grad=_records(mask)

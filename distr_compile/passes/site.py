@@ -136,6 +136,7 @@ class AttentionSite(Sizes):
             dead around them.
         written_later: a gradient is recorded, and an input or the output is written in place after
             the attention: one call, which keeps them for its backward, would not find them again.
+        is_sharded: a tensor is a DTensor.
     """
 
     kind: str
@@ -153,6 +154,7 @@ class AttentionSite(Sizes):
     sinks: fx.Node | None = None
     interior: tuple[fx.Node, ...] = ()
     written_later: bool = False
+    is_sharded: bool = False
 
     @property
     def is_causal(self) -> bool:

@@ -14,6 +14,7 @@ from distr_compile.lowering import choose, training
 from distr_compile.lowering.call import Approximation, Scores, Shape
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import Measured
+from distr_compile.lowering.sharded import told
 from distr_compile.lowering.spelling import spelled
 from distr_compile.passes.site import RefusedError
 from distr_compile.passes.vocabulary import hint, tensor_of
@@ -30,6 +31,7 @@ class Stopwatch:
         kernel: what computes the call.
         refused: why what comes before it does not, by name.
         backward: what computes the gradients of an approximated call that records them.
+        sharding: how the processes of a mesh share the call, if its tensors are DTensors.
     """
 
     judge: Judge | None
@@ -38,6 +40,20 @@ class Stopwatch:
     kernel: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
     backward: str | None = None
+    sharding: str | None = None
+
+    def see_shards(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> None:
+        """Note how the processes of a mesh share the call.
+
+        Raises:
+            RefusedError: it hangs on what is faster, which nobody times of DTensors.
+        """
+        if q is None or k is None or v is None:
+            raise RefusedError("tensor-subclass", "how the operands are sharded is not known")
+        self.sharding = told(q, k, v)
+        if self.judge is not None:
+            text = "DTensors are not timed; min_seq_len = 0, or another number, forces it"
+            raise RefusedError("not-measured", text)
 
     def least_length(
         self,

@@ -66,6 +66,8 @@ class SiteRow:
             rewritten to ``F.scaled_dot_product_attention``, None where its nodes were left alone.
         backward: what computes the gradients of an approximated site that records them, such as
             "torch-products"; None where it records none or is exact.
+        sharding: how the processes of a device mesh share an approximated call whose tensors are
+            DTensors, such as "heads sharded over 2 processes", or why they are gathered.
         refused: why each implementation of ours that was asked before that one does not compute it,
             by name; empty where none was asked.
         min_seq_len: the length below which the op itself computes exactly, where sizes are
@@ -99,6 +101,7 @@ class SiteRow:
     site: int = 0
     kernel: str | None = None
     backward: str | None = None
+    sharding: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     min_seq_len: int = 0
     measured: Mapping[str, float] | None = field(default=None, hash=False)

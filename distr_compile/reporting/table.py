@@ -79,6 +79,8 @@ def _decision_text(row: SiteRow, exact_calls: int) -> str:
     lines: list[str] = [row.decision]
     if row.backward is not None:
         lines.append(f"backward {row.backward}")
+    if row.sharding is not None:
+        lines += textwrap.wrap(row.sharding, 24)
     if exact_calls:
         lines.append(f"({exact_calls}x exact)")
     return "\n".join(lines)
@@ -112,7 +114,7 @@ def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
         *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask),
-        *(row.decision, row.kernel, row.backward, _times_text(row)),
+        *(row.decision, row.kernel, row.backward, row.sharding, _times_text(row)),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 
@@ -261,6 +263,7 @@ def line_of(row: SiteRow) -> str:
         what = f"distr, {_width_text(row, 'G = ')}, {row.estimator}{rounds}"
         what += f", block {row.grouping_block}"
         what += "" if row.backward is None else f", backward {row.backward}"
+        what += "" if row.sharding is None else f", {row.sharding}"
     else:
         what = "exact: " + "; ".join(map(str, row.reasons))
     shapes = " ".join(_shapes_text(row.shapes).splitlines())
