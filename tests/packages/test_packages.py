@@ -68,7 +68,14 @@ def test_what_they_say_of_themselves(built: Path) -> None:
     classifiers = found.get_all("Classifier", [])
     versions = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]
     assert versions == [f"3.{minor}" for minor in range(10, 15)]
-    assert found.get_all("Provides-Extra") == ["plots", "zoo", "integrations", "docs", "dev"]
+    assert found.get_all("Provides-Extra") == [
+        "plots",
+        "zoo",
+        "integrations",
+        "docs",
+        "paper",
+        "dev",
+    ]
 
 
 def test_what_the_documents_ask_pip_for_exists(built: Path) -> None:
