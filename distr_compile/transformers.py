@@ -1,8 +1,8 @@
 """Attention of transformers' models: ``from_pretrained(..., attn_implementation="distr")``.
 
 A model calls the function that is registered here with its own module; :func:`apply` gave that
-module its name and its plan. There is no graph: what a row of a report would say is for
-``distr_compile.explain`` on the same model.
+module its name and its plan. There is no graph; ``distr_compile.report(model)`` tells what became
+of the calls.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from distr_compile import naming
+from distr_compile import calls, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.functional import approximated, drawn_seed, four_axes
+from distr_compile.functional import drawn_seed, four_axes
 from distr_compile.lowering import op, sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
 from distr_compile.lowering.judge import Judge
+from distr_compile.passes.decide import Decision, decide_call
 from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError
 from distr_compile.policy.errors import sentence
+from distr_compile.reporting import Reason
 
 NAME = "distr"
 """What ``attn_implementation`` is to be."""
@@ -171,19 +173,15 @@ def attend(
     q, k, v = four_axes(query, key, value, mask, enable_gqa=True)
     scale = q.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, is_causal, softcap=softcap, dropout_p=dropout)
-    assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
-    trains = _needs_gradient(q, k, v, mask, sinks)
-    if (dropout != 0 and not trains) or (trains and assigned.plan.training == "exact"):
-        out = _exactly(q, k, v, mask, sinks, scores)
-    elif bounds := _packed(mask, options.get("position_ids")):
+    if bounds := _packed(mask, options.get("position_ids")):
         each = replace(scores, is_causal=True)
         parts = [
-            _attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, sinks, assigned, each)
+            _attend(module, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, sinks, each)
             for a, b in itertools.pairwise(bounds)
         ]
         out = torch.cat(parts, 2)
     else:
-        out = _attend(q, k, v, mask, sinks, assigned, scores)
+        out = _attend(module, q, k, v, mask, sinks, scores)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -209,19 +207,29 @@ def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
 
 
 def _attend(
+    module: nn.Module,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
-    assigned: Assigned,
     scores: Scores,
 ) -> Tensor:
-    approximation = _chosen(q, k, v, mask, sinks, assigned, scores)
-    if approximation.rank == q.shape[3]:
+    assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
+    shape = Shape.of(
+        *(q, k, v, mask, scores.is_causal),
+        softcap=scores.softcap > 0,
+        sinks=sinks is not None,
+        dropout=scores.dropout_p != 0,
+    )
+    # Such a call is exact unless the plan says training = "approximate", as with the backend.
+    shape = shape._replace(trained=_needs_gradient(q, k, v, mask, sinks))
+    decision = _decided(shape, assigned.plan)
+    calls.note(module, shape, decision)
+    if not decision.is_distr:
         return _exactly(q, k, v, mask, sinks, scores)
-    bases = _bases(assigned, approximation, k)
-    given = op_arguments(approximation, scores)
+    bases = _bases(assigned, decision.approximation, k)
+    given = op_arguments(decision.approximation, scores)
     seed = drawn_seed(q) if scores.dropout_p else None
     out: Tensor = op.call(q, k, v, mask, *bases, sinks, seed, **given)
     return out
@@ -236,40 +244,37 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Such a call is exact unless the plan says training = "approximate", as with the backend."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _chosen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    assigned: Assigned,
-    scores: Scores,
-) -> Approximation:
-    """The approximation, of rank d where the call is exact."""
-    exact, plan = Approximation.none(q.shape[3]), assigned.plan
-    found = approximated(q, k, v, mask, plan, scores.is_causal)
-    if isinstance(found, str) or found.rank == q.shape[3]:
-        return exact
+def _decided(shape: Shape, plan: LayerPlan) -> Decision:
+    """What becomes of a call, with the reasons why it is exact."""
+    extra: tuple[Reason, ...] = ()
+    if shape.dropout and not shape.trained:
+        extra = (Reason("dropout", "the weights are dropped out, and nothing is trained"),)
+    found = decide_call(shape, plan, extra)
+    if not found.is_distr:
+        return found
     needs_bases = ESTIMATORS[plan.estimator].needs == "bases"
-    if torch.compiler.is_compiling() and (plan.min_seq_len == "auto" or needs_bases):
-        return exact  # nothing is timed or read in a trace: SDPA stands there, for the backend
-    if plan.min_seq_len == "auto":
-        has = {"softcap": scores.softcap > 0, "sinks": sinks is not None}
-        has["dropout"] = scores.dropout_p > 0
-        shape = Shape.of(q, k, v, mask, scores.is_causal, **has)
-        if not _is_faster(shape._replace(trained=_needs_gradient(q, k, v, mask, sinks)), found):
-            return exact
-    return found
+    if torch.compiler.is_compiling():
+        # Nothing is timed or read in a trace: SDPA stands there, for the backend.
+        if plan.min_seq_len != "auto" and not needs_bases:
+            return found
+        return decide_call(shape, plan, (Reason("not-measured", "the call is traced"),))
+    slower = _slower(shape, found.approximation) if plan.min_seq_len == "auto" else None
+    return found if slower is None else decide_call(shape, plan, (slower,))
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_faster(shape: Shape, approximation: Approximation) -> bool:
+def _slower(shape: Shape, approximation: Approximation) -> Reason | None:
+    """Why exact attention is to be taken, as far as its speed tells."""
     found = Judge()(shape, approximation)
-    return not isinstance(found, str) and found.prefers_distr
+    if isinstance(found, str):
+        return Reason("not-measured", found)
+    if found.prefers_distr:
+        return None
+    text = f"measured on this machine: {found}; min_seq_len = 0 forces it"
+    return Reason("not-faster", text)
 
 
 def _bases(

@@ -266,17 +266,6 @@ class _Site:
     def row(self, layer: str, number: int) -> SiteRow:
         """The row of a layer that it stands in."""
         found, decision, measured = self.found, self.decision, self.measured
-        approximation: dict[str, Any] = {}
-        if decision.is_distr:
-            plan, is_whole = decision.plan, found.head_dim % decision.rank == 0
-            approximation = {
-                "group_size": found.head_dim // decision.rank if is_whole else None,
-                "rank": decision.rank,
-                "estimator": plan.estimator,
-                "rounds": plan.rounds,
-                "sees": decision.sees,
-                "grouping_block": plan.grouping_block,
-            }
         keys = (found.batch, found.num_key_heads, found.num_keys)
         return SiteRow(
             layer=layer,
@@ -289,7 +278,7 @@ class _Site:
             dtype=str(found.dtype).removeprefix("torch."),
             mask=found.mask_kind,
             decision=decision.decision,
-            **approximation,
+            **decision.columns(found.head_dim),
             reasons=decision.reasons,
             flops=decisions.flops(found),
             site=number,

@@ -64,6 +64,19 @@ class Decision:
         estimator = ESTIMATORS[self.plan.estimator]
         return estimator.prefix_sees if self.strict else estimator.sees
 
+    def columns(self, head_dim: Any) -> dict[str, Any]:
+        """What a report's row says of the approximation; empty where there is none."""
+        if not self.is_distr:
+            return {}
+        return {
+            "group_size": head_dim // self.rank if head_dim % self.rank == 0 else None,
+            "rank": self.rank,
+            "estimator": self.plan.estimator,
+            "rounds": self.plan.rounds,
+            "sees": self.sees,
+            "grouping_block": self.plan.grouping_block,
+        }
+
 
 def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ()) -> Decision:
     """Collect every reason why this site stays exact; approximate it if there is none.
@@ -73,16 +86,9 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
         plan: the policy's wishes for the site's layer.
         extra: reasons known to the caller, such as a graph shared by layers with different plans.
     """
-    reasons = [*_policy_reasons(site, plan), *extra]
-    if not plan.is_exact:  # else no length would change anything
-        reasons += _size_reasons(site, plan)
-        reasons += _one_block(site, plan)
+    reasons = _reasons(site, plan, extra)
     if site.requires_grad and plan.training == "exact":
-        text = (
-            'gradients are recorded, and the policy says training = "exact": set "approximate", or '
-            "call under torch.no_grad()"
-        )
-        reasons.append(Reason("gradients", text))
+        reasons.append(_GRADIENTS)
     elif site.written_later:
         text = "gradients are recorded, and an input or the output is written in place afterwards"
         reasons.append(Reason("in-place-write", text))
@@ -102,6 +108,27 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
         min_seq_len=0 if reasons else _run_time_limit(site, plan),
         plan=plan,
         strict=not reasons and _takes_prefix_form(site, plan),
+    )
+
+
+def decide_call(shape: Shape, plan: LayerPlan, extra: tuple[Reason, ...] = ()) -> Decision:
+    """The same of a call that is made now, without a graph around it.
+
+    Args:
+        shape: of the call.
+        plan: the policy's wishes for the layer.
+        extra: reasons known to the caller.
+    """
+    reasons = _reasons(shape, plan, extra)
+    if shape.trained and plan.training == "exact":
+        reasons.append(_GRADIENTS)
+    return Decision(
+        decision="exact" if reasons else "distr",
+        reasons=tuple(reasons),
+        rank=_rank(shape, plan),
+        min_seq_len=0,
+        plan=plan,
+        strict=not reasons and _takes_prefix_form(shape, plan),
     )
 
 
@@ -144,7 +171,25 @@ def _rank(call: AttentionSite | Shape, plan: LayerPlan) -> int:
     return plan.rank or call.head_dim // (plan.group_size or 1)
 
 
-def _policy_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
+_GRADIENTS = Reason(
+    "gradients",
+    'gradients are recorded, and the policy says training = "exact": set "approximate", or call '
+    "under torch.no_grad()",
+)
+
+
+def _reasons(
+    call: AttentionSite | Shape, plan: LayerPlan, extra: tuple[Reason, ...]
+) -> list[Reason]:
+    """What the policy and the sizes say for exact, and what the caller knows."""
+    reasons = [*_policy_reasons(call, plan), *extra]
+    if not plan.is_exact:  # else no length would change anything
+        reasons += _size_reasons(call, plan)
+        reasons += _one_block(call, plan)
+    return reasons
+
+
+def _policy_reasons(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
     if plan.is_exact:
         return [Reason("group-size-1", "the policy says group_size = 1")]
     reasons = []
@@ -181,7 +226,7 @@ def _must_not_look_ahead(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
     return plan.causal == "strict" and (call.is_causal or may_be_causal(call))
 
 
-def _one_block(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
+def _one_block(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
     """The prefix form scores the first block exactly: there must be a second one."""
     if not _takes_prefix_form(site, plan) or not isinstance(site.num_queries, int):
         return []
@@ -194,7 +239,7 @@ def _one_block(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
     return [Reason("one-block", text)]
 
 
-def _may_lack_keys(site: AttentionSite) -> bool:
+def _may_lack_keys(site: AttentionSite | Shape) -> bool:
     queries, keys = site.num_queries, site.num_keys
     if isinstance(queries, int) and isinstance(keys, int):
         return keys < queries
@@ -244,7 +289,7 @@ def may_be_causal(call: AttentionSite | Shape) -> bool:
     return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
 
 
-def _size_reasons(site: AttentionSite, plan: LayerPlan) -> list[Reason]:
+def _size_reasons(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
     reasons = []
     queries, keys = site.num_queries, site.num_keys
     if isinstance(queries, int) and queries < MIN_QUERIES:

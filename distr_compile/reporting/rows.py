@@ -18,6 +18,10 @@ LOCK = threading.Lock()
 """Held while a counter or the registry changes."""
 
 
+CALLED = "call"
+"""The form of an attention that a module called itself: there is no graph around it."""
+
+
 class DistrWarning(UserWarning):
     """Something in a policy or a compile that is probably not what the user meant."""
 
@@ -44,7 +48,8 @@ class SiteRow:
 
     Attributes:
         layer: name of the layer as in ``named_modules()`` of the compiled module.
-        form: how the graph spelled the attention, such as "softmax" or "sdpa".
+        form: how the graph spelled the attention, such as "softmax" or "sdpa"; ``CALLED`` without
+            a graph.
         shapes: sizes of "q" (B, H, Nq, d), "k" (B, Hk, Nk, d) and "v" (B, Hk, Nk, dv).
         dtype: dtype of q, such as "float16".
         mask: "none", "causal", "bool", "float", ...

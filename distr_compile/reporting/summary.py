@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.reporting import plain, table
-from distr_compile.reporting.rows import GraphReport, NotAttention, SiteRow
+from distr_compile.reporting.rows import CALLED, GraphReport, NotAttention, SiteRow
 
 SCHEMA_VERSION = 3
 
@@ -87,7 +87,11 @@ class Report:
         if not self.parts and self.graphs_without_attention:
             return f"no attention in {table.count(self.graphs_without_attention, 'compiled graph')}"
         percent = self.flops_approximated_percent
-        parts = [f"{table.count(self.found, 'attention')} in {table.count(self.graphs, 'graph')}"]
+        called = sum(all(row.form == CALLED for row in part.rows) for part in self.parts)
+        is_called = 0 < called == len(self.parts)
+        graphs = table.count(self.graphs - called, "graph")
+        where = " called without a graph" if is_called else f" in {graphs}"
+        parts = [table.count(self.found, "attention") + where]
         parts.append(f"{self.distr} distr, {self.exact} exact")
         if percent is not None:
             parts.append(f"{percent:.1f} % of attention FLOPs approximated")

@@ -1,0 +1,78 @@
+"""What became of attention that modules call directly, without a graph: rows for the report.
+
+A module of transformers with ``attn_implementation="distr"`` decides call by call. The first call
+of each outcome is kept as a row of the module, so that ``distr_compile.report(model)`` says of such
+a model, too, which layers are approximated, which are not, and why.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distr_compile.lowering import choose, training
+from distr_compile.lowering.call import Shape
+from distr_compile.passes.decide import Decision
+from distr_compile.reporting import GraphReport, SiteRow, record
+from distr_compile.reporting.rows import CALLED
+
+ATTRIBUTE = "_distr_outcomes"
+"""Where a module keeps which outcomes it has a row for, and its id: a copy begins anew."""
+
+
+def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
+    """Keep what became of a call, unless the module had a call with this outcome before.
+
+    An outcome is a decision with its reasons' codes; lengths do not make another one, so that a
+    text that is generated token by token has two rows a layer. In a trace nothing is kept.
+
+    Args:
+        module: that makes the call.
+        shape: of the call.
+        decision: what was made of it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    codes = tuple(reason.code for reason in decision.reasons)
+    outcome = (decision.plan, shape.trained, codes)
+    owner, kept = module.__dict__.get(ATTRIBUTE, (0, set()))
+    if owner != id(module):
+        owner, kept = module.__dict__[ATTRIBUTE] = (id(module), set())
+    if outcome in kept:
+        return
+    kept.add(outcome)
+    mode = ("train" if module.training else "eval") + (", grad" if shape.trained else "")
+    graph = GraphReport(0, type(module).__name__, (_row(shape, decision),), mode=mode)
+    record(module, graph, key=outcome, policy=decision.plan)
+
+
+def _row(shape: Shape, decision: Decision) -> SiteRow:
+    keys = (shape.batch, shape.num_key_heads, shape.num_keys)
+    kernel, backward, refused = "sdpa", None, {}
+    if decision.is_distr:
+        if shape.trained:
+            kernel, backward, refused = training.names(shape, decision.approximation)
+        else:
+            kernel = choose.name_of(shape, decision.approximation)
+            refused = choose.refusals(shape, decision.approximation)
+    mask = "causal" if shape.is_causal else "none"
+    if shape.mask is not None:
+        mask = "bool" if shape.mask[1] == torch.bool else "float"
+    scores = shape.batch * shape.num_heads * shape.num_queries * shape.num_keys
+    return SiteRow(
+        layer="",
+        form=CALLED,
+        shapes={
+            "q": (shape.batch, shape.num_heads, shape.num_queries, shape.head_dim),
+            "k": (*keys, shape.head_dim),
+            "v": (*keys, shape.value_dim),
+        },
+        dtype=str(shape.dtype).removeprefix("torch."),
+        mask=mask,
+        decision=decision.decision,
+        **decision.columns(shape.head_dim),
+        reasons=decision.reasons,
+        flops=2 * scores * (shape.head_dim + shape.value_dim),
+        kernel=kernel,
+        backward=backward,
+        refused=refused,
+    )
