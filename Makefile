@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune reactions paper paper-quick paper-train gpu gpu-wheel plots docs clean
+.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune reactions paper paper-quick paper-train gpu gpu-wheel plots docs notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -102,6 +102,10 @@ plots: $(VENV)/stamp ## docs/cpu_speed.png, docs/paper_time.png, docs/pictures; 
 
 docs: $(VENV)/stamp ## the site, into dist/site; fails where a link or a page is wrong
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: $(VENV)/stamp ## run docs/notebooks and keep what they print and draw (2 minutes)
+	PYTHONPATH=$(CURDIR) DISTR_MEASURE=0 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute \
+		--inplace --ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 clean: ## remove the environments and everything generated
 	rm -rf $(VENV) $(OLDEST) regress.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

@@ -135,7 +135,7 @@ NAMES = {"llama": "Llama", "gpt2": "GPT-2", "tagger": "BERT tagger", "t5": "T5",
 
 
 def document(rows: list[dict[str, Any]], exact: dict[str, float]) -> Iterator[str]:
-    """The lines of the table in docs/estimators.md.
+    """The lines of the table in docs/estimator-tables.md.
 
     Args:
         rows: of ``error``.

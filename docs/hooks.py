@@ -58,6 +58,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return "".join([*parts, rewritten(markdown[end:], origin)])
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Give links of notebooks, which are made without the hook above, the names of pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'(href="(?![a-z]+:)[^"#]*)\.(?:md|ipynb)(["#])', r"\1.html\2", html)
+
+
 def rewritten(text: str, origin: str) -> str:
     """Links of a file of the repository as they are right for its page.
 

@@ -44,12 +44,15 @@ class Text(HTMLParser):
         super().__init__()
         self.paragraphs: list[str] = []
         self.loads: list[str] = []
+        self.links: list[str] = []
         self.inside = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         if tag in {"script", "img"} or (tag == "link" and given.get("rel") == "stylesheet"):
             self.loads.append(given.get("src") or given.get("href") or "")
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"] or "")
         if tag == "p":
             self.inside = True
             self.paragraphs.append("")
@@ -73,6 +76,7 @@ def test_every_document_is_a_page(site: Path) -> None:
     expected = {
         p.with_name("index.html" if p.name == "README.md" else f"{p.stem}.html") for p in documents
     }
+    expected |= {Path("notebooks", f"{p.stem}.html") for p in (ROOT / "docs").rglob("*.ipynb")}
     expected |= {Path(name) for name in ("overview.html", "changelog.html", "contributing.html")}
     found = {p.relative_to(site) for p in site.rglob("*.html")} - {Path("404.html")}
     assert expected <= found
@@ -89,6 +93,15 @@ def test_no_list_and_no_table_is_left_as_text(site: Path) -> None:
         if wrong.search(text)
     ]
     assert found == []
+
+
+def test_every_link_of_every_page_leads_somewhere(site: Path) -> None:
+    """Those of notebooks too, which the strict build does not look at."""
+    wrong = []
+    for page in site.rglob("*.html"):
+        targets = {link.partition("#")[0] for link in read(page).links if ":" not in link}
+        wrong += [(page.name, t) for t in targets if t and not (page.parent / t).exists()]
+    assert [each for each in wrong if each[0] != "404.html"] == []
 
 
 def test_the_first_page_has_both_pictures_and_loads_nothing_from_elsewhere(site: Path) -> None:
