@@ -22,6 +22,7 @@ from benchmarks.paper import (
     llama_finetuned,
     prefill_time,
     score_errors,
+    several_devices,
     vit_finetuned,
     without_tuning,
 )
@@ -40,6 +41,7 @@ SCRIPTS: tuple[Script, ...] = tuple(
         without_tuning,
         grouping_share,
         attention_time,
+        several_devices,
     )
 )
 

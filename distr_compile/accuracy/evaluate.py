@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batch, Batches, walk
 from distr_compile.accuracy.metrics import Metric, Score, as_metrics
 from distr_compile.explaining import untraced
@@ -70,11 +71,16 @@ def evaluate(
     parts: dict[str, dict[str, list[Tensor]]] = {
         policy: {metric.name: [] for metric in checked} for policy in policies
     }
+    names = [(policy, metric.name) for policy in policies for metric in checked]
     with compiled(model, policies, compiler) as run:
-        for batch in walk(batches, limit):
-            for policy, by_metric in run.rows(batch, checked).items():
-                for metric, rows in by_metric.items():
-                    parts[policy][metric].append(rows)
+
+        def rows_of(batch: Batch) -> list[Tensor]:
+            by_policy = run.rows(batch, checked)
+            return [by_policy[policy][metric] for policy, metric in names]
+
+        for _, rows in ranks.dealt(walk(batches, limit), rows_of):
+            for (policy, metric), of_batch in zip(names, rows, strict=True):
+                parts[policy][metric].append(of_batch)
     return {policy: _evaluation(checked, by_metric) for policy, by_metric in parts.items()}
 
 

@@ -7,6 +7,7 @@ becomes of an attention may then change from call to call, and nothing is compil
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from distr_compile import identity
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches, walk
 from distr_compile.accuracy.evaluate import device_of
 from distr_compile.backend import Chooser
@@ -335,12 +337,59 @@ def site_errors(
     errors = ErrorSums()
     policies = {label: as_policy(plan) for label, plan in plans.items()}
     instrument = Instrument(errors.observe, policies=policies)
-    with instrument.on(model) as run:
-        for batch in walk(batches):
-            batch.to(device_of(model)).call(run)
+    share = ranks.Share(walk(batches))
+
+    def own() -> bytes:
+        with instrument.on(model) as run:
+            for batch in share:
+                batch.to(device_of(model)).call(run)
+        return b"" if ranks.world() == 1 else json.dumps(_told(errors, instrument)).encode()
+
+    found = ranks.exchange(own)
+    share.require_same()
+    if ranks.world() > 1:
+        errors, instrument = ErrorSums(), Instrument(errors.observe)
+        for each in found:
+            _add(errors, instrument, json.loads(each), device_of(model))
     sites = instrument.usable
     relative = {name: errors.relative(name) for name in sites}
     return SiteErrors(relative, sites, instrument.refused, instrument.mixed, instrument.layers)
+
+
+def _told(errors: ErrorSums, instrument: Instrument) -> dict[str, Any]:
+    """What one process has seen, as JSON has it."""
+    sites = [
+        {
+            "name": site.name,
+            "layer": site.layer,
+            "possible": sorted(site.possible),
+            "refused": site.refused,
+            "calls": [[shape.to_json(), count] for shape, count in site.calls.items()],
+        }
+        for site in instrument.sites.values()
+    ]
+    left = {name: getattr(instrument, name) for name in ("exact", "mixed", "layers")}
+    return {"sites": sites, **left, "norms": errors.exact, "errors": errors.error}
+
+
+def _add(
+    errors: ErrorSums, instrument: Instrument, told: Mapping[str, Any], device: torch.device
+) -> None:
+    """Add what another process has seen, on its own device, to what is known."""
+    for each in told["sites"]:
+        site = instrument.sites.setdefault(each["name"], Site(each["name"], each["layer"]))
+        site.possible.update(each["possible"])
+        site.refused.update(each["refused"])
+        for shape, count in each["calls"]:
+            site.calls[Shape.from_json(shape, device)] += count
+    for name in ("exact", "mixed", "layers"):
+        getattr(instrument, name).update(told[name])
+    for name, norm in told["norms"].items():
+        errors.exact[name] += norm
+    for name, of_site in told["errors"].items():
+        sums = errors.error.setdefault(name, defaultdict(float))
+        for label, square in of_site.items():
+            sums[label] += square
 
 
 def layer_errors(

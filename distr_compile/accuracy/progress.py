@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches
 
 LINE_S = 10.0
@@ -17,6 +18,7 @@ LINE_S = 10.0
 
 def progress_bar(show: bool) -> Progress:
     """A bar that counts batches and time; lines where stderr is no terminal; or nothing."""
+    show = show and ranks.is_first()
     console = Console(stderr=True)
     if show and not console.is_terminal:
         return _Lines(console=console, disable=True, auto_refresh=False)

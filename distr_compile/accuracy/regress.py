@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from safetensors.torch import load, save
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 from distr_compile.accuracy import baseline as baselines
-from distr_compile.accuracy import sameness
+from distr_compile.accuracy import ranks, sameness
 from distr_compile.accuracy.baseline import (
     OTHER,
     SAME,
@@ -31,7 +33,7 @@ from distr_compile.accuracy.baseline import (
 )
 from distr_compile.accuracy.batch import Batch, Batches, add_to_digest, walk
 from distr_compile.accuracy.checkpoint import Checkpoint, key_of, write_whole
-from distr_compile.accuracy.evaluate import compiled, device_of
+from distr_compile.accuracy.evaluate import Compiled, compiled, device_of
 from distr_compile.accuracy.instrument import layer_errors
 from distr_compile.accuracy.metrics import METRICS, Metric, Score, as_metrics, has_logits
 from distr_compile.accuracy.progress import progress_bar, total
@@ -174,13 +176,13 @@ def regress(
             raise FileNotFoundError(f"{file}: there is no folder {file.parent}; make it first")
     if update_baseline and path is None:
         raise ValueError("update_baseline: got no baseline; give the path of the file to write")
-    if path is not None and not update_baseline:
+    if path is not None and not update_baseline and ranks.is_first():
         baselines.read(path)  # to be told now, not when all is measured
     name = name or type(model).__name__
     measuring = _Measuring(model, name, named, as_metrics(metrics), compiler, limit, layer_batches)
     result = measuring.run(batches, None if out is None else Path(out), resume, progress)
     regression = Regression(result)
-    if path is not None:
+    if path is not None and ranks.is_first():
         regression = held_against(path, result, update_baseline, tolerance, other_tolerance)
     idle = [policy for policy, item in result.policies.items() if not item.approximated]
     notes = tuple(
@@ -192,7 +194,7 @@ def regress(
     if timed:
         notes += (f"{timed}: {FORCED}",)
     regression = replace(regression, notes=(*regression.notes, *notes))
-    if out is not None:
+    if out is not None and ranks.is_first():
         text = json.dumps(regression.to_dict(), indent=1) + "\n"
         write_whole(Path(out), text.encode())
     return regression
@@ -274,12 +276,15 @@ class _Measuring:
             version=metadata.version("distr-compile"),
             sources=sameness.of_sources(),
         )
+        ranks.require_same({"model, policies, metrics or options": key})
+        path = path if ranks.is_first() else None
         checkpoint, why = Checkpoint(path, key), ""
         unknown = [name for name, identity in identities.items() if identity is None]
         if resume and unknown and path is not None and path.exists():
             why = f"nobody can tell whether {', '.join(unknown)} is the metric of before"
         elif resume:
             checkpoint, why = Checkpoint.open(path, key)
+        checkpoint = self._shared(checkpoint)
         if why:
             _say(f"starts over: {why}")
         if checkpoint.batches:
@@ -299,6 +304,19 @@ class _Measuring:
         result = self._result(checkpoint, conditions)
         checkpoint.remove()
         return result
+
+    @staticmethod
+    def _shared(checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint of the first process, in each of them."""
+        if ranks.world() == 1:
+            return checkpoint
+        about = ranks.of_first(lambda: {"batches": checkpoint.batches, "notes": checkpoint.notes})
+        names = ranks.of_first(lambda: checkpoint.names)
+        rows = ranks.exchange(
+            lambda: save({name: checkpoint.together(name) for name in checkpoint.names})
+        )[0]
+        parts = [(about["batches"], load(rows))] if names else []
+        return Checkpoint(checkpoint.path, checkpoint.key, parts, about["notes"])
 
     def _conditions(self) -> dict[str, str]:
         is_module = isinstance(self.model, nn.Module)
@@ -325,26 +343,45 @@ class _Measuring:
             checkpoint.notes.pop("likeness", None)
             checkpoint.notes.pop("counts", None)
         task = bar.add_task("metrics", total=total(batches, self.limit))
-        done, index = len(known), -1
+        walked = walk(batches, self.limit)
+        for digest in known:
+            if (batch := next(walked, None)) is None or _digest(batch) != digest:
+                raise _OtherBatchesError
         with compiled(self.model, {_EXACT: None, **self.policies}, self.compiler) as run:
-            for index, batch in enumerate(walk(batches, self.limit)):
-                digest = _digest(batch)
-                if index >= done:
-                    if "likeness" not in checkpoint.notes:
-                        checkpoint.notes["likeness"] = self._likeness(run.exact, batch)
-                    by_policy = run.rows(batch, self._with(checkpoint.notes["likeness"]))
-                    rows = {f"{p}/{m}": x for p, of in by_policy.items() for m, x in of.items()}
-                    for policy, report in run.reports.items():
-                        counts = checkpoint.notes.setdefault("counts", {})
-                        counts[policy] = [report.distr, report.found]
-                    checkpoint.add(digest, rows)
-                elif known[index] != digest:
-                    raise _OtherBatchesError
-                bar.update(task, completed=index + 1)
-        if index + 1 < done:
-            raise _OtherBatchesError
+            digests: list[str] = []
+            walked = self._looked_at(walked, checkpoint, run, digests)
+
+            def rows_of(batch: Batch) -> list[Tensor]:
+                rows = run.rows(batch, self._with(checkpoint.notes["likeness"]))
+                return [of_batch for by_metric in rows.values() for of_batch in by_metric.values()]
+
+            for _, found in ranks.dealt(walked, rows_of):
+                metrics = self._with(checkpoint.notes["likeness"])
+                names = [f"{p}/{m.name}" for p in run.by_policy for m in metrics]
+                for policy, report in run.reports.items():
+                    counts = checkpoint.notes.setdefault("counts", {})
+                    counts[policy] = [report.distr, report.found]
+                checkpoint.add(digests.pop(0), dict(zip(names, found, strict=True)))
+                bar.update(task, completed=len(checkpoint.batches))
         if not checkpoint.batches:
             raise ValueError("batches: got none; give at least one")
+        # Another process may have had no batch, and compiled nothing.
+        counts = ranks.of_first(lambda: checkpoint.notes.get("counts", {}))
+        checkpoint.notes["counts"] = counts
+
+    def _looked_at(
+        self, walked: Iterator[Batch], checkpoint: Checkpoint, run: Compiled, digests: list[str]
+    ) -> Iterator[Batch]:
+        """The batches, and their digests before the model has seen them.
+
+        The first output of all tells which metrics without labels fit.
+        """
+        for batch in walked:
+            digests.append(_digest(batch))
+            if "likeness" not in checkpoint.notes:
+                here = functools.partial(self._likeness, run.exact, batch)
+                checkpoint.notes["likeness"] = ranks.of_first(here)
+            yield batch
 
     def _likeness(self, exact: Callable[[Batch], Any], batch: Batch) -> list[str]:
         """Names of the label-free metrics that fit the model's output."""
@@ -424,4 +461,5 @@ def _digest(batch: Batch) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"distr: {text}", file=sys.stderr)
+    if ranks.is_first():
+        print(f"distr: {text}", file=sys.stderr)

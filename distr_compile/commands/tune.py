@@ -132,9 +132,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _command() -> str:
     """The command line, where this is a program of its own."""
-    if Path(sys.argv[0]).stem not in {"distr", "cli"}:
+    program = Path(sys.argv[0])
+    if program.stem in {"distr", "cli"}:
+        return shlex.join(["distr", *sys.argv[1:]])
+    if (program.parent.name, program.stem) != ("distr_compile", "__main__"):
         return ""
-    return shlex.join(["distr", *sys.argv[1:]])
+    from distr_compile.accuracy.ranks import world
+
+    start = f"torchrun --nproc-per-node {world()}" if world() > 1 else "python"
+    return f"{start} -m distr_compile {shlex.join(sys.argv[1:])}"
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ returns exact attention: what later layers see is exact, too.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from typing import Any
 
 import tomlkit
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches, walk
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.accuracy.evaluate import device_of
-from distr_compile.accuracy.instrument import Call, Instrument
+from distr_compile.accuracy.instrument import Call, Instrument, Site
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
 from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
@@ -101,11 +104,26 @@ def calibrate(
     instrument = Instrument(observer, wanted)
     count = 0
     device = device_of(model)
-    with instrument.on(model) as run, progress_bar(progress) as bar:
-        task = bar.add_task("calibrating", total=total(batches, limit))
-        for count, batch in enumerate(walk(batches, limit), 1):
-            batch.to(device).call(run)
-            bar.update(task, completed=count)
+    share = ranks.Share(walk(batches, limit))
+
+    def own() -> bytes:
+        nonlocal count
+        with instrument.on(model) as run, progress_bar(progress) as bar:
+            task = bar.add_task("calibrating", total=total(batches, limit))
+            for count, batch in enumerate(share, 1):
+                batch.to(device).call(run)
+                bar.update(task, completed=count * ranks.world())
+        return b"" if ranks.world() == 1 else observer.told(instrument)
+
+    if ranks.world() > 1:
+        ranks.require_same({"model": fingerprint(model)})
+    found = ranks.exchange(own)
+    share.require_same()
+    if ranks.world() > 1:
+        count = sum(ranks.of_all(lambda: count))
+        observer, instrument = _Observer(), Instrument(observer, wanted)
+        for each in found:
+            observer.add(each, instrument)
     if not count:
         raise ValueError("batches: got none; give at least one: bases are made from data")
     made = {
@@ -125,7 +143,8 @@ def calibrate(
         )
     bases = Bases(made, fingerprint(model), torch.__version__)
     data = bases.to_bytes()
-    write_whole(Path(path), data)
+    if ranks.is_first():
+        write_whole(Path(path), data)
     return Calibration(Path(path), hashlib.sha256(data).hexdigest(), bases, refused)
 
 
@@ -165,6 +184,42 @@ class _Observer:
         if call.q.shape[2] >= MIN_QUERIES:
             statistics.add(call.q, call.k, call.mask)
         return call.exact()
+
+    def told(self, instrument: Instrument) -> bytes:
+        """What this process has seen, for ``add`` in another."""
+        about = {
+            "sites": [[site.name, site.layer] for site in instrument.sites.values()],
+            **{name: getattr(instrument, name) for name in ("exact", "mixed")},
+            "repeated": {name: of._rep for name, of in self.statistics.items()},
+        }
+        sums = {
+            f"{part} {name}": sum_of
+            for name, of in self.statistics.items()
+            for part in SUMS
+            if (sum_of := getattr(of, part)) is not None
+        }
+        sums["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        return save({name: each.cpu().contiguous() for name, each in sums.items()})
+
+    def add(self, data: bytes, instrument: Instrument) -> None:
+        """Add what a process has seen."""
+        sums = load(data)
+        about = json.loads(bytes(sums.pop("about").tolist()))
+        for name, layer in about["sites"]:
+            instrument.sites.setdefault(name, Site(name, layer))
+        for name in ("exact", "mixed"):
+            getattr(instrument, name).update(about[name])
+        for name, rep in about["repeated"].items():
+            of = self.statistics.setdefault(name, Statistics())
+            of._rep = rep if of.Cq is None else of._rep
+            for part in SUMS:
+                if (more := sums.get(f"{part} {name}")) is not None:
+                    known = getattr(of, part)
+                    setattr(of, part, more if known is None else known + more)
+
+
+SUMS = ("Cq", "Ck", "query_rows", "key_rows")
+"""Attributes of ``Statistics`` that add up over calls."""
 
 
 class Statistics:

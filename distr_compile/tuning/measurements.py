@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from distr_compile.accuracy import sameness
+from distr_compile.accuracy import ranks, sameness
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.evaluate import device_of, evaluate
 from distr_compile.accuracy.instrument import SiteErrors, site_errors
@@ -126,7 +126,9 @@ class Measurements:
                 refused[name] = f"another attention of {layer} cannot be told apart"
         self.state.found["refused"] = refused
         self.state.found["layers"] = sorted(set(measured.layers.values()))
-        self.state.found["costs"] = {layer: self._costs(layer, measured) for layer in errors}
+        self.state.found["costs"] = ranks.of_first(
+            lambda: {layer: self._costs(layer, measured) for layer in errors}
+        )
         self.state.found["smooth"] = self._smooth.name
         self.state.keep("errors", errors)
 
@@ -231,7 +233,7 @@ class Measurements:
                 ours = rows[self.metric]
                 losses[key] = loss_with_bound(self.metric, at_exact, ours, self.confidence)
                 smooth[key] = self.smooth.result(rows[self.smooth])
-            self.state.found["divergences"] = smooth
+            self.state.found["divergences"] = ranks.of_first(lambda: smooth)
             self.state.keep_losses("losses", losses)
         return [loss for loss in map(self._loss, settings) if loss is not None]
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.evaluate import device_of
 from distr_compile.accuracy.instrument import Call, Instrument, SiteErrors
@@ -111,13 +112,20 @@ class Bench:
             {metric: [] for metric in once} for _ in range(len(settings) + 1)
         ]
         with self.ready() as output:
-            for given in batches:
+
+            def rows_of(given: Batch) -> list[Tensor]:
                 batch = given.to(device_of(self.model))
                 exact = batch.call(self.model)
-                for number, setting in enumerate((None, *settings)):
-                    out = exact if setting is None else output(batch, setting)
-                    for metric, rows in parts[number].items():
-                        rows.append(metric.statistic(out, exact, batch))
+                outputs = (s if s is None else output(batch, s) for s in (None, *settings))
+                return [
+                    metric.statistic(exact if out is None else out, exact, batch)
+                    for out in outputs
+                    for metric in once
+                ]
+
+            for _, found in ranks.dealt(batches, rows_of):
+                for place, rows in zip((of[m] for of in parts for m in once), found, strict=True):
+                    place.append(rows)
         return [{metric: torch.cat(rows) for metric, rows in part.items()} for part in parts]
 
 

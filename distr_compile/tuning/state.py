@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.tuning.bounds import Loss
 
@@ -85,8 +86,28 @@ class State:
             return fresh, f"{path} is damaged ({fault})"
         return cls(path, key, found), ""
 
+    @classmethod
+    def shared(
+        cls, path: Path | None, key: Mapping[str, Any], *, resume: bool
+    ) -> tuple[State, str]:
+        """The state of the first process, in each of them; only the first writes the file.
+
+        Returns:
+            As ``open``; of an empty state where ``resume`` is False.
+
+        Raises:
+            ValueError: the processes do not measure the same.
+        """
+        ranks.require_same(key)
+        path = path if ranks.is_first() else None
+        state, why = cls.open(path if resume else None, key)
+        state.path = path
+        state.found, why = ranks.of_first(lambda: [state.found, why])
+        return state, why
+
     def keep(self, name: str, value: Any) -> None:
-        """Add a measurement and write the file, whole."""
+        """Add a measurement, that of the first process, and write the file, whole."""
+        value = ranks.of_first(lambda: value)
         self.found[name] = value
         if self.path is not None:
             content = {"format": FORMAT, "key": self.key, "found": self.found}

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.accuracy.evaluate import device_of
@@ -113,8 +114,7 @@ def tune(
         compiler=compiler,
     )
     state_path = None if path is None else Path(f"{os.fspath(path)}.state.json")
-    known.state, stale = State.open(state_path if resume else None, known.key(time))
-    known.state.path = state_path
+    known.state, stale = State.shared(state_path, known.key(time), resume=resume)
     tuner = _Tuner(known, float(budget), [f"Begun anew: {stale}."] if stale else [])
     if known.state.found:
         tuner.taken = [f"Measurements taken from {state_path}; not all were made in this run."]
@@ -125,7 +125,7 @@ def tune(
             )
     known.check_metric()
     with progress_bar(progress) as known.bar:
-        if progress:
+        if progress and ranks.is_first():
             for note in (*tuner.notes, *tuner.taken):
                 known.bar.console.print(note, highlight=False)
         return tuner.run(None if path is None else Path(path), command)
@@ -179,13 +179,22 @@ class _Tuner:
         self.known.measure_errors()
         with self.known.bench.ready():
             self.known.measure_gains()
-            choices = frontier(
-                {layer: self.known.options(layer) for layer in self.known.state.found["errors"]}
-            )
+            choices = self._frontier()
             self.known.verify([self.known.uniform_setting(label) for label in self.known.uniform])
             best = self._bisect(choices)
         chosen, held_out = self._hold_against_held_out(choices, best)
         return self._result(path, command, choices, chosen, held_out)
+
+    def _frontier(self) -> list[Choice]:
+        """The choices of the first process, in each of them."""
+        layers = self.known.state.found["errors"]
+        found = ranks.of_first(
+            lambda: [
+                vars(choice)
+                for choice in frontier({layer: self.known.options(layer) for layer in layers})
+            ]
+        )
+        return [Choice(**each) for each in found]
 
     def _within(self, setting: Setting) -> bool:
         """Whether the loss on the tuning half is within the budget, with confidence."""
@@ -289,9 +298,10 @@ class _Tuner:
             "that is left.",
         ]
         text = self.known.text(chosen, about, path.parent if path is not None else os.curdir)
-        if path is not None:
+        is_written = path is not None and ranks.is_first()
+        if path is not None and is_written:
             write_whole(path, text.encode())
-        found = Policy.load(path) if path is not None else self.known.policy(chosen)
+        found = Policy.load(path) if path is not None and is_written else self.known.policy(chosen)
         return replace(result, text=text, policy=found)
 
     def _unmoved(self, examples: int) -> str:
