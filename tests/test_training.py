@@ -363,8 +363,7 @@ def test_frozen_keys_and_a_trained_bias() -> None:
 
     got = gradient(compiled(model, "inductor"))
     (row,) = distr_compile.report(model).rows
-    assert (row.decision, row.backward) == ("distr", "torch-products")
-    assert row.refused["distr-cpu, backward"].endswith("gives no gradient to a mask")
+    assert (row.decision, row.backward) == ("distr", "distr-cpu")
     # Where a bias is large against the scores, what the scores are matters little.
     exact = gradient(model)
     assert got.shape == exact.shape

@@ -141,7 +141,7 @@ def attend(
 
 
 def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
-    """Fill ``wanted``, but for the gradient of a mask; see ``training.backward``."""
+    """Fill ``wanted``; see ``training.backward``."""
     batch, k, v = call.q.shape[0], call.k, call.v
     if k.shape[0] != v.shape[0]:  # one of them is broadcast
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
@@ -153,6 +153,10 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         for to, like in ((wanted.k, k), (wanted.v, v))
     )
     delta = None if wanted.sinks is None else torch.empty_like(saved.lse)
+    dmask = None
+    if wanted.mask is not None:
+        sizes = (*(1,) * (4 - wanted.mask.dim()), *wanted.mask.shape)
+        dmask = torch.empty(sizes, dtype=torch.float32)
     scores = call.scores
     backward_kernel.backward(
         call.q,
@@ -168,12 +172,16 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         grouping_block=rows_of_a_block(call, saved),
         softcap=scores.softcap,
         bases=saved.bases,
+        strict=_is_prefix(call.approximation) and saved.bases is not None,
         dropout=call.dropout,
         dq=wanted.q,
         dk=dk,
         dv=dv,
         delta=delta,
+        dmask=dmask,
     )
+    if wanted.mask is not None and dmask is not None:
+        wanted.mask.copy_(dmask.view(wanted.mask.shape))
     for to, made in ((wanted.k, dk), (wanted.v, dv)):
         if to is not made:
             to.copy_(made if to.shape == made.shape else made.sum(0, keepdim=True))
@@ -185,11 +193,14 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
 
 def refuses_backward(shape: Shape, approximation: Approximation, mask_grad: bool) -> str | None:
     """Why the kernel does not compute the gradients of a call, or None."""
-    if approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix":
-        return "the fused C++ backward does not compute the strict form"
-    if mask_grad:
-        return "the fused C++ backward gives no gradient to a mask"
+    is_shared = shape.mask is not None and shape.mask[0][1] < shape.num_heads
+    if mask_grad and is_shared and shape.num_key_heads > 1:
+        return "the fused C++ backward gives no gradient to a mask that heads share"
     return _refuses(shape, approximation)
+
+
+def _is_prefix(approximation: Approximation) -> bool:
+    return approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix"
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

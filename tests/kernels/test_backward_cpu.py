@@ -43,6 +43,7 @@ class Case:
         softcap: float = 0.0,
         offset: int | None = None,
         shared: bool = False,
+        strict: bool = False,
     ) -> None:
         B, H, Hk, N, M, d, dv = sizes
         Bk, rep = 1 if shared else B, H // Hk
@@ -62,14 +63,25 @@ class Case:
             "is_causal": offset is not None,
             "causal_offset": offset or 0,
         }
-        q, k, v = wide = [t.double().requires_grad_() for t in (self.q, self.k, self.v)]
+        if strict:
+            self.options["strict"] = True
+        wide = [t.double().requires_grad_() for t in (self.q, self.k, self.v)]
+        q, k, v = wide
+        if mask is not None and mask.is_floating_point():
+            mask = mask.double().requires_grad_()
+            wide.append(mask)
         K, V = (t.repeat_interleave(rep, 1) for t in (k, v))
         parts = []
         for start in range(0, N, block):
             Q, Khat = q[:, :, start : start + block], K
             if self.bases is not None:
                 A, Bb = (t[:, :, start // block].double() for t in self.bases)
-                Q, Khat = Q @ A.repeat_interleave(rep, 1), K @ Bb.repeat_interleave(rep, 1)
+                Qhat, Khat = Q @ A.repeat_interleave(rep, 1), K @ Bb.repeat_interleave(rep, 1)
+                hat = Qhat @ Khat.mT
+                edge = max(0, min(M, start + (offset or 0))) if strict and start else 0
+                edge = edge if strict else M
+                parts.append(torch.cat([hat[..., :edge], (Q @ K.mT)[..., edge:]], -1))
+                continue
             parts.append(Q @ Khat.mT)
         S = torch.cat(parts, 2) * self.options["scale"]
         S = softcap * torch.tanh(S / softcap) if softcap else S
@@ -83,9 +95,15 @@ class Case:
         self.out, self.lse = out.detach(), lse.detach()
 
     def run(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The gradients of q, k, v, and of a floating mask that has one for each head."""
         q, k, v, out, grad = (t.to(dtype) for t in (self.q, self.k, self.v, self.out, self.grad))
         made = [torch.full_like(q, torch.nan), *(torch.full(t.shape, torch.nan) for t in (k, v))]
         results: dict[str, Any] = dict(zip(("dq", "dk", "dv"), made, strict=True))
+        if self.mask is not None and self.mask.is_floating_point():
+            sizes = (*(1,) * (4 - self.mask.dim()), *self.mask.shape)
+            if sizes[1] == q.shape[1] or k.shape[1] == 1:
+                results["dmask"] = torch.full(sizes, torch.nan)
+                made.append(results["dmask"])
         module.backward(
             q,
             k,
@@ -112,6 +130,25 @@ CASES: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "shared by batch entries": ((3, 4, 2, 50, 70, 32, 48), {"rank": 16, "shared": True}),
     "bool mask": ((2, 2, 1, 70, 300, 32, 32), {"mask": draw(2, 1, 70, 300) > -0.5, "rank": 16}),
     "bias of keys": ((2, 2, 1, 70, 300, 32, 32), {"mask": draw(2, 1, 1, 300), "offset": 0}),
+    "bias of scores": ((2, 4, 2, 70, 210, 32, 24), {"mask": draw(2, 4, 70, 210), "softcap": 2.0}),
+    "bias of heads": ((3, 4, 2, 70, 210, 32, 24), {"mask": draw(1, 4, 70, 210), "rank": 16}),
+    "bias of keys and heads": ((2, 2, 2, 70, 30, 32, 24), {"mask": draw(2, 2, 1, 30), "offset": 9}),
+    "bias of shared keys": (
+        (4, 2, 1, 70, 30, 32, 24),
+        {"mask": draw(1, 1, 1, 30), "shared": True, "rank": 16, "block": 33},
+    ),
+    "strict": (
+        (2, 4, 2, 150, 230, 40, 24),
+        {"rank": 17, "block": 40, "offset": 3, "strict": True},
+    ),
+    "strict, keys in front": (
+        (1, 2, 1, 100, 420, 40, 24),
+        {"rank": 20, "block": 30, "offset": 220, "strict": True, "mask": draw(1, 2, 100, 420)},
+    ),
+    "strict, several chunks": (
+        (1, 1, 1, 2500, 70, 32, 16),
+        {"rank": 16, "block": 1100, "offset": -1040, "strict": True, "softcap": 2.0},
+    ),
     "hidden keys": ((1, 1, 1, 70, 500, 32, 32), {"mask": torch.arange(500) % 400 > 300}),
 }
 
@@ -121,13 +158,16 @@ CASES: dict[str, tuple[Sizes, dict[str, Any]]] = {
 def test_gradients(name: str, dtype: torch.dtype) -> None:
     sizes, options = CASES[name]
     case = Case(sizes, **options)
-    for got, wanted in zip(case.run(dtype), case.wanted, strict=True):
+    found = case.run(dtype)
+    for got, wanted in zip(found, case.wanted[: len(found)], strict=True):
         # Inputs and the output are rounded to the dtype, a few thousand sums to fp32.
         bound = 8 * torch.finfo(dtype).eps * wanted.norm().item() + 1e-30
-        assert (got.double() - wanted).norm().item() <= bound
+        assert (got.double().view(wanted.shape) - wanted).norm().item() <= bound
 
 
-@pytest.mark.parametrize("name", ["blocks", "several chunks", "shared by batch entries"])
+@pytest.mark.parametrize(
+    "name", ["blocks", "several chunks", "shared by batch entries", "bias of heads", "strict"]
+)
 def test_bits_do_not_depend_on_threads(name: str) -> None:
     sizes, options = CASES[name]
     case, before = Case(sizes, **options), torch.get_num_threads()
@@ -142,7 +182,7 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def workspace_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def workspace_of(tokens: int, monkeypatch: pytest.MonkeyPatch, strict: bool = False) -> int:
     sizes: list[int] = []
     take = kernel.workspace
     monkeypatch.setattr(kernel, "workspace", lambda size: sizes.append(size) or take(size))
@@ -150,7 +190,11 @@ def workspace_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> int:
     A = torch.zeros(1, 1, 1, 128, 64)
     made: dict[str, Any] = {"dq": q.clone(), "dk": k.clone(), "dv": v.clone()}
     lse = torch.full((1, 1, tokens), -torch.inf)
-    module.backward(q, k, v, None, v, lse, v, scale=1.0, bases=(A, A), **made)
+    options: dict[str, Any] = {"bases": (A, A), "strict": strict}
+    if strict:
+        blocks = A.expand(-1, -1, tokens // 512, -1, -1)
+        options |= {"bases": (blocks, blocks), "grouping_block": 512}
+    module.backward(q, k, v, None, v, lse, v, scale=1.0, **options, **made)
     monkeypatch.setattr(kernel, "workspace", take)
     return sizes[0]
 
@@ -159,6 +203,9 @@ def test_workspace_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     at_4096 = workspace_of(4096, monkeypatch)
     assert at_4096 <= torch.get_num_threads() * 6 << 20
     assert workspace_of(8192, monkeypatch) == at_4096
+    strict = workspace_of(4096, monkeypatch, strict=True)
+    assert strict <= torch.get_num_threads() * 10 << 20
+    assert workspace_of(8192, monkeypatch, strict=True) == strict
 
 
 def test_the_structure_is_the_librarys() -> None:

@@ -541,13 +541,17 @@ def test_who_computes_a_backward() -> None:
     mean = dataclasses.replace(how, estimator="lsh-mean", strict=True)
     assert training.names(shape, mean) == ("distr-cpu", "distr-cpu", {})
     strict = dataclasses.replace(how, strict=True)
-    for found, why in (
-        (training.names(shape, strict), "does not compute the strict form"),
-        (training.names(shape, how, mask_grad=True), "gives no gradient to a mask"),
-    ):
-        assert found[:2] == ("distr-cpu", "torch-products")
-        assert list(found.refused) == ["distr-cpu, backward"]
-        assert found.refused["distr-cpu, backward"].endswith(why)
+    assert training.names(shape, strict) == ("distr-cpu", "distr-cpu", {})
+    fused = {(1, 4, 200, 160): True, (2, 4, 1, 160): True, (2, 1, 1, 160): False}
+    for sizes, is_fused in fused.items():
+        masked = shape._replace(mask=(sizes, torch.float32))
+        found = training.names(masked, how, mask_grad=True)
+        assert found[:2] == ("distr-cpu", "distr-cpu" if is_fused else "torch-products")
+        assert list(found.refused) == ([] if is_fused else ["distr-cpu, backward"])
+        assert training.names(masked, how).backward == "distr-cpu"
+    assert found.refused["distr-cpu, backward"].endswith("no gradient to a mask that heads share")
+    alone = masked._replace(num_key_heads=1)
+    assert training.names(alone, how, mask_grad=True).backward == "distr-cpu"
     double = training.names(shape._replace(dtype=torch.float64), how)
     assert double[:2] == ("torch-products", "torch-products")
     assert list(double.refused) == ["distr-cpu", "distr-cpu, backward"]

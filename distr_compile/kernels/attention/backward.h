@@ -12,7 +12,8 @@
 // A task is one key head with all that shares it: its query heads, and where K is broadcast the
 // batch entries. It takes CHUNK_ROWS query rows at a time, and for each of these chunks every key
 // tile, so that its workspace does not grow with N or M. Sums are added in one order, whatever the
-// number of threads. Arithmetic is fp32.
+// number of threads. Arithmetic is fp32. In the strict form a block's own keys and later ones have K
+// and Q in the places of Khat and Qhat: two sides of a tile of keys.
 
 #pragma once
 
@@ -32,6 +33,7 @@ struct Gradients {
   void* dq;
   float *dk, *dv;             // (B or 1, H_k, M, d or d_v), unit last stride, zero before
   float* delta;               // (B, H, N), contiguous, or null: the sums of dO times O
+  float* dmask;               // like the mask, contiguous, zero before, or null
   int64_t q_strides[4];       // batch, head, row, column
   int64_t k_strides[4];
   int64_t v_strides[4];
@@ -43,10 +45,12 @@ struct Gradients {
   int64_t dq_strides[4];
   int64_t dk_strides[4];
   int64_t dv_strides[4];
+  int64_t dmask_strides[4];
   int64_t batch, heads, key_heads, shares, queries, keys;  // shares: batch entries of one K and V
+  int64_t entries;            // batch entries of one task, a multiple of shares
   int64_t rank, head_dim, value_dim;
   int64_t block;              // query rows that share A and B
-  int64_t is_causal, causal_offset;
+  int64_t is_causal, causal_offset, strict;
   int64_t dtype, mask_kind;
   double scale, softcap;
   Dropout dropout;
@@ -68,7 +72,7 @@ struct Backward {
 
   explicit Backward(const Gradients& call)
       : c(call), bases(call.a != nullptr), rep(call.heads / call.key_heads),
-        units(call.batch / call.shares * call.key_heads), d(call.head_dim), r(call.rank),
+        units(call.batch / call.entries * call.key_heads), d(call.head_dim), r(call.rank),
         dv(call.value_dim), dp(round_up(d, WIDTH_UNIT)), rp(round_up(r, WIDTH_UNIT)),
         vp(round_up(dv, WIDTH_UNIT)),
         factor(float(call.softcap ? call.scale / call.softcap : call.scale)),
@@ -78,12 +82,15 @@ struct Backward {
 
   struct Scratch {  // of one worker
     float *buffer, *q_rows, *o_rows;             // to read rows
-    float *hat, *hat_t, *grad, *grad_t, *d_hat;  // of the query tiles of a chunk
-    float *lse, *delta;
-    float *k_rows, *v_rows, *k_hat, *k_panels;   // of a key tile
-    float *d_k_hat, *d_k, *d_v;
-    float *scores, *d_scores, *bias, *stays, *ones;
+    float *grad, *grad_t, *lse, *delta;          // of the query tiles of a chunk
+    float *k_rows, *v_rows, *d_k, *d_v;          // of a key tile
+    float *scores, *d_scores, *d_bias, *bias, *stays, *ones;
+    struct Side {  // Qhat and Khat, or Q and K: rows of a chunk and of a key tile, and their sums
+      float *rows, *rows_t, *d_rows_t, *k, *panels, *d_k;
+      int64_t width, padded;
+    } hat, exact;
   };
+  typedef typename Scratch::Side Side;
   int64_t chunk_rows() const {  // fewer where blocks are short, whose tiles are not full
     return c.block < QUERY_TILE ? CHUNK_ROWS / QUERY_TILE * c.block : CHUNK_ROWS;
   }
@@ -104,14 +111,24 @@ struct Backward {
     s.buffer = take(LANES * std::max(round_up(std::max({d, r, dv}), LANES), int64_t(KEY_TILE)));
     s.q_rows = take(QUERY_TILE * dp);
     s.o_rows = take(QUERY_TILE * std::max(dp, vp));
-    s.hat = take(tile * rp), s.hat_t = take(tile * rp), s.d_hat = take(tile * rp);
+    auto take_side = [&](int64_t width, int64_t padded, bool has_keys) {
+      Side side{};
+      side.rows = take(tile * padded), side.rows_t = take(tile * padded);
+      side.d_rows_t = take(tile * padded);
+      if (has_keys) side.k = take(KEY_TILE * padded);
+      side.panels = take(KEY_TILE * padded), side.d_k = take(KEY_TILE * padded);
+      side.width = width, side.padded = padded;
+      return side;
+    };
+    s.hat = take_side(r, rp, true);
     s.grad = take(tile * vp), s.grad_t = take(tile * vp);
     s.lse = take(tile), s.delta = take(tile);
     s.k_rows = take(KEY_TILE * dp), s.v_rows = take(KEY_TILE * vp);
-    s.k_hat = take(KEY_TILE * rp), s.k_panels = take(KEY_TILE * rp);
-    s.d_k_hat = take(KEY_TILE * rp), s.d_k = take(KEY_TILE * dp), s.d_v = take(KEY_TILE * vp);
+    if (c.strict) s.exact = take_side(d, dp, false), s.exact.k = s.k_rows;
+    s.d_k = take(KEY_TILE * dp), s.d_v = take(KEY_TILE * vp);
     s.scores = take(KEY_TILE * QUERY_TILE), s.d_scores = take(KEY_TILE * QUERY_TILE);
     if (c.mask_kind != NONE) s.bias = take(KEY_TILE * QUERY_TILE);
+    if (c.dmask) s.d_bias = take(KEY_TILE * QUERY_TILE);
     if (c.dropout.scale) s.stays = take(KEY_TILE * QUERY_TILE);
     s.ones = take(QUERY_TILE);
     if (used) *used = at;
@@ -139,6 +156,12 @@ struct Backward {
   int64_t keys_seen(int64_t last_row) const {  // by rows before last_row
     if (!c.is_causal) return c.keys;
     return std::max<int64_t>(0, std::min(c.keys, last_row + c.causal_offset));
+  }
+
+  int64_t edge_of(int64_t block) const {  // keys before it are scored by Qhat and Khat
+    if (!c.strict) return c.keys;
+    if (!block) return 0;
+    return std::max<int64_t>(0, std::min(c.keys, block * c.block + c.causal_offset));
   }
 
   struct Tile {  // query rows of one block of a chunk
@@ -175,21 +198,26 @@ struct Backward {
   }
 
   void read_tile(const Head& h, const Tile& t, Scratch& s) const {
-    float *hat = s.hat + t.place * QUERY_TILE * rp, *grad = s.grad + t.place * QUERY_TILE * vp;
-    float* rows = bases ? s.q_rows : hat;
+    const int64_t at_rp = t.place * QUERY_TILE * rp, at_dp = t.place * QUERY_TILE * dp;
+    float *hat = s.hat.rows + at_rp, *grad = s.grad + t.place * QUERY_TILE * vp;
+    float* rows = c.strict ? s.exact.rows + at_dp : bases ? s.q_rows : hat;
     read_rows(at(c.q, c.q_strides, h.batch, h.head, t.row), c.q_strides[2], c.q_strides[3], t.rows,
               QUERY_TILE, d, dp, rows);
     if (bases)
       product<false, false>(reinterpret_cast<const char*>(rows), 4 * dp,
                             basis(c.a, c.basis_strides, h, t.block), rp, QUERY_TILE, d,
                             int(rp / LANES), {hat, rp, 1.f, nullptr});
-    turn(hat, rp, r, s.buffer, s.hat_t + t.place * QUERY_TILE * rp);
+    turn(hat, rp, r, s.buffer, s.hat.rows_t + at_rp);
+    if (c.strict) {
+      turn(rows, dp, d, s.buffer, s.exact.rows_t + at_dp);
+      std::memset(s.exact.d_rows_t + at_dp, 0, 4 * QUERY_TILE * dp);
+    }
     read_rows(at(c.grad, c.grad_strides, h.batch, h.head, t.row), c.grad_strides[2],
               c.grad_strides[3], t.rows, QUERY_TILE, dv, vp, grad);
     turn(grad, vp, dv, s.buffer, s.grad_t + t.place * QUERY_TILE * vp);
     read_rows(at(c.out, c.out_strides, h.batch, h.head, t.row), c.out_strides[2], c.out_strides[3],
               t.rows, QUERY_TILE, dv, vp, s.o_rows);
-    std::memset(s.d_hat + t.place * QUERY_TILE * rp, 0, 4 * QUERY_TILE * rp);
+    std::memset(s.hat.d_rows_t + at_rp, 0, 4 * QUERY_TILE * rp);
     const int64_t first = (h.batch * c.heads + h.head) * c.queries + t.row;
     for (int64_t i = 0; i < QUERY_TILE; i++) {
       float *lse = s.lse + t.place * QUERY_TILE, *delta = s.delta + t.place * QUERY_TILE;
@@ -205,23 +233,36 @@ struct Backward {
     }
   }
 
-  void write_tile(const Head& h, const Tile& t, Scratch& s) const {
-    // dQhat^T as rows; then dQ = dQhat A^T.
-    const float* from = s.d_hat + t.place * QUERY_TILE * rp;
-    float* rows = s.q_rows;  // QUERY_TILE x dp, and rp is no more
+  // The sums of a side's queries as rows, times the factor.
+  void gather(const Tile& t, const Side& side, float* rows) const {
+    const float* from = side.d_rows_t + t.place * QUERY_TILE * side.padded;
     for (int64_t first = 0; first < t.vectors * LANES; first += LANES)
-      for (int64_t i = 0; i < r; i += LANES) {
+      for (int64_t i = 0; i < side.width; i += LANES) {
         vf x[LANES];
         for (int k = 0; k < LANES; k++)
-          x[k] = i + k < r ? load<vf>(from + (i + k) * QUERY_TILE + first) : vf{};
+          x[k] = i + k < side.width ? load<vf>(from + (i + k) * QUERY_TILE + first) : vf{};
         transpose(x);
-        for (int k = 0; k < LANES; k++) store(rows + (first + k) * rp + i, x[k] * factor);
+        for (int k = 0; k < LANES; k++)
+          store(rows + (first + k) * side.padded + i, x[k] * factor);
       }
-    if (bases) {
+  }
+
+  void write_tile(const Head& h, const Tile& t, Scratch& s) const {
+    float* rows = s.q_rows;  // QUERY_TILE x dp, and rp is no more
+    if (!edge_of(t.block)) {
+      gather(t, s.exact, rows);
+    } else {
+      gather(t, s.hat, rows);
+    }
+    if (bases && edge_of(t.block)) {  // dQ = dQhat A^T
       product<false, false>(reinterpret_cast<const char*>(rows), 4 * rp,
                             basis(c.a_t, c.basis_t_strides, h, t.block), dp, t.rows, r,
                             int(dp / LANES), {s.o_rows, dp, 1.f, nullptr});
       rows = s.o_rows;
+      if (c.strict) {
+        gather(t, s.exact, s.q_rows);
+        for (int64_t i = 0; i < t.rows * dp; i++) rows[i] += s.q_rows[i];
+      }
     }
     const int64_t bytes = element_bytes(c.dtype);
     char* to = static_cast<char*>(c.dq) + (h.batch * c.dq_strides[0] + h.head * c.dq_strides[1] +
@@ -239,20 +280,22 @@ struct Backward {
     return read_mask(c.mask, place, c.mask_kind, st[2], st[3], t.rows, n, s.buffer, s.bias);
   }
 
-  // P^T into s.scores, dS^T without the factor into s.d_scores, for n keys from `key` on. Of dropped
-  // weights P is 0, and dS has what their softmax does to the others.
+  // P^T into s.scores, dS^T without the factor into s.d_scores, for n keys of the tile of keys that
+  // begins at `key`, from its key `from` on, by one side. Of dropped weights P is 0, and dS has what
+  // their softmax does to the others.
   template <bool DROPS>
-  void weigh(const Head& h, const Tile& t, int64_t key, int64_t n, Scratch& s) const {
-    if (DROPS)
-      read_dropout(c.dropout, h.batch, h.head, t.row, key, n, t.vectors, float(c.dropout.scale),
-                   s.stays);
-    product<false, false>(reinterpret_cast<char*>(s.k_hat), 4 * rp,
-                          s.hat_t + t.place * QUERY_TILE * rp, QUERY_TILE, n, r, t.vectors,
-                          {s.scores, QUERY_TILE, factor, nullptr});
-    product<false, false>(reinterpret_cast<char*>(s.v_rows), 4 * vp,
+  void weigh(const Tile& t, const Side& side, int64_t key, int64_t from, int64_t n,
+             Scratch& s) const {
+    const float *bias = s.bias, *stays = s.stays + from * QUERY_TILE;
+    product<false, false>(reinterpret_cast<char*>(side.k + from * side.padded), 4 * side.padded,
+                          side.rows_t + t.place * QUERY_TILE * side.padded, QUERY_TILE, n,
+                          side.width, t.vectors, {s.scores, QUERY_TILE, factor, nullptr});
+    product<false, false>(reinterpret_cast<char*>(s.v_rows + from * vp), 4 * vp,
                           s.grad_t + t.place * QUERY_TILE * vp, QUERY_TILE, n, dv, t.vectors,
                           {s.d_scores, QUERY_TILE, 1.f, nullptr});
     const bool has_bias = c.mask_kind != NONE, by_row = has_bias && c.mask_strides[2];
+    if (has_bias) bias += by_row ? from * QUERY_TILE : from;
+    key += from;
     const bool cut = c.is_causal && key + n - 1 > t.row + c.causal_offset;
     for (int u = 0; u < t.vectors; u++) {
       const vf lse = load<vf>(s.lse + t.place * QUERY_TILE + u * LANES);
@@ -266,7 +309,7 @@ struct Backward {
           x = x * cap;
         }
         if (has_bias) {
-          const vf y = by_row ? load<vf>(s.bias + j * QUERY_TILE + u * LANES) : splat(s.bias[j]);
+          const vf y = by_row ? load<vf>(bias + j * QUERY_TILE + u * LANES) : splat(bias[j]);
           x = y == -INFINITY ? y : x + y;
         }
         if (cut) {
@@ -276,13 +319,10 @@ struct Backward {
         }
         x = x - lse;
         const vf weight = exp_negative(x > 0.f ? vf{} : x);  // lse was rounded
-        vf d_weight = load<vf>(q), stays = splat(1.f);
-        if (DROPS) {
-          stays = load<vf>(s.stays + j * QUERY_TILE + u * LANES);
-          d_weight = d_weight * stays;
-        }
-        store(p, DROPS ? weight * stays : weight);
-        vf ds = weight * (d_weight - delta);
+        const vf z = DROPS ? load<vf>(stays + j * QUERY_TILE + u * LANES) : splat(1.f);
+        store(p, DROPS ? weight * z : weight);
+        vf ds = weight * ((DROPS ? load<vf>(q) * z : load<vf>(q)) - delta);
+        if (c.dmask) store(s.d_bias + (p - s.scores), ds);
         if (c.softcap) ds = ds * slope;
         store(q, ds);
       }
@@ -295,39 +335,70 @@ struct Backward {
 
   void read_keys(int64_t batch, int64_t head, int64_t key, int64_t n, Scratch& s) const {
     read_rows(at(c.k, c.k_strides, batch, head, key), c.k_strides[2], c.k_strides[3], n, n, d, dp,
-              bases ? s.k_rows : s.k_hat);
+              bases ? s.k_rows : s.hat.k);
     read_rows(at(c.v, c.v_strides, batch, head, key), c.v_strides[2], c.v_strides[3], n, n, dv, vp,
               s.v_rows);
   }
-  // Khat in panels of ROWS columns (then 4, 2, 1), keys one after another in a panel.
-  void pack_panels(int64_t n, Scratch& s) const {
-    for (int64_t column = 0; column < r;) {
-      const int64_t step = next_rows(r - column);
-      float* to = s.k_panels + column * KEY_TILE;
+  // n keys of a side, from `from` on, in panels of ROWS columns (then 4, 2, 1), one after another.
+  void pack_panels(const Side& side, int64_t from, int64_t n) const {
+    const float* k = side.k + from * side.padded;
+    for (int64_t column = 0; column < side.width;) {
+      const int64_t step = next_rows(side.width - column);
+      float* to = side.panels + column * KEY_TILE;
       for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < step; i++) to[j * step + i] = s.k_hat[j * rp + column + i];
+        for (int64_t i = 0; i < step; i++) to[j * step + i] = k[j * side.padded + column + i];
       column += step;
     }
   }
 
-  // What the tiles of one block and n keys from `key` on add to dV, dKhat and dQhat.
+  // What n keys from `key` on add to the gradient of the mask.
+  void add_to_mask(const Head& h, const Tile& t, int64_t key, int64_t n, Scratch& s) const {
+    const int64_t* st = c.dmask_strides;
+    float* to = c.dmask + h.batch * st[0] + h.head * st[1] + t.row * st[2] + key * st[3];
+    for (int64_t j = 0; j < n; j += LANES)
+      for (int u = 0; u < t.vectors; u++) {
+        vf x[LANES];
+        for (int i = 0; i < LANES; i++)
+          x[i] = j + i < n ? load<vf>(s.d_bias + (j + i) * QUERY_TILE + u * LANES) : vf{};
+        transpose(x);
+        for (int i = 0; i < LANES && u * LANES + i < t.rows; i++) {
+          float* row = to + (u * LANES + i) * st[2];
+          for (int m = 0; m < LANES && j + m < n; m++) row[(j + m) * st[3]] += x[i][m];
+        }
+      }
+  }
+
+  // What a tile and n keys, of the tile of keys at `key` those from `from` on, add by one side.
+  void add(const Head& h, const Tile& t, const Side& side, int64_t key, int64_t from, int64_t n,
+           Scratch& s) const {
+    if (n <= 0) return;
+    if (c.dropout.scale) weigh<true>(t, side, key, from, n, s);
+    else weigh<false>(t, side, key, from, n, s);
+    if (c.dmask) add_to_mask(h, t, key + from, n, s);
+    const char *P = reinterpret_cast<char*>(s.scores), *dS = reinterpret_cast<char*>(s.d_scores);
+    const int64_t row_bytes = 4 * QUERY_TILE, words = side.padded;
+    product<false, false>(P, row_bytes, s.grad + t.place * QUERY_TILE * vp, vp, n, t.rows,
+                          int(vp / LANES), {s.d_v + from * vp, vp, 1.f, nullptr, true});
+    product<false, false>(dS, row_bytes, side.rows + t.place * QUERY_TILE * words, words, n, t.rows,
+                          int(words / LANES), {side.d_k + from * words, words, 1.f, nullptr, true});
+    product<false, true>(reinterpret_cast<char*>(side.panels), 4 * KEY_TILE, s.d_scores, QUERY_TILE,
+                         side.width, n, t.vectors,
+                         {side.d_rows_t + t.place * QUERY_TILE * words, QUERY_TILE, 1.f, s.ones});
+  }
+
+  // What the tiles of one block and n keys from `key` on add to dV, dKhat and dQhat; the first
+  // `known` of them by Qhat and Khat.
   void meet(const Head& h, int64_t first, int64_t stop, int64_t block, int64_t key, int64_t n,
-            Scratch& s) const {
+            int64_t known, Scratch& s) const {
     tiles(first, stop, [&](const Tile& t) {
       if (t.block != block) return;
       const int64_t seen = std::min(n, keys_seen(t.row + t.rows) - key);
       if (seen <= 0 || (c.mask_kind != NONE && !read_bias(h, t, key, seen, s))) return;
-      if (c.dropout.scale) weigh<true>(h, t, key, seen, s);
-      else weigh<false>(h, t, key, seen, s);
-      const char *P = reinterpret_cast<char*>(s.scores), *dS = reinterpret_cast<char*>(s.d_scores);
-      const int64_t row_bytes = 4 * QUERY_TILE;
-      product<false, false>(P, row_bytes, s.grad + t.place * QUERY_TILE * vp, vp, seen, t.rows,
-                            int(vp / LANES), {s.d_v, vp, 1.f, nullptr, true});
-      product<false, false>(dS, row_bytes, s.hat + t.place * QUERY_TILE * rp, rp, seen, t.rows,
-                            int(rp / LANES), {s.d_k_hat, rp, 1.f, nullptr, true});
-      product<false, true>(reinterpret_cast<char*>(s.k_panels), 4 * KEY_TILE, s.d_scores,
-                           QUERY_TILE, r, seen, t.vectors,
-                           {s.d_hat + t.place * QUERY_TILE * rp, QUERY_TILE, 1.f, s.ones});
+      if (c.dropout.scale)
+        read_dropout(c.dropout, h.batch, h.head, t.row, key, seen, t.vectors,
+                     float(c.dropout.scale), s.stays);
+      add(h, t, s.hat, key, 0, std::min(seen, known), s);
+      if (c.strict) add(h, t, s.exact, key, known, seen - known, s);
     });
   }
 
@@ -347,21 +418,28 @@ struct Backward {
       zero(s.d_k, n * dp);
       for (int64_t block = first / c.block; block * c.block < stop; block++) {
         if (keys_seen(std::min(stop, (block + 1) * c.block)) <= key) continue;
-        float* d_k_hat = s.d_k_hat;
+        const int64_t known = std::max<int64_t>(0, std::min(n, edge_of(block) - key));
+        float* d_k_hat = s.hat.d_k;
         zero(d_k_hat, n * rp);
-        if (bases)
+        if (bases && known)
           product<false, false>(reinterpret_cast<char*>(s.k_rows), 4 * dp,
-                                basis(c.b, c.basis_strides, h, block), rp, n, d, int(rp / LANES),
-                                {s.k_hat, rp, 1.f, nullptr});
-        pack_panels(n, s);
-        meet(h, first, stop, block, key, n, s);
+                                basis(c.b, c.basis_strides, h, block), rp, known, d,
+                                int(rp / LANES), {s.hat.k, rp, 1.f, nullptr});
+        pack_panels(s.hat, 0, known);
+        if (c.strict) {
+          zero(s.exact.d_k, n * dp);
+          pack_panels(s.exact, known, n - known);
+        }
+        meet(h, first, stop, block, key, n, known, s);
         for (int64_t i = 0; i < n * rp; i++) d_k_hat[i] *= factor;
-        if (bases)
+        if (bases && known)
           product<false, false>(reinterpret_cast<char*>(d_k_hat), 4 * rp,
-                                basis(c.b_t, c.basis_t_strides, h, block), dp, n, r,
+                                basis(c.b_t, c.basis_t_strides, h, block), dp, known, r,
                                 int(dp / LANES), {s.d_k, dp, 1.f, nullptr, true});
-        else
+        if (!bases)
           for (int64_t i = 0; i < n * dp; i++) s.d_k[i] += d_k_hat[i];
+        if (c.strict)
+          for (int64_t i = known * dp; i < n * dp; i++) s.d_k[i] += s.exact.d_k[i] * factor;
       }
       const int64_t *ks = c.dk_strides, *vs = c.dv_strides;
       add_rows(s.d_k, dp, n, d, c.dk + h.key_batch * ks[0] + h.key_head * ks[1] + key * ks[2],
@@ -373,11 +451,11 @@ struct Backward {
   }
 
   void unit(int64_t index, Scratch& s) const {
-    const int64_t key_batch = index / c.key_heads, key_head = index % c.key_heads;
-    for (int64_t share = 0; share < c.shares; share++)
+    const int64_t first_entry = index / c.key_heads * c.entries, key_head = index % c.key_heads;
+    for (int64_t entry = first_entry; entry < first_entry + c.entries; entry++)
       for (int64_t i = 0; i < rep; i++)
         for (int64_t first = 0; first < c.queries; first += chunk_rows()) {
-          const Head h{key_batch * c.shares + share, key_head * rep + i, key_batch, key_head};
+          const Head h{entry, key_head * rep + i, entry / c.shares, key_head};
           chunk(h, first, std::min(first + chunk_rows(), c.queries), s);
         }
   }

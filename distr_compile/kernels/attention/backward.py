@@ -16,7 +16,7 @@ _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _STRIDES = {
     **dict.fromkeys(("q", "k", "v", "mask", "out", "grad"), 4),
     **dict.fromkeys(("basis", "basis_t"), 3),
-    **dict.fromkeys(("dq", "dk", "dv"), 4),
+    **dict.fromkeys(("dq", "dk", "dv", "dmask"), 4),
 }
 
 
@@ -27,13 +27,13 @@ class _Gradients(ctypes.Structure):
         ("size", _int64),
         *(
             (name, _pointer)
-            for name in "q k v mask out grad lse a a_t b b_t dq dk dv delta".split()
+            for name in "q k v mask out grad lse a a_t b b_t dq dk dv delta dmask".split()
         ),
         *((f"{name}_strides", _int64 * count) for name, count in _STRIDES.items()),
         *(
             (name, _int64)
-            for name in "batch heads key_heads shares queries keys rank head_dim value_dim block "
-            "is_causal causal_offset dtype mask_kind".split()
+            for name in "batch heads key_heads shares queries keys entries rank head_dim value_dim "
+            "block is_causal causal_offset strict dtype mask_kind".split()
         ),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
@@ -59,24 +59,27 @@ def backward(
     grouping_block: int = 0,
     softcap: float = 0.0,
     bases: tuple[Tensor, Tensor] | None = None,
+    strict: bool = False,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     delta: Tensor | None = None,
+    dmask: Tensor | None = None,
     dropout: Dropout | None = None,
     lib: build.Library | None = None,
 ) -> None:
     """Gradients of softmax(scale * Q A (K B)^T + mask) V by Q, K and V, in fp32 arithmetic.
 
     Beside inputs and outputs a thread takes a workspace that does not grow with N or M: at most 6
-    MiB for d = 128, and r = 64. Bits do not depend on the number of threads, which is that of
-    ``torch.set_num_threads``; key heads are what is dealt out to them.
+    MiB for d = 128 and r = 64, and 10 in the strict form. Bits do not depend on the number of
+    threads, which is that of ``torch.set_num_threads``; key heads are what is dealt out to them,
+    with all batch entries where a mask that these share gets a gradient.
 
     Args:
         q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides.
         k: ``(B or 1, H_k, M, d)``.
         v: ``(B or 1, H_k, M, d_v)``, with the batch size of k.
-        mask: bool or floating, broadcastable to ``(B, H, N, M)``; it gets no gradient here.
+        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
         out: ``(B, H, N, d_v)``, the result of the forward.
         lse: ``(B, H, N)`` fp32, the logarithm of each row's sum of exponentials.
         grad: ``(B, H, N, d_v)`` in the dtype of q, the gradient of ``out``.
@@ -86,9 +89,14 @@ def backward(
         grouping_block: query rows that share A and B; 0 for all.
         softcap: c > 0 makes scaled scores s ``c * tanh(s / c)``; 0 does not.
         bases: A and B ``(B or 1, H_k, blocks, d, r)``; None where the call is exact.
+        strict: with bases, the form in which a block that starts at row s > 0 uses them for keys
+            before ``s + causal_offset`` only, and the first block for none.
         dq: ``(B, H, N, d)`` in the dtype of q, any strides, is filled.
         dk: like k but in fp32 and with unit last stride, is filled.
         dv: like v, likewise.
+        dmask: fp32, contiguous, of the mask's sizes, four of them; filled with its gradient, the
+            sum over what it is broadcast over. That is not several heads, if there are several key
+            heads.
         delta: ``(B, H, N)`` fp32, contiguous; filled with each row's sum of ``grad * out``.
         dropout: says which weights were dropped.
         lib: see ``cpu.attention``.
@@ -103,7 +111,8 @@ def backward(
     call = _Gradients(size=ctypes.sizeof(_Gradients), scale=scale, softcap=softcap)
     call.batch, call.heads, call.queries, call.head_dim = q.shape
     call.key_heads, call.keys, call.value_dim = v.shape[1:]
-    call.shares = call.batch // k.shape[0]
+    call.shares = call.entries = call.batch // k.shape[0]
+    call.strict = strict
     call.rank, call.block = call.head_dim, min(grouping_block or queries, queries)
     call.is_causal, call.causal_offset = is_causal, causal_offset
     call.dtype, call.mask_kind = kernel.DTYPES[q.dtype], kernel.NO_MASK
@@ -114,6 +123,10 @@ def backward(
         call.mask_kind = kernel.MASK_DTYPES[mask.dtype]
         tensors["mask"] = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     keep = [kernel.point(call, name, t) for name, t in tensors.items()]
+    if dmask is not None:
+        keep.append(kernel.point(call, "dmask", dmask.zero_()))
+        if dmask.shape[0] < call.batch:
+            call.entries = call.batch
     if bases is not None:
         call.rank = bases[0].shape[4]
         A, B = (t.float() for t in bases)
