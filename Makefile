@@ -37,7 +37,7 @@ SANITIZED := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
 sanitize: $(VENV)/stamp ## tests of the CPU kernel under AddressSanitizer and UndefinedBehaviorSanitizer
 	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 DISTR_TEST_CPU_FLAGS="$(SANITIZED)" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/kernels/test_attention_cpu.py tests/kernels/test_cpu_bases.py
+	$(BIN)/python -m pytest tests/kernels/test_attention_cpu.py tests/kernels/test_backward_cpu.py tests/kernels/test_cpu_bases.py
 
 lint: $(VENV)/stamp ## ruff (lint, format) and the import contracts
 	$(BIN)/ruff check .

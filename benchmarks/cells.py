@@ -161,6 +161,13 @@ def variants(device: str) -> list[Cell]:
     )
 
 
+def training(device: str) -> list[Cell]:
+    """Shapes whose backward is measured, too."""
+    plain = Cell(4, 32, 32, 4096, 128)
+    shapes = (plain, replace(plain, is_causal=True), replace(plain, head_dim=64))
+    return _fit(device, [*shapes, replace(plain, key_heads=8), replace(plain, tokens=8192)])
+
+
 def prologue(device: str) -> list[Cell]:
     """Shapes for the share of the prologue: the paper's, then those of the targets."""
     ours = [Cell(4, 32, 32, n, d) for n in (4096, 8192) for d in (64, 128)]

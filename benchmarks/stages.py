@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import arms, cells, compile_ahead, measure, smoke, triton_cache
+from benchmarks import arms, both_ways, cells, compile_ahead, measure, smoke, triton_cache
 from benchmarks.cells import Cell
 from benchmarks.compile_ahead import Pool
 from benchmarks.session import Job, Measured, Session
@@ -123,6 +123,12 @@ def host(session: Session) -> Iterator[Job]:
     yield "host", "host time of a call", partial(measure.host, session)
 
 
+def training(session: Session) -> Iterator[Job]:
+    for cell in cells.training(session.device):
+        job = partial(both_ways.measure, session, cell, seconds=4.0)
+        yield "training", f"training: {cell.key}", job
+
+
 def tiles(session: Session) -> Iterator[Job]:
     shapes = cells.tiles(session.device)
     tried = [(cell, cell.head_dim // size) for cell in shapes for size in (2, 4, 1)]
@@ -136,6 +142,7 @@ STAGES: dict[str, Callable[[Session], Iterator[Job]]] = {
     "prologue": prologue,
     "host": host,
     "variants": lambda s: attention(s, cells.variants(s.device), seconds=3.0, with_flex=False),
+    "training": training,
     "tiles": tiles,
     "sweep": lambda s: attention(s, cells.sweep(s.device), seconds=1.5, with_flex=False),
 }

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells
+from benchmarks import both_ways, cells
 from benchmarks.arms import EXACT
 from benchmarks.rows import FLASH, GROUP_SIZES, TABLED, Row, is_attention
 from benchmarks.store import Store
 from benchmarks.timing import WHOLE
 
 NOTHING = "not measured"
-MEASURED_IN = ("first", "second", "attention", "prologue", "tiles")
+MEASURED_IN = ("first", "second", "attention", "prologue", "training", "tiles")
 """Files of results that are read."""
 
 LEAST_TOKENS = 8192
@@ -196,7 +196,8 @@ def page(results: Path, environment: dict[str, str]) -> list[str]:
     """Both tables and the lines of README."""
     found = Found.read(results, environment)
     device = environment.get("device", "unknown device")
-    tables = [*targets_table(found), "", *paper_table(found), ""]
+    trained = [cell for cell in found.cells if cell["kind"] == "training" and "arms" in cell]
+    tables = [*targets_table(found), "", *paper_table(found), "", *both_ways.table(trained), ""]
     return [*tables, *readme_lines(found, device), ""]
 
 

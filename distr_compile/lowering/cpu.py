@@ -20,6 +20,7 @@ fp16 matrices far more slowly than fp32 ones, and fp64 for fp64 inputs.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def attention(
     out: Tensor,
     lse: Tensor | None = None,
     keep: tuple[Tensor, Tensor] | None = None,
+    only_bases: bool = False,
 ) -> Tensor:
     """Approximate attention; arguments and result as in ``kernels.attention.reference.attention``.
 
@@ -127,6 +129,7 @@ def attention(
             row's sum of exponentials, sinks included; -inf where the row sees nothing.
         keep: two tensors ``(B, H_k, blocks, d, r)`` in the dtype of the arithmetic, are filled with
             A and B.
+        only_bases: fill ``keep`` and nothing else, by PyTorch's calls.
 
     Raises:
         NoArithmeticError: the table names no module that computes the estimator here.
@@ -170,7 +173,10 @@ def attention(
         else:
             made = module.bases(part.Q, part.K, queries, keys, asked)
             made = made if keep is None else _kept(made, keep, some)
-            _attend_blocks(call, part, made, pieces)
+            if only_bases:
+                collections.deque(made, maxlen=0)
+            else:
+                _attend_blocks(call, part, made, pieces)
     return out
 
 
@@ -490,6 +496,7 @@ def run(
     fused: bool,
     lse: Tensor | None = None,
     keep: tuple[Tensor, Tensor] | None = None,
+    only_bases: bool = False,
 ) -> None:
     """Compute a call of the op, and what its backward needs; see ``attention``."""
     tensors = call.q, call.k, call.v, call.mask
@@ -499,7 +506,7 @@ def run(
         compute(*tensors, **options)
     else:
         options |= {**call.grouping, "bases": call.bases, "fused": fused, "keep": keep}
-        attention(*tensors, **options)
+        attention(*tensors, **options, only_bases=only_bases)
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from distr_compile.kernels.attention.triton_bwd import BackwardTile, Cut
 from distr_compile.kernels.attention.triton_fwd import Tile
 
 
@@ -154,4 +155,55 @@ def tile_for(
     raise ValueError(
         f"widths: got value_dim {value_dim} and rank {rank}; must be at most "
         f"{entries[-1].value_dim} and {entries[-1].rank}: keep this layer exact"
+    )
+
+
+class BackwardEntry(NamedTuple):
+    """Tiles of the backward for all widths up to ``width``, of Q and V, and up to ``rank``."""
+
+    width: int
+    rank: int
+    tile: BackwardTile
+
+
+_SMALL_BACKWARD = (BackwardEntry(128, 128, BackwardTile(Cut(32, 32, 4, 1), Cut(32, 32, 4, 1))),)
+
+BACKWARD_HALF = {
+    "gfx942": _SMALL_BACKWARD,
+    "default": (
+        BackwardEntry(128, 32, BackwardTile(Cut(32, 32), Cut(64, 32))),
+        BackwardEntry(128, 128, BackwardTile(Cut(64, 32), Cut(64, 32))),
+    ),
+}
+"""Tiles of the backward in fp16 and bf16, which spill no register at r <= 64."""
+
+BACKWARD_FP32 = {
+    "gfx942": _SMALL_BACKWARD,
+    "default": (BackwardEntry(128, 128, BackwardTile(Cut(32, 16, 8, 1), Cut(16, 32, 4, 1))),),
+}
+"""Likewise in fp32, where three products of tf32 stand for one; of d = 128 some spill."""
+
+
+def backward_tile_for(
+    architecture: str, *, width: int, rank: int, dtype: torch.dtype
+) -> BackwardTile:
+    """The tile for one call of ``attention_bwd``; widths are rounded up to those of the table.
+
+    Args:
+        architecture: as ``architecture.architecture`` names it; unknown ones get "default".
+        width: the larger one of d and d_v.
+        rank: r.
+        dtype: of the inputs, fp16, bf16 or fp32.
+
+    Raises:
+        ValueError: the widths are beyond the table.
+    """
+    table = BACKWARD_FP32 if dtype == torch.float32 else BACKWARD_HALF
+    entries = table.get(architecture, table["default"])
+    for entry in entries:
+        if width <= entry.width and rank <= entry.rank:
+            return entry.tile
+    raise ValueError(
+        f"widths: got {width} and rank {rank}; must be at most {entries[-1].width} and "
+        f"{entries[-1].rank}: keep this layer exact"
     )

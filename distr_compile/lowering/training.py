@@ -1,18 +1,21 @@
 """Who computes a call whose gradients are recorded, and who its backward.
 
-The forward fills, beside the output, what the backward needs (:class:`Saved`). Either of two
-implementations does that, the fused CPU kernel or PyTorch's products; what they save means the
-same. The backward is the fused kernel's too, or PyTorch's (``cpu_backward.py``), on any device.
+The forward fills, beside the output, what the backward needs (:class:`Saved`). One of three
+implementations does that: the fused CPU kernel, the Triton kernels (``cuda_training.py``), or
+PyTorch's products on any device; what they save means the same. So it is with the backward, where
+PyTorch's is in ``cpu_backward.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distr_compile.lowering import choose, cpu, cpu_backward, cpu_fused
+from distr_compile.lowering import choose, cpu, cpu_backward, cpu_fused, cuda_training
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call
 from distr_compile.lowering.saved import Gradients, Saved
@@ -34,13 +37,56 @@ class Names(NamedTuple):
 
 def names(shape: Shape, approximation: Approximation, *, mask_grad: bool = False) -> Names:
     """Who would compute a call; ``mask_grad`` says whether its mask gets a gradient."""
-    fused, refused = cpu_fused.IMPLEMENTATION, {}
-    forward = backward = fused.name
-    if why := fused.refuses(shape, approximation):
-        refused[fused.name], forward = why, cpu_backward.NAME
-    if why := cpu_fused.refuses_backward(shape, approximation, mask_grad):
-        refused[f"{fused.name}, backward"], backward = why, cpu_backward.NAME
+    refused: dict[str, str] = {}
+    kernels = _kernels(shape)
+    forward = backward = kernels.name
+    if why := kernels.refuses(shape, approximation):
+        refused[kernels.name], forward = why, cpu_backward.NAME
+    if why := kernels.refuses_backward(shape, approximation, mask_grad):
+        refused[f"{kernels.name}, backward"], backward = why, cpu_backward.NAME
     return Names(forward, backward, refused)
+
+
+class _Kernels(NamedTuple):
+    """Kernels of ours for a device.
+
+    Attributes:
+        name: as the report names them.
+        refuses: says why they do not compute the forward of a call.
+        refuses_backward: likewise of the backward; told whether the mask gets a gradient.
+        forward: by its names, in the order in which to try it.
+        backward: fills gradients.
+    """
+
+    name: str
+    refuses: Callable[[Shape, Approximation], str | None]
+    refuses_backward: Callable[[Shape, Approximation, bool], str | None]
+    forward: Mapping[str, Callable[[Call, Saved], None]]
+    backward: Callable[[Call, Saved, Tensor, Gradients], None]
+
+
+def _kernels(shape: Shape) -> _Kernels:
+    """Those for the device of a call."""
+    if cuda_training.is_for(shape):
+        return _Kernels(
+            cuda_training.NAME,
+            cuda_training.refuses,
+            cuda_training.refuses_backward,
+            cuda_training.FORMS,
+            cuda_training.backward,
+        )
+
+    def run_fused(call: Call, saved: Saved) -> None:
+        cpu.run(call, fused=True, lse=saved.lse, keep=saved.bases)
+
+    fused = cpu_fused.IMPLEMENTATION
+    return _Kernels(
+        fused.name,
+        fused.refuses,
+        cpu_fused.refuses_backward,
+        {fused.name: run_fused},
+        cpu_fused.backward,
+    )
 
 
 def forward(call: Call, saved: Saved) -> None:
@@ -49,13 +95,11 @@ def forward(call: Call, saved: Saved) -> None:
         call.out.zero_()
         saved.lse.fill_(-torch.inf)
         return
-    fused = cpu_fused.IMPLEMENTATION
-
-    def run_fused(call: Call) -> None:
-        cpu.run(call, fused=True, lse=saved.lse, keep=saved.bases)
-
-    asked = fused.refuses(call.shape, call.approximation) is None
-    if choose.attempt(call, [(fused.name, run_fused)] if asked else []) is not None:
+    kernels = _kernels(call.shape)
+    runs = []
+    if kernels.refuses(call.shape, call.approximation) is None:
+        runs = [(name, partial(run, saved=saved)) for name, run in kernels.forward.items()]
+    if choose.attempt(call, runs) is not None:
         cpu.run(call, fused=False, lse=saved.lse, keep=saved.bases)
 
 
@@ -74,11 +118,10 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
                 t.zero_()
         return
 
-    def run_fused(call: Call) -> None:
-        cpu_fused.backward(call, saved, grad, wanted)
-
-    mask_grad = wanted.mask is not None
-    asked = cpu_fused.refuses_backward(call.shape, call.approximation, mask_grad) is None
-    runs = [(f"{cpu_fused.IMPLEMENTATION.name}, backward", run_fused)] if asked else []
+    kernels, mask_grad = _kernels(call.shape), wanted.mask is not None
+    runs = []
+    if kernels.refuses_backward(call.shape, call.approximation, mask_grad) is None:
+        run = partial(kernels.backward, saved=saved, grad=grad, wanted=wanted)
+        runs = [(f"{kernels.name}, backward", run)]
     if choose.attempt(call, runs) is not None:
         cpu_backward.run(call, saved, grad, wanted)

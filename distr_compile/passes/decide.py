@@ -18,6 +18,7 @@ from distr_compile.estimators import (
     auto_grouping_block,
     possible_group_sizes,
 )
+from distr_compile.lowering import exactly
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.passes.site import AttentionSite, count
 from distr_compile.passes.steps import AddStep, FillStep
@@ -96,6 +97,11 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
         text = (
             "the weights are dropped out, which is approximated in training that the policy calls "
             '"approximate" only'
+        )
+        reasons.append(Reason("dropout", text))
+    elif site.dropout_p and exactly.is_computing_exactly():
+        text = (
+            "the weights are dropped out, by other numbers than the model's, which is checked here"
         )
         reasons.append(Reason("dropout", text))
     if site.dtype not in DTYPES:

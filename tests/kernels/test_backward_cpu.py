@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distr_compile.kernels.attention import backward as module
 from distr_compile.kernels.attention import cpu as kernel
+from distr_compile.kernels.attention.dropout import Dropout
 from tests.kernels.cpu_kernel import require_kernel
 
 
@@ -44,6 +45,7 @@ class Case:
         offset: int | None = None,
         shared: bool = False,
         strict: bool = False,
+        dropout: Dropout | None = None,
     ) -> None:
         B, H, Hk, N, M, d, dv = sizes
         Bk, rep = 1 if shared else B, H // Hk
@@ -63,8 +65,8 @@ class Case:
             "is_causal": offset is not None,
             "causal_offset": offset or 0,
         }
-        if strict:
-            self.options["strict"] = True
+        self.options |= {"strict": True} if strict else {}
+        self.options |= {"dropout": dropout} if dropout else {}
         wide = [t.double().requires_grad_() for t in (self.q, self.k, self.v)]
         q, k, v = wide
         if mask is not None and mask.is_floating_point():
@@ -90,7 +92,8 @@ class Case:
         if offset is not None:
             S = S.masked_fill(~torch.ones(N, M, dtype=torch.bool).tril(offset), -torch.inf)
         lse = S.logsumexp(-1)
-        out = (S - lse[..., None]).exp().nan_to_num(0) @ V
+        weights = (S - lse[..., None]).exp().nan_to_num(0)
+        out = (dropout.weigh(weights) if dropout else weights) @ V
         self.wanted = torch.autograd.grad(out, wide, self.grad.double())
         self.out, self.lse = out.detach(), lse.detach()
 
@@ -148,6 +151,10 @@ CASES: dict[str, tuple[Sizes, dict[str, Any]]] = {
     "strict, several chunks": (
         (1, 1, 1, 2500, 70, 32, 16),
         {"rank": 16, "block": 1100, "offset": -1040, "strict": True, "softcap": 2.0},
+    ),
+    "dropout": (
+        (2, 4, 2, 100, 230, 32, 24),
+        {"rank": 16, "block": 45, "dropout": Dropout(0.4, torch.tensor(3), 4)},
     ),
     "hidden keys": ((1, 1, 1, 70, 500, 32, 32), {"mask": torch.arange(500) % 400 > 300}),
 }

@@ -79,6 +79,52 @@ def test_the_op_is_the_definition(
     assert error(op(q, k, v, **options), wanted) <= FACTOR[dtype] * limit + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("estimator", ["lsh-mean", "projection"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradients(dtype: torch.dtype, is_causal: bool, estimator: str, p: float) -> None:
+    """Against the op in fp64 on the CPU, whose gradients are held to the definition there."""
+    options = {**OPTIONS, "rank": 32, "is_causal": is_causal, "estimator": estimator}
+    options |= {"dropout_p": p, "grouping_block": 300}
+    found = []
+    for device, to in (("cuda", dtype), ("cpu", torch.float64)):
+        inputs = [t.to(device, to).requires_grad_() for t in qkv(Hk=2, dtype=dtype)]
+        seed = torch.tensor(11, device=device) if p else None
+        out = op(*inputs, None, None, None, None, seed, **options)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for got, wanted in zip(*found, strict=True):
+        assert error(got.cpu(), wanted) <= 32 * torch.finfo(dtype).eps
+
+
+def test_cuda_graph_of_a_training_step_with_dropout() -> None:
+    """The seed is drawn in the graph: each replay drops others, forward and backward alike."""
+    inputs = [t.requires_grad_() for t in qkv()]
+    value = inputs[2]
+
+    def step() -> tuple[Tensor, Tensor]:
+        out = distr_compile.attention(*inputs, dropout_p=0.5)
+        return out, torch.autograd.grad(out.sum(), value)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grad = step()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        # The sum of the outputs is that of V times its gradient: both saw the same weights.
+        torch.testing.assert_close(
+            (value.float() * grad.float()).sum(), out.float().sum(), rtol=0.02, atol=2.0
+        )
+        seen.append(out.clone())
+    assert not torch.equal(*seen)
+
+
 def test_streams() -> None:
     """Work on a side stream neither waits for nor races with the default one."""
     q, k, v = qkv()

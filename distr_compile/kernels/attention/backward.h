@@ -12,7 +12,7 @@
 // A task is one key head with all that shares it: its query heads, and where K is broadcast the
 // batch entries. It takes CHUNK_ROWS query rows at a time, and for each of these chunks every key
 // tile, so that its workspace does not grow with N or M. Sums are added in one order, whatever the
-// number of threads. Arithmetic is fp32. In the strict form a block's own keys and later ones have K
+// number of threads, in fp32. In the strict form a block's own keys and later ones have K
 // and Q in the places of Khat and Qhat: two sides of a tile of keys.
 
 #pragma once
@@ -63,7 +63,9 @@ namespace {
 
 constexpr int64_t CHUNK_ROWS = 2048;  // a multiple of QUERY_TILE
 
-struct Backward {
+// With PAIRS, of bf16 inputs on CPUs with dot products of bf16, scores and dP are such products: Qhat
+// and Khat are rounded as in the forward, V and dO are bf16 as they come.
+template <bool PAIRS> struct Backward {
   const Gradients& c;
   const bool bases;
   const int64_t rep, units, d, r, dv, dp, rp, vp;  // dp, rp, vp: padded to whole vectors
@@ -86,9 +88,10 @@ struct Backward {
     float *k_rows, *v_rows, *d_k, *d_v;          // of a key tile
     float *scores, *d_scores, *d_bias, *bias, *stays, *ones;
     struct Side {  // Qhat and Khat, or Q and K: rows of a chunk and of a key tile, and their sums
-      float *rows, *rows_t, *d_rows_t, *k, *panels, *d_k;
+      float *rows, *rows_t, *d_rows_t, *k, *panels, *d_k, *k_words;
       int64_t width, padded;
     } hat, exact;
+    float* v_words;
   };
   typedef typename Scratch::Side Side;
   int64_t chunk_rows() const {  // fewer where blocks are short, whose tiles are not full
@@ -117,6 +120,7 @@ struct Backward {
       side.d_rows_t = take(tile * padded);
       if (has_keys) side.k = take(KEY_TILE * padded);
       side.panels = take(KEY_TILE * padded), side.d_k = take(KEY_TILE * padded);
+      if (PAIRS) side.k_words = take(KEY_TILE * padded / 2);
       side.width = width, side.padded = padded;
       return side;
     };
@@ -126,6 +130,7 @@ struct Backward {
     s.k_rows = take(KEY_TILE * dp), s.v_rows = take(KEY_TILE * vp);
     if (c.strict) s.exact = take_side(d, dp, false), s.exact.k = s.k_rows;
     s.d_k = take(KEY_TILE * dp), s.d_v = take(KEY_TILE * vp);
+    if (PAIRS) s.v_words = take(KEY_TILE * vp / 2);
     s.scores = take(KEY_TILE * QUERY_TILE), s.d_scores = take(KEY_TILE * QUERY_TILE);
     if (c.mask_kind != NONE) s.bias = take(KEY_TILE * QUERY_TILE);
     if (c.dmask) s.d_bias = take(KEY_TILE * QUERY_TILE);
@@ -195,6 +200,25 @@ struct Backward {
   void turn(const float* from, int64_t words, int64_t width, float* buffer, float* to) const {
     read_transposed(false, reinterpret_cast<const char*>(from), F32, words, 1, QUERY_TILE, width,
                     buffer, to);
+    if (!PAIRS) return;
+    for (int64_t i = 0; i < width; i += 2)  // in place: what is written has been read
+      for (int u = 0; u < QUERY_TILE; u += LANES) {
+        const vf low = load<vf>(to + i * QUERY_TILE + u);
+        const vf high = i + 1 < width ? load<vf>(to + (i + 1) * QUERY_TILE + u) : vf{};
+        store(to + i / 2 * QUERY_TILE + u, pair_of(low, high));
+      }
+  }
+  // n rows of `padded` numbers as bf16.
+  static void narrow(const float* from, int64_t n, int64_t padded, float* to) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(to);
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    for (int64_t i = 0; i < n * padded; i += LANES) {
+      const __m256bh x = _mm512_cvtneps_pbh((__m512)load<vf>(from + i));
+      std::memcpy(out + i, &x, 2 * LANES);
+    }
+#else
+    for (int64_t i = 0; i < n * padded; i++) out[i] = uint16_t(bf16_of(from[i]));
+#endif
   }
 
   void read_tile(const Head& h, const Tile& t, Scratch& s) const {
@@ -287,12 +311,15 @@ struct Backward {
   void weigh(const Tile& t, const Side& side, int64_t key, int64_t from, int64_t n,
              Scratch& s) const {
     const float *bias = s.bias, *stays = s.stays + from * QUERY_TILE;
-    product<false, false>(reinterpret_cast<char*>(side.k + from * side.padded), 4 * side.padded,
+    const float *k = PAIRS ? side.k_words : side.k, *v = PAIRS ? s.v_words : s.v_rows;
+    const int64_t k_row = words_of(PAIRS, side.padded), v_row = words_of(PAIRS, vp);
+    product<PAIRS, false>(reinterpret_cast<const char*>(k + from * k_row), 4 * k_row,
                           side.rows_t + t.place * QUERY_TILE * side.padded, QUERY_TILE, n,
-                          side.width, t.vectors, {s.scores, QUERY_TILE, factor, nullptr});
-    product<false, false>(reinterpret_cast<char*>(s.v_rows + from * vp), 4 * vp,
-                          s.grad_t + t.place * QUERY_TILE * vp, QUERY_TILE, n, dv, t.vectors,
-                          {s.d_scores, QUERY_TILE, 1.f, nullptr});
+                          words_of(PAIRS, side.width), t.vectors,
+                          {s.scores, QUERY_TILE, factor, nullptr});
+    product<PAIRS, false>(reinterpret_cast<const char*>(v + from * v_row), 4 * v_row,
+                          s.grad_t + t.place * QUERY_TILE * vp, QUERY_TILE, n, words_of(PAIRS, dv),
+                          t.vectors, {s.d_scores, QUERY_TILE, 1.f, nullptr});
     const bool has_bias = c.mask_kind != NONE, by_row = has_bias && c.mask_strides[2];
     if (has_bias) bias += by_row ? from * QUERY_TILE : from;
     key += from;
@@ -338,6 +365,7 @@ struct Backward {
               bases ? s.k_rows : s.hat.k);
     read_rows(at(c.v, c.v_strides, batch, head, key), c.v_strides[2], c.v_strides[3], n, n, dv, vp,
               s.v_rows);
+    if (PAIRS) narrow(s.v_rows, n, vp, s.v_words);
   }
   // n keys of a side, from `from` on, in panels of ROWS columns (then 4, 2, 1), one after another.
   void pack_panels(const Side& side, int64_t from, int64_t n) const {
@@ -425,9 +453,11 @@ struct Backward {
           product<false, false>(reinterpret_cast<char*>(s.k_rows), 4 * dp,
                                 basis(c.b, c.basis_strides, h, block), rp, known, d,
                                 int(rp / LANES), {s.hat.k, rp, 1.f, nullptr});
+        if (PAIRS) narrow(s.hat.k, known, rp, s.hat.k_words);
         pack_panels(s.hat, 0, known);
         if (c.strict) {
           zero(s.exact.d_k, n * dp);
+          if (PAIRS) narrow(s.exact.k, n, dp, s.exact.k_words);
           pack_panels(s.exact, known, n - known);
         }
         meet(h, first, stop, block, key, n, known, s);

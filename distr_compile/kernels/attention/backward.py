@@ -68,7 +68,7 @@ def backward(
     dropout: Dropout | None = None,
     lib: build.Library | None = None,
 ) -> None:
-    """Gradients of softmax(scale * Q A (K B)^T + mask) V by Q, K and V, in fp32 arithmetic.
+    """Gradients of softmax(scale * Q A (K B)^T + mask) V by Q, K and V, with fp32 sums.
 
     Beside inputs and outputs a thread takes a workspace that does not grow with N or M: at most 6
     MiB for d = 128 and r = 64, and 10 in the strict form. Bits do not depend on the number of

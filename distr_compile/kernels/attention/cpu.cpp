@@ -61,12 +61,15 @@ __attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
 }
 
 __attribute__((visibility("default"))) int64_t distr_backward_workspace(const Gradients* call) {
-  return call->size == int64_t(sizeof(Gradients)) ? Backward(*call).workspace() : -1;
+  if (call->size != int64_t(sizeof(Gradients))) return -1;
+  if (HAS_BF16_DOT && call->dtype == BF16) return Backward<true>(*call).workspace();
+  return Backward<false>(*call).workspace();
 }
 
 __attribute__((visibility("default"))) int64_t distr_backward(const Gradients* call) {
   if (call->size != int64_t(sizeof(Gradients))) return -1;
-  Backward(*call).run();
+  if (HAS_BF16_DOT && call->dtype == BF16) Backward<true>(*call).run();
+  else Backward<false>(*call).run();
   return 0;
 }
 

@@ -1,0 +1,259 @@
+"""Calls whose gradients are recorded, on a GPU: the Triton kernels, forward and backward.
+
+A and B are made by PyTorch's calls, as the backward needs them, and Qhat = Q A, Khat = K B by its
+products, some heads at a time, so that they stay within the workspace of ``cuda.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.rows import sliced
+from distr_compile.lowering import cpu, cuda
+from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.choose import Call
+from distr_compile.lowering.saved import Gradients, Saved, number_of_blocks, rows_of_a_block
+
+NAME = "distr-triton"
+"""As the report names it."""
+
+WIDEST = 128
+"""The widest Q and V that the backward has tiles for."""
+
+WORKSPACE_BYTES = cuda.WORKSPACE_MIB << 20
+"""Most bytes of Qhat and Khat at a time; those of one key head are the least possible."""
+
+Bases = tuple[Tensor, Tensor]
+
+
+def is_for(shape: Shape) -> bool:
+    """Whether a call is on a GPU."""
+    return shape.device.type == "cuda"
+
+
+def refuses(shape: Shape, approximation: Approximation) -> str | None:
+    """Why the kernels do not compute a call whose gradients are recorded, or None."""
+    if why := cuda._refuses(shape, approximation):
+        return why
+    if approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix":
+        return "the Triton backward does not compute the strict form"
+    if max(shape.head_dim, shape.value_dim) > WIDEST:
+        return f"the Triton backward takes widths up to {WIDEST}"
+    is_exact = approximation.rank == shape.head_dim
+    blocks = 1 if is_exact else number_of_blocks(shape.num_queries, approximation)
+    rep = shape.num_heads // shape.num_key_heads
+    size = _bytes(shape.num_queries * rep, shape.num_keys, blocks, approximation.rank, shape.dtype)
+    if not is_exact and size > WORKSPACE_BYTES:
+        return (
+            f"Qhat and Khat of one key head in {blocks} grouping blocks take {size >> 20} MiB, "
+            f"more than {WORKSPACE_BYTES >> 20}"
+        )
+    return None
+
+
+def refuses_backward(shape: Shape, approximation: Approximation, mask_grad: bool) -> str | None:
+    """Why the kernels do not compute the gradients of a call, or None."""
+    if mask_grad:
+        return "the Triton backward gives no gradient to a mask"
+    return refuses(shape, approximation)
+
+
+def _bytes(rows: int, keys: int, blocks: int, rank: int, dtype: torch.dtype) -> int:
+    return (rows + blocks * keys) * rank * dtype.itemsize
+
+
+def forward(call: Call, saved: Saved, *, by_pointers: bool = False) -> None:
+    """Fill ``call.out`` and ``saved``; see ``training.forward``."""
+    from distr_compile.kernels.attention.triton_fwd import attention_fwd
+
+    bases = saved.bases
+    if bases is not None:
+        cpu.run(call, fused=False, keep=bases, only_bases=True)
+    elif call.bases is not None and call.approximation.rank < call.q.shape[3]:
+        A, B = call.bases
+        bases = A[None, :, None], B[None, :, None]
+    block = rows_of_a_block(call, Saved(saved.lse, bases))
+    tile = cuda._tile(
+        call.q,
+        by_pointers,
+        value_dim=call.v.shape[3],
+        rank=call.approximation.rank,
+        is_causal=call.scores.is_causal,
+        has_mask=call.mask is not None,
+    )
+    with _device(call.q):
+        for part in _parts(call, bases, block):
+            attention_fwd(
+                part.Qhat,
+                part.Khat,
+                part.V,
+                part.mask,
+                part.sinks,
+                **_options(call),
+                grouping_block=block,
+                dropout=part.dropout,
+                tile=tile,
+                out=part.of_rows(call.out),
+                lse=part.of_rows(saved.lse),
+            )
+
+
+def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
+    """Fill ``wanted``, but for the gradient of a mask; see ``training.backward``."""
+    from distr_compile.kernels.attention.triton_bwd import attention_bwd
+    from distr_compile.lowering.tiles import backward_tile_for
+
+    block = rows_of_a_block(call, saved)
+    tile = backward_tile_for(
+        architecture(call.q.device),
+        width=max(call.q.shape[3], call.v.shape[3]),
+        rank=call.approximation.rank,
+        dtype=call.q.dtype,
+    )
+    if wanted.sinks is not None:
+        wanted.sinks.zero_()
+    # Where only one of K and V is broadcast, the other one has a gradient for each entry.
+    is_mixed = call.k.shape[0] != call.v.shape[0]
+    sums = [
+        t.new_empty(call.q.shape[0], *t.shape[1:]) if is_mixed and t.shape[0] == 1 else t
+        for t in (wanted.k, wanted.v)
+    ]
+    with _device(call.q):
+        for part in _parts(call, saved.bases, block):
+            lse, delta = part.of_rows(saved.lse).contiguous(), None
+            if wanted.sinks is not None:
+                delta = torch.empty_like(lse)
+            attention_bwd(
+                part.Qhat,
+                part.Khat,
+                part.V,
+                part.mask,
+                part.of_rows(call.out),
+                lse,
+                part.of_rows(grad),
+                **_options(call),
+                grouping_block=block,
+                bases=part.bases,
+                dropout=part.dropout,
+                tile=tile,
+                dq=part.of_rows(wanted.q),
+                dk=part.of_keys(sums[0]),
+                dv=part.of_keys(sums[1]),
+                delta=delta,
+            )
+            if wanted.sinks is not None and part.sinks is not None and delta is not None:
+                seen = lse.masked_fill(lse == -torch.inf, torch.inf)
+                share = torch.exp(part.sinks.float()[None, :, None] - seen)
+                wanted.sinks[part.heads] -= (share * delta).sum((0, 2)).to(wanted.sinks.dtype)
+    for to, made in zip((wanted.k, wanted.v), sums, strict=True):
+        if to is not made:
+            to.copy_(made.sum(0, keepdim=True))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is computed together: some batch entries, and some key heads with their query heads."""
+
+    batch: slice
+    key_heads: slice
+    heads: slice
+    Qhat: Tensor
+    Khat: Tensor
+    V: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    dropout: Dropout | None
+    bases: Bases | None
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """The part of ``(B, H, ...)``."""
+        return t[self.batch, self.heads]
+
+    def of_keys(self, t: Tensor) -> Tensor:
+        """The part of ``(B or 1, H_k, ...)``."""
+        return t[self.batch if t.shape[0] > 1 else slice(None), self.key_heads]
+
+
+def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
+    """Parts whose Qhat and Khat fit the workspace.
+
+    Where K and V are broadcast over the batch, a part has all entries, as their gradients are sums.
+    """
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    batch, key_heads, rep = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    at_once, is_shared = batch * key_heads, k.shape[0] < batch and v.shape[0] < batch
+    if bases is not None:
+        blocks, rank = bases[0].shape[2], bases[0].shape[4]
+        size = _bytes(q.shape[2] * rep, k.shape[2], blocks, rank, q.dtype)
+        at_once = max(1, WORKSPACE_BYTES // size)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    if not is_shared and k.shape[0] != v.shape[0]:
+        k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
+    counted = max(1, at_once // batch) if is_shared else at_once
+    for entries, some in cpu._some_heads(1 if is_shared else batch, key_heads, counted):
+        entries = slice(None) if is_shared else entries
+        heads = slice(some.start * rep, min(some.stop, key_heads) * rep)
+        K, V = (t[entries if t.shape[0] > 1 else slice(None), some] for t in (k, v))
+        own = None
+        if bases is not None:
+            A, B = (t[entries if t.shape[0] > 1 else slice(None), some] for t in bases)
+            own = A, B
+        Qhat, Khat = _factors(q[entries, heads], K, own, block)
+        dropout = call.dropout
+        if dropout is not None:
+            dropout = dropout.part(batch=entries.start or 0, head=heads.start)
+        yield _Part(
+            batch=entries,
+            key_heads=some,
+            heads=heads,
+            Qhat=Qhat,
+            Khat=Khat,
+            V=V,
+            mask=None if mask is None else sliced(mask, entries, heads),
+            sinks=None if call.sinks is None else call.sinks[heads],
+            dropout=dropout,
+            bases=own,
+        )
+
+
+def _factors(Q: Tensor, K: Tensor, bases: Bases | None, block: int) -> tuple[Tensor, Tensor]:
+    """Qhat ``(b, H, N, r)`` and Khat ``(b or 1, H_k, L, M, r)``, rounded to the dtype of Q."""
+    if bases is None:
+        return Q, K[:, :, None]
+    A, B = (t.to(Q.dtype) for t in bases)
+    Khat = K[:, :, None] @ B
+    blocks, num_queries = A.shape[2], Q.shape[2]
+    rows = F.pad(Q, (0, 0, 0, blocks * block - num_queries)) if blocks > 1 else Q
+    rows = rows.unflatten(2, (blocks, -1)).unflatten(1, (K.shape[1], -1))
+    Qhat = (rows @ A[:, :, None]).flatten(1, 2).flatten(2, 3)
+    return Qhat[:, :, :num_queries], Khat
+
+
+def _options(call: Call) -> dict[str, Any]:
+    scores = call.scores
+    return {
+        "scale": scores.scale,
+        "is_causal": scores.is_causal,
+        "causal_offset": scores.offset or 0,
+        "softcap": scores.softcap,
+    }
+
+
+def _device(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+
+FORMS = {NAME: forward, f"{NAME} by pointers": partial(forward, by_pointers=True)}
+"""The forward by its names, in the order in which to try it."""
