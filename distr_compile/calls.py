@@ -47,7 +47,8 @@ def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
 
 def _row(shape: Shape, decision: Decision) -> SiteRow:
     keys = (shape.batch, shape.num_key_heads, shape.num_keys)
-    kernel, backward, refused = "sdpa", None, {}
+    kernel, backward = "sdpa", None
+    refused: dict[str, str] = {}
     if decision.is_distr:
         if shape.trained:
             kernel, backward, refused = training.names(shape, decision.approximation)

@@ -7,7 +7,7 @@ products, some heads at a time, so that they stay within the workspace of ``cuda
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -255,5 +255,8 @@ def _device(q: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 
 
-FORMS = {NAME: forward, f"{NAME} by pointers": partial(forward, by_pointers=True)}
+FORMS: dict[str, Callable[..., None]] = {
+    NAME: forward,
+    f"{NAME} by pointers": partial(forward, by_pointers=True),
+}
 """The forward by its names, in the order in which to try it."""

@@ -9,8 +9,7 @@ PyTorch's is in ``cpu_backward.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +60,8 @@ class _Kernels(NamedTuple):
     name: str
     refuses: Callable[[Shape, Approximation], str | None]
     refuses_backward: Callable[[Shape, Approximation, bool], str | None]
-    forward: Mapping[str, Callable[[Call, Saved], None]]
-    backward: Callable[[Call, Saved, Tensor, Gradients], None]
+    forward: Mapping[str, Callable[..., None]]
+    backward: Callable[..., None]
 
 
 def _kernels(shape: Shape) -> _Kernels:
@@ -98,9 +97,13 @@ def forward(call: Call, saved: Saved) -> None:
     kernels = _kernels(call.shape)
     runs = []
     if kernels.refuses(call.shape, call.approximation) is None:
-        runs = [(name, partial(run, saved=saved)) for name, run in kernels.forward.items()]
+        runs = [(name, _given(run, saved)) for name, run in kernels.forward.items()]
     if choose.attempt(call, runs) is not None:
         cpu.run(call, fused=False, lse=saved.lse, keep=saved.bases)
+
+
+def _given(run: Callable[..., None], *more: Any) -> Callable[[Call], None]:
+    return lambda call: run(call, *more)
 
 
 def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
@@ -121,7 +124,6 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     kernels, mask_grad = _kernels(call.shape), wanted.mask is not None
     runs = []
     if kernels.refuses_backward(call.shape, call.approximation, mask_grad) is None:
-        run = partial(kernels.backward, saved=saved, grad=grad, wanted=wanted)
-        runs = [(f"{kernels.name}, backward", run)]
+        runs = [(f"{kernels.name}, backward", _given(kernels.backward, saved, grad, wanted))]
     if choose.attempt(call, runs) is not None:
         cpu_backward.run(call, saved, grad, wanted)
