@@ -15,7 +15,7 @@ README_LINES, COLUMNS = 150, 120
 WRAPPED = """
 index backend numbers tuning training faq estimators estimator-tables matching kernels extending
 using/README using/data-parallel using/export using/packed using/peft using/profilers
-using/sentence-transformers using/training-loops
+using/sentence-transformers using/training-loops using/parallel
 """
 NARROW = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in WRAPPED.split())]
 """No line of these is wider than ``COLUMNS``; tables and code outside of the README may be."""

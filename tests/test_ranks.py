@@ -190,6 +190,11 @@ def of_two(folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()  # torch 2.11 counts what was compiled before
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("files")

@@ -27,16 +27,12 @@ if TYPE_CHECKING:
 
 BATCH, HEADS, WHOLE = "batch", "heads", "whole"
 
-_OPERANDS = {
-    "attention": "q k v mask basis_q basis_k sinks dropout_seed",
-    "attention_recorded": "q k v mask basis_q basis_k sinks dropout_seed",
-    "attention_backward": "grad q k v mask sinks out lse basis_q basis_k was_exact dropout_seed",
-}
 _RESULTS = {
     "attention": ("out",),
     "attention_recorded": ("out", "lse", "basis_q", "basis_k", "was_exact"),
     "attention_backward": ("q", "k", "v", "mask", "sinks"),
 }
+"""What the ops give, by the names of the operands that it is like, or the gradient of."""
 
 
 def is_sharded(x: Any) -> bool:
@@ -55,7 +51,7 @@ def prepare(tensors: Sequence[Any]) -> None:
 def _register() -> None:
     from torch.distributed.tensor import DTensor
 
-    for name in _OPERANDS:
+    for name in _RESULTS:
         rule = functools.partial(_run, name)
         torch.library.register_torch_dispatch(f"distr::{name}", DTensor, rule, lib=LIBRARY)
 
@@ -143,7 +139,8 @@ def _run(name: str, cls: type, func: Any, types: Any, args: Any, kwargs: Any = N
             f"dropout_p: got {dropout_p!r} with DTensors; accepted: 0; use local heads, whose "
             "processes draw for themselves"
         )
-    given = dict(zip(_OPERANDS[name].split(), args, strict=False))
+    names = [a.name for a in func._schema.arguments if not a.kwarg_only]
+    given = dict(zip(names, args, strict=False))
     q, k, v = (given[each] for each in "qkv")
     present = {n: t for n, t in given.items() if t is not None}
     mesh = _mesh(list(present.values()))
