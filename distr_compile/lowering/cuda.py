@@ -25,6 +25,7 @@ from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.architecture import architecture
+from distr_compile.lowering.beside import one_ahead
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation, plans
 
@@ -146,38 +147,40 @@ def _attend(
         is_causal=causal_offset is not None,
         has_mask=mask is not None,
     )
-    chunks = list(
-        _chunks(
-            q.shape,
-            k.shape,
-            block,
-            rank * q.element_size(),
-            workspace if prologue else None,
-            *(prologue.own_bytes if prologue else ()),
-        )
+    cut = partial(
+        _chunks,
+        q.shape,
+        k.shape,
+        block,
+        rank * q.element_size(),
+        head_bytes=prologue.own_bytes[0] if prologue else 0,
+        block_bytes=prologue.own_bytes[1] if prologue else 0,
     )
+    chunks = list(cut(limit=workspace if prologue else None))
     if len(chunks) > 1:
         do_not_repeat()
-    for chunk in chunks:
-        rows, offset, seen = chunk.rows, 0, num_keys
-        if causal_offset is not None:
-            offset = causal_offset + rows.start
-            seen = max(0, min(num_keys, rows.stop + causal_offset))
-        Q = q[chunk.batch, chunk.heads, rows]
-        K, V = (_of_key_heads(t, chunk)[:, :, :seen] for t in (k, v))
-        Qhat, Khat = Q, K[:, :, None]
-        if prologue:
-            Qhat, Khat = prologue.factors(
-                Q,
-                K,
-                *_counted_in(prologue, chunk, seen),
-                is_causal=causal_offset is not None,
-                causal_offset=offset,
-            )
+        if q.is_cuda:  # the next chunk's factors are made meanwhile, and are there, too
+            chunks = list(cut(limit=workspace // 2))
+
+    def factors(chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        Q, K = q[chunk.batch, chunk.heads, chunk.rows], _of_key_heads(k, chunk)
+        if prologue is None:
+            return Q, K[:, :, None]
+        offset, seen = _seen_by(chunk, causal_offset, num_keys)
+        return prologue.factors(
+            Q,
+            K[:, :, :seen],
+            *_counted_in(prologue, chunk, seen),
+            is_causal=causal_offset is not None,
+            causal_offset=offset,
+        )
+
+    def attend(chunk: _Chunk, made: tuple[Tensor, Tensor]) -> None:
+        rows, (offset, seen) = chunk.rows, _seen_by(chunk, causal_offset, num_keys)
         attention_fwd(
-            Qhat,
-            Khat,
-            V,
+            made[0],
+            made[1][:, :, :, :seen],
+            _of_key_heads(v, chunk)[:, :, :seen],
             None if mask is None else sliced(mask, chunk.batch, chunk.heads, rows, slice(seen)),
             None if sinks is None else sinks[chunk.heads],
             scale=scale,
@@ -189,6 +192,16 @@ def _attend(
             tile=tile,
             out=out[chunk.batch, chunk.heads, rows],
         )
+
+    one_ahead(chunks, factors, attend, q.device)
+
+
+def _seen_by(chunk: _Chunk, causal_offset: int | None, num_keys: int) -> tuple[int, int]:
+    """The offset of a chunk's first row, and how many keys its last row sees."""
+    if causal_offset is None:
+        return 0, num_keys
+    offset = causal_offset + chunk.rows.start
+    return offset, max(0, min(num_keys, chunk.rows.stop + causal_offset))
 
 
 def _attend_strictly(

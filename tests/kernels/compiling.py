@@ -57,10 +57,16 @@ MATRIX = {
 SPILLS = {
     ("_attention_fwd", "float32", 256, 256): 300,  # on NVIDIA: every tile we tried
     ("_group_kernel", "float16", 256, 128): 120,  # on gfx942 with Triton 3.6
-    ("_solve_kernel", "float16", 128, 64): 72,  # on sm_80 with Triton 3.6
-    # Products over 256 rows of few columns; panels of 16 are the narrowest.
-    ("_solve_kernel", "float16", 256, 128): 900,
-    ("_solve_kernel", "float32", 256, 128): 900,
+    # Two programs share a multiprocessor of sm_90, which leaves 255 registers to each of 128
+    # threads, for tiles of 128 rows: most spills are on sm_80, sm_86 and sm_89.
+    ("_solve_kernel", "float16", 64, 32): 80,
+    ("_solve_kernel", "float32", 64, 32): 40,
+    ("_solve_kernel", "float16", 128, 64): 910,
+    ("_solve_kernel", "bfloat16", 128, 64): 920,
+    ("_solve_kernel", "float32", 128, 64): 800,
+    ("_solve_kernel", "float16", 128, 96): 160,
+    ("_solve_kernel", "float16", 256, 128): 1450,
+    ("_solve_kernel", "float32", 256, 128): 1450,
     ("_multiply_kernel", "float32", 256, 128): 300,
 }
 

@@ -202,6 +202,23 @@ def test_exact_where_the_rank_of_the_scores_is_low(deficient: str, dtype: torch.
     assert (got - exact).norm() <= (1e-4 + 4 * torch.finfo(dtype).eps) * exact.norm()
 
 
+@pytest.mark.parametrize(("d", "rank"), [(48, 24), (128, 64), (128, 120)])
+def test_spectra_that_fall_below_rounding(d: int, rank: int) -> None:
+    """Most columns of Ck Cq X0 lie within rounding of the span of a few; also in two blocks of 64.
+
+    What is left is rounding alone: four times the definition's, which goes by Householder.
+    """
+    falling = torch.logspace(0, -10, d, dtype=torch.float64)
+    turned = torch.linalg.qr(draw(d, d, seed=5).double()).Q
+    Q, K = (draw(1, 1, 200, d, seed=s).double() * falling @ turned for s in (1, 2))
+    Q, K = Q.float(), K.float()
+    options = {"rank": rank, "grouping_block": 200, "seed": 0}
+    exact = Q.double() @ K.double().mT
+    wrong = (scores(*factors(Q, K, **options), 200) - exact).norm()
+    assert wrong <= 4 * (wanted(Q, K, **options) - exact).norm()
+    assert wrong <= 1e-4 * exact.norm()
+
+
 EDGES = {
     "zeros": (0.0, 0.0),
     "tiny": (1e-7, 1e-7),

@@ -8,16 +8,18 @@ grouping block.
 2. ``_sum_kernel``: adds the partial matrices of a block in a fixed order. Where causality ends a
    block inside a chunk of K, the rows up to there have a partial matrix of their own.
 3. ``_solve_kernel``: one program per key head and block does the algebra in fp32. X, A and B lie
-   in memory, small enough for the caches, and pass through registers in panels of 16 columns. QR
-   and Cholesky of the definition are Gram-Schmidt here, in the Euclidean product and then in that
-   of Cq: the spans are the same, and A B^T is.
+   in memory, small enough for the caches, and pass through registers 64 columns at a time. QR of
+   the definition is Cholesky-QR, done twice, and then once more in the product of Cq: the spans are
+   the same, and A B^T is. All products are of tensor cores; what is left is Cholesky of 64 x 64
+   numbers. ``SHIFT`` keeps it from dividing by rounding errors: columns that are nearly in the span
+   of others come out too short and are right after the second time.
 4. ``_multiply_kernel``: Qhat and Khat. A tile of K is read once for up to ``BLOCKS_PER_PROGRAM``
    grouping blocks.
 
 The least it can move and compute is in ``estimators.py``; Q and K are read twice. Products of fp16
 and bf16 inputs run on tensor cores with fp32 accumulation, A and B as sums of two numbers of the
 inputs' dtype, which keeps 22 and 16 of their bits. Products of fp32 numbers are three tf32 products
-each on NVIDIA, but for the small ones of Gram-Schmidt, and fp32 elsewhere. Nothing depends on the
+each on NVIDIA and fp32 elsewhere. Nothing depends on the
 order in which programs run, nor on how a caller cuts heads and grouping blocks into calls: there
 are no atomics.
 """
@@ -50,10 +52,11 @@ MULTIPLY_TILE_BYTES = 2**15
 """Size of a tile of Q or K that is multiplied by A or B."""
 
 PANEL = 16
-"""Columns that are made orthonormal together; the least width of a matrix product."""
+"""The least width of a matrix product."""
 
-LEAST_PIVOT = 2.0**-20
-"""A fourth of ``RIDGE``: no squared length in the product of Cq is below that but by rounding."""
+SHIFT = 2.0**-18
+"""Added to a diagonal of 1 before Cholesky. A fourth of it is too little against rounding, more
+costs accuracy: ``python -m benchmarks.solve_conditioning``."""
 
 TINY = 2.0**-126
 
@@ -312,7 +315,7 @@ def _solve(
 
     num_parts = _num_parts(call.Q.dtype)
     shape = (call.units, call.num_blocks, 2)
-    bases = new(grams, *shape, call.width, call.ranks)
+    bases = new(grams, *shape[:2], 3, call.width, call.ranks)
     parts = new(call.Q, *shape, num_parts, call.width, call.ranks)
     factors = new(grams, *shape)
     launch(
@@ -333,17 +336,17 @@ def _solve(
         WIDTH=call.width,
         RANKS=call.ranks,
         COLUMNS=_columns(call.ranks),
-        PANEL=PANEL,
+        SLICE=128 if call.width == 128 else min(call.width, 64),
         PARTS=num_parts,
         ROUNDS=rounds,
         CAUSAL=call.is_causal,
         STRICT=call.earlier > 0,
         RIDGE=RIDGE,
-        LEAST_PIVOT=LEAST_PIVOT,
+        SHIFT=SHIFT,
         TINY=TINY,
         PRECISION=call.precision,
-        num_warps=4 if call.width <= 64 else 8,
-        num_stages=2,
+        num_warps=4,
+        num_stages=1,
     )
     return parts, factors
 
@@ -440,7 +443,7 @@ def workspace_bytes(
     chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
     return (
         (chunks_once + key_chunks + 1) * matrix,
-        (chunks + 3) * matrix + 2 * panels * (4 + parts),
+        (chunks + 3) * matrix + panels * (12 + 2 * parts),
     )
 
 

@@ -16,7 +16,7 @@ from distr_compile.kernels.triton_random import random_numbers
 def block_of(X, first_row, first_column, STRIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Pointers to ``(R, C)`` entries of a matrix whose rows are ``STRIDE`` numbers apart."""
     row, column = first_row + tl.arange(0, R), first_column + tl.arange(0, C)
-    return X + row[:, None] * STRIDE + column[None, :]
+    return X + (row[:, None] * STRIDE + column[None, :])
 
 
 @triton.jit
@@ -57,109 +57,194 @@ def _scales_of_grams(Cq, Ck, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RIDGE:
 
 
 @triton.jit
+def _halves(x):
+    """x as a sum of two numbers, the first of which has the 11 bits of tf32."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _add_product(sums, a, b, PRECISION: tl.constexpr):
+    """sums + a b, with "tf32x3" by three products of tf32 numbers.
+
+    As Triton has it, but for numbers that are not finite, which are none here: a quarter of the
+    instructions of a product.
+    """
+    if PRECISION == "tf32x3":
+        a_high, a_low = _halves(a)
+        b_high, b_low = _halves(b)
+        sums = tl.dot(a_low, b_high, sums, input_precision="tf32")
+        sums = tl.dot(a_high, b_low, sums, input_precision="tf32")
+        sums = tl.dot(a_high, b_high, sums, input_precision="tf32")
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def _apply_gram(
-    C,
-    factor,
-    ridge,
-    X,
-    Y,
-    WIDTH: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    C, factor, ridge, X, Y, first,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """Y = (factor C + ridge I) X, from memory to memory."""
+):  # fmt: skip
+    """Y = (factor C + ridge I) X for some columns, from memory to memory."""
     DEPTH: tl.constexpr = 32
-    for first in range(0, RANKS, COLUMNS):
-        y = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    for rows in range(0, WIDTH, SLICE):
+        y = tl.zeros([SLICE, COLUMNS], tl.float32)
         for k in range(0, WIDTH, DEPTH):
-            c = tl.load(block_of(C, 0, k, WIDTH, WIDTH, DEPTH))
+            c = tl.load(block_of(C, rows, k, WIDTH, SLICE, DEPTH))
             x = tl.load(block_of(X, k, first, RANKS, DEPTH, COLUMNS))
-            y = tl.dot(c, x, y, input_precision=PRECISION)
-        x = tl.load(block_of(X, 0, first, RANKS, WIDTH, COLUMNS))
-        tl.store(block_of(Y, 0, first, RANKS, WIDTH, COLUMNS), factor * y + ridge * x)
+            y = _add_product(y, c, x, PRECISION)
+        x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
+        tl.store(block_of(Y, rows, first, RANKS, SLICE, COLUMNS), factor * y + ridge * x)
     tl.debug_barrier()
 
 
 @triton.jit
+def _inner_products(
+    X, x_first, Y, y_first,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some columns of X times some of Y, ``(COLUMNS, COLUMNS)``."""
+    DEPTH: tl.constexpr = 64 if WIDTH > 64 else WIDTH
+    w = tl.zeros([COLUMNS, COLUMNS], tl.float32)
+    for rows in range(0, WIDTH, DEPTH):
+        x = tl.load(block_of(X, rows, x_first, RANKS, DEPTH, COLUMNS))
+        y = tl.load(block_of(Y, rows, y_first, RANKS, DEPTH, COLUMNS))
+        w = _add_product(w, tl.trans(x), y, PRECISION)
+    return w
+
+
+@triton.jit
+def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.constexpr):
+    """L^-1 of W + a shift = L L^T; ``S`` has room for W.
+
+    W is scaled to a diagonal of 1, and that becomes 1 + SHIFT: no direction is left with less than
+    rounding explains, and L^-1 stays below SHIFT^-1/2. Cholesky and the inverse of its factor are
+    one sweep, four columns a step. What has been eliminated from W makes room for the inverse.
+    """
+    STRIDE: tl.constexpr = COLUMNS
+    row, column = tl.arange(0, COLUMNS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    place = block_of(S, 0, 0, STRIDE, COLUMNS, COLUMNS)
+    tl.store(place, W)
+    tl.debug_barrier()
+    row_scale = tl.rsqrt(tl.maximum(tl.load(S + row * (STRIDE + 1)), TINY))
+    column_scale = tl.rsqrt(tl.maximum(tl.load(S + column * (STRIDE + 1)), TINY))
+    T = tl.load(place) * row_scale * column_scale  # no longer in the layout of a product
+    T += tl.where(row == column, SHIFT, 0.0)
+    tl.debug_barrier()
+    D = S  # of the next pivot
+    across, along = S + column, S + row  # of its row
+    for j in range(0, COLUMNS, 4):
+        tl.store(place, T, mask=(row >= j) & (row < j + 4))
+        tl.debug_barrier()
+        t0, t1 = tl.load(across), tl.load(across + STRIDE)
+        t2, t3 = tl.load(across + 2 * STRIDE), tl.load(across + 3 * STRIDE)
+        m0, m1 = tl.load(along), tl.load(along + STRIDE)
+        m2, m3 = tl.load(along + 2 * STRIDE), tl.load(along + 3 * STRIDE)
+        # The four pivots and what stands beside them.
+        w00, w10, w20, w30 = tl.load(D), tl.load(D + 1), tl.load(D + 2), tl.load(D + 3)
+        w11, w22 = tl.load(D + STRIDE + 1), tl.load(D + 2 * STRIDE + 2)
+        w21, w31 = tl.load(D + STRIDE + 2), tl.load(D + STRIDE + 3)
+        w32, w33 = tl.load(D + 2 * STRIDE + 3), tl.load(D + 3 * STRIDE + 3)
+        r0 = tl.rsqrt(tl.maximum(w00, SHIFT / 4))
+        w10, w20, w30 = w10 * r0, w20 * r0, w30 * r0
+        r1 = tl.rsqrt(tl.maximum(w11 - w10 * w10, SHIFT / 4))
+        w21, w31 = (w21 - w10 * w20) * r1, (w31 - w10 * w30) * r1
+        r2 = tl.rsqrt(tl.maximum(w22 - w20 * w20 - w21 * w21, SHIFT / 4))
+        w32 = (w32 - w20 * w30 - w21 * w31) * r2
+        r3 = tl.rsqrt(tl.maximum(w33 - w30 * w30 - w31 * w31 - w32 * w32, SHIFT / 4))
+        # Four columns of L along the rows: what they are above the pivots is not used.
+        m0 *= r0
+        m1 = (m1 - w10 * m0) * r1
+        m2 = (m2 - w20 * m0 - w21 * m1) * r2
+        m3 = (m3 - w30 * m0 - w31 * m1 - w32 * m2) * r3
+        # The same across the columns, behind the pivots; before them four rows of the inverse.
+        inside = (column >= j) & (column < j + 4)
+        t0 = tl.where(inside, tl.where(column == j, 1.0, 0.0), t0) * r0
+        t1 = tl.where(inside, tl.where(column == j + 1, 1.0, 0.0), t1)
+        t1 = (t1 - w10 * t0) * r1
+        t2 = tl.where(inside, tl.where(column == j + 2, 1.0, 0.0), t2)
+        t2 = (t2 - w20 * t0 - w21 * t1) * r2
+        t3 = tl.where(inside, tl.where(column == j + 3, 1.0, 0.0), t3)
+        t3 = (t3 - w30 * t0 - w31 * t1 - w32 * t2) * r3
+        T = tl.where(inside, 0.0, T) - m0 * t0 - m1 * t1 - m2 * t2 - m3 * t3
+        tl.debug_barrier()
+        tl.store(across, t0)
+        tl.store(across + STRIDE, t1)
+        tl.store(across + 2 * STRIDE, t2)
+        tl.store(across + 3 * STRIDE, t3)
+        D += 4 * (STRIDE + 1)
+        across += 4 * STRIDE
+        along += 4 * STRIDE
+    tl.debug_barrier()
+    return tl.where(column <= row, tl.load(place), 0.0) * column_scale
+
+
+@triton.jit
 def _orthonormalise(
-    X, WIDTH: tl.constexpr, RANKS: tl.constexpr, PANEL: tl.constexpr, TINY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    X, Y, C, factor, ridge, in_gram,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
+    SHIFT: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Replace X by orthonormal columns with its span; columns of 0 stay 0.
+    """Replace X by orthonormal columns with its span; columns of 0 stay 0. Y is overwritten.
 
-    Where X has a smaller rank, what the first pass leaves of a column is a rounding error and need
-    not be orthogonal to anything; the second makes it so.
+    With ``in_gram`` X^T G X becomes I, G = factor C + ridge I, and Y becomes G X. Up to
+    ``COLUMNS`` columns are orthonormalised by Cholesky of their inner products, after the
+    earlier ones are taken off. Columns that are nearly in the span of others are right only after a
+    second call. Y lies behind X.
     """
-    column = tl.arange(0, PANEL)[None, :]
-    for first in range(0, RANKS, PANEL):
-        x = tl.load(block_of(X, 0, first, RANKS, WIDTH, PANEL))
-        x /= tl.maximum(tl.max(tl.abs(x), 0), TINY)[None, :]
-        for _ in range(2):
-            for earlier in range(0, first, PANEL):
-                e = tl.load(block_of(X, 0, earlier, RANKS, WIDTH, PANEL))
-                w = tl.dot(tl.trans(e), x, input_precision="ieee")
-                x -= tl.dot(e, w, input_precision=PRECISION)
-            for j in range(PANEL):
-                a = tl.sum(tl.where(column == j, x, 0.0), 1)[:, None]
-                w = tl.sum(a * x, 0)[None, :]
-                square = tl.maximum(tl.sum(tl.where(column == j, w, 0.0), 1), TINY)
-                length = tl.rsqrt(square)[:, None]
-                a *= length
-                x = tl.where(column > j, x - a * (w * length), tl.where(column == j, a, x))
-        tl.store(block_of(X, 0, first, RANKS, WIDTH, PANEL), x)
+    other = X + tl.where(in_gram, WIDTH * RANKS, 0)
+    PART: tl.constexpr = 64 if SLICE > 64 else SLICE
+    for first in range(0, RANKS, COLUMNS):
+        for earlier in range(0, first, COLUMNS):
+            w = _inner_products(other, earlier, X, first, WIDTH, RANKS, COLUMNS, PRECISION)
+            for rows in range(0, WIDTH, SLICE):
+                e = tl.load(block_of(X, rows, earlier, RANKS, SLICE, COLUMNS))
+                x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
+                x = _add_product(x, e, -w, PRECISION)
+                tl.store(block_of(X, rows, first, RANKS, SLICE, COLUMNS), x)
+            tl.debug_barrier()
+        if in_gram:
+            _apply_gram(C, factor, ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
+        w = _inner_products(X, first, other, first, WIDTH, RANKS, COLUMNS, PRECISION)
+        tl.debug_barrier()
+        w = _inverse_factor(w, Y + WIDTH * RANKS, SHIFT, COLUMNS, TINY)
+        tl.debug_barrier()
+        # X L^-T, and with it G X L^-T where Y is G X.
+        for side in range(2 if in_gram else 1):
+            place = X + side * (WIDTH * RANKS)
+            for rows in range(0, WIDTH, PART):
+                x = tl.load(block_of(place, rows, first, RANKS, PART, COLUMNS))
+                x = _add_product(tl.zeros_like(x), x, tl.trans(w), PRECISION)
+                tl.store(block_of(place, rows, first, RANKS, PART, COLUMNS), x)
         tl.debug_barrier()
 
 
 @triton.jit
-def _orthonormalise_in_gram(
-    X, Y, WIDTH: tl.constexpr, RANKS: tl.constexpr, PANEL: tl.constexpr,
-    LEAST_PIVOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Given Y = C X, replace X by columns with X^T C X = I and its span, and Y by C X.
-
-    Returns the largest entries of X and of Y.
-    """
-    column = tl.arange(0, PANEL)[None, :]
-    x_largest = 0.0
-    y_largest = 0.0
-    for first in range(0, RANKS, PANEL):
-        x = tl.load(block_of(X, 0, first, RANKS, WIDTH, PANEL))
-        y = tl.load(block_of(Y, 0, first, RANKS, WIDTH, PANEL))
-        for earlier in range(0, first, PANEL):
-            f = tl.load(block_of(Y, 0, earlier, RANKS, WIDTH, PANEL))
-            w = tl.dot(tl.trans(f), x, input_precision="ieee")
-            e = tl.load(block_of(X, 0, earlier, RANKS, WIDTH, PANEL))
-            x -= tl.dot(e, w, input_precision=PRECISION)
-            y -= tl.dot(f, w, input_precision=PRECISION)
-        for j in range(PANEL):
-            a = tl.sum(tl.where(column == j, x, 0.0), 1)[:, None]
-            b = tl.sum(tl.where(column == j, y, 0.0), 1)[:, None]
-            w = tl.sum(b * x, 0)[None, :]
-            square = tl.maximum(tl.sum(tl.where(column == j, w, 0.0), 1), LEAST_PIVOT)
-            length = tl.rsqrt(square)[:, None]
-            a *= length
-            b *= length
-            w *= length
-            x = tl.where(column > j, x - a * w, tl.where(column == j, a, x))
-            y = tl.where(column > j, y - b * w, tl.where(column == j, b, y))
-        tl.store(block_of(X, 0, first, RANKS, WIDTH, PANEL), x)
-        tl.store(block_of(Y, 0, first, RANKS, WIDTH, PANEL), y)
-        x_largest = tl.maximum(x_largest, tl.max(tl.max(tl.abs(x), 1), 0))
-        y_largest = tl.maximum(y_largest, tl.max(tl.max(tl.abs(y), 1), 0))
-        tl.debug_barrier()
-    return x_largest, y_largest
+def _largest(X, WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The largest entry, in magnitude."""
+    SLICE: tl.constexpr = 32
+    largest = tl.zeros([SLICE, COLUMNS], tl.float32)
+    for rows in range(0, WIDTH, SLICE):
+        for first in range(0, RANKS, COLUMNS):
+            x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
+            largest = tl.maximum(largest, tl.abs(x))
+    return tl.max(tl.max(largest, 1), 0)
 
 
 @triton.jit
-def _store_parts(parts, x, first, WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Some columns of a matrix as a sum of two numbers of a 16-bit dtype, or as they are."""
+def _store_parts(
+    parts, x, rows, first,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Part of a matrix as a sum of two numbers of a 16-bit dtype, or as it is."""
     dtype: tl.constexpr = parts.dtype.element_ty
     high = x.to(dtype)
-    tl.store(block_of(parts, 0, first, RANKS, WIDTH, COLUMNS), high)
+    tl.store(block_of(parts, rows, first, RANKS, SLICE, COLUMNS), high)
     if dtype != tl.float32:
         low = (x - high.to(tl.float32)).to(dtype)
-        tl.store(block_of(parts + WIDTH * RANKS, 0, first, RANKS, WIDTH, COLUMNS), low)
+        tl.store(block_of(parts + WIDTH * RANKS, rows, first, RANKS, SLICE, COLUMNS), low)
 
 
 @triton.jit(
@@ -193,13 +278,13 @@ def _solve_kernel(
     WIDTH: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PANEL: tl.constexpr,
+    SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     ROUNDS: tl.constexpr,
     CAUSAL: tl.constexpr,
     STRICT: tl.constexpr,
     RIDGE: tl.constexpr,
-    LEAST_PIVOT: tl.constexpr,
+    SHIFT: tl.constexpr,
     TINY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -222,7 +307,7 @@ def _solve_kernel(
         Cq, Ck, WIDTH, HEAD_DIM, RIDGE
     )
 
-    X = bases + pid * (2 * WIDTH * RANKS)
+    X = bases + pid * (3 * WIDTH * RANKS)
     Y = X + WIDTH * RANKS
     row = tl.arange(0, WIDTH)[:, None]
     for first in range(0, RANKS, COLUMNS):
@@ -231,20 +316,23 @@ def _solve_kernel(
         x = tl.where((row < HEAD_DIM) & (column < RANK), x, 0.0)
         tl.store(block_of(X, 0, first, RANKS, WIDTH, COLUMNS), x)
     tl.debug_barrier()
-    for _ in range(ROUNDS):
-        _apply_gram(Cq, q_factor, q_ridge, X, Y, WIDTH, RANKS, COLUMNS, PRECISION)
-        _apply_gram(Ck, k_factor, k_ridge, Y, X, WIDTH, RANKS, COLUMNS, PRECISION)
-        _orthonormalise(X, WIDTH, RANKS, PANEL, TINY, PRECISION)
-    _apply_gram(Cq, q_factor, q_ridge, X, Y, WIDTH, RANKS, COLUMNS, PRECISION)
-    x_largest, y_largest = _orthonormalise_in_gram(
-        X, Y, WIDTH, RANKS, PANEL, LEAST_PIVOT, PRECISION
-    )
-    _apply_gram(Cq, q_factor, q_ridge, X, Y, WIDTH, RANKS, COLUMNS, PRECISION)
+    for turn in tl.static_range(ROUNDS):
+        for first in range(0, RANKS, COLUMNS):
+            _apply_gram(Cq, q_factor, q_ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
+            _apply_gram(Ck, k_factor, k_ridge, Y, X, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
+        # Twice, and at the very end once more in the product of Cq.
+        for time in range(3 if turn + 1 == ROUNDS else 2):
+            _orthonormalise(
+                X, Y, Cq, q_factor, q_ridge, time == 2,
+                WIDTH, RANKS, COLUMNS, SLICE, SHIFT, TINY, PRECISION,
+            )  # fmt: skip
+    x_largest = _largest(X, WIDTH, RANKS, COLUMNS)
+    y_largest = _largest(Y, WIDTH, RANKS, COLUMNS)
 
     # See balance in reference.py.
-    rows = (earlier + i) * block if STRICT else min(block, num_rows - i * block)
-    rows = (rows * rep).to(tl.float32)
-    energy = tl.abs(energy) * (rows / (tl.maximum(seen, 1) * RANK).to(tl.float32))
+    counted = (earlier + i) * block if STRICT else min(block, num_rows - i * block)
+    counted = (counted * rep).to(tl.float32)
+    energy = tl.abs(energy) * (counted / (tl.maximum(seen, 1) * RANK).to(tl.float32))
     balance = tl.where(energy > 0, exponent_of(energy) + 1 >> 1, 0)
     balance += k_exponent + tl.load(exponents + k_place)
     balance = (balance - q_exponent - tl.load(exponents + q_place)) >> 1
@@ -259,19 +347,22 @@ def _solve_kernel(
     tl.store(factors + 2 * pid, power_of_two(balance - a_unit))
     tl.store(factors + 2 * pid + 1, power_of_two(-balance - b_unit))
 
-    # A P and B P with P = 1.5 I - 0.5 A^T B.
+    A, B = X, Y
+    # A P and then B P, with P = 1.5 I - 0.5 A^T B.
     parts += pid * (2 * PARTS * WIDTH * RANKS)
-    for first in range(0, RANKS, PANEL):
-        b = tl.load(block_of(Y, 0, first, RANKS, WIDTH, PANEL))
-        a_sum = -3.0 * tl.load(block_of(X, 0, first, RANKS, WIDTH, PANEL))
-        b_sum = -3.0 * b
-        for k in range(0, RANKS, PANEL):
-            x = tl.load(block_of(X, 0, k, RANKS, WIDTH, PANEL))
-            w = tl.dot(tl.trans(x), b, input_precision=PRECISION)
-            a_sum += tl.dot(x, w, input_precision=PRECISION)
-            y = tl.load(block_of(Y, 0, k, RANKS, WIDTH, PANEL))
-            b_sum += tl.dot(y, w, input_precision=PRECISION)
-        a_sum *= -0.5 * power_of_two(a_unit)
-        b_sum *= -0.5 * power_of_two(b_unit)
-        _store_parts(parts, a_sum, first, WIDTH, RANKS, PANEL)
-        _store_parts(parts + PARTS * WIDTH * RANKS, b_sum, first, WIDTH, RANKS, PANEL)
+    if RANKS == COLUMNS:
+        w = _inner_products(A, 0, B, 0, WIDTH, RANKS, COLUMNS, PRECISION)
+    for side in range(2):
+        scale = -0.5 * power_of_two(tl.where(side == 0, a_unit, b_unit))
+        for first in range(0, RANKS, COLUMNS):
+            for rows in range(0, WIDTH, SLICE):
+                sums = -3.0 * tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
+                for k in range(0, RANKS, COLUMNS):
+                    if RANKS > COLUMNS:
+                        w = _inner_products(A, k, B, first, WIDTH, RANKS, COLUMNS, PRECISION)
+                    x = tl.load(block_of(X, rows, k, RANKS, SLICE, COLUMNS))
+                    sums = _add_product(sums, x, w, PRECISION)
+                sums *= scale
+                _store_parts(parts, sums, rows, first, WIDTH, RANKS, COLUMNS, SLICE)
+        X += WIDTH * RANKS
+        parts += PARTS * WIDTH * RANKS
