@@ -63,10 +63,10 @@ SPILLS = {
     ("_solve_kernel", "float32", 64, 32): 40,
     ("_solve_kernel", "float16", 128, 64): 910,
     ("_solve_kernel", "bfloat16", 128, 64): 920,
-    ("_solve_kernel", "float32", 128, 64): 800,
+    ("_solve_kernel", "float32", 128, 64): 910,
     ("_solve_kernel", "float16", 128, 96): 160,
-    ("_solve_kernel", "float16", 256, 128): 1450,
-    ("_solve_kernel", "float32", 256, 128): 1450,
+    ("_solve_kernel", "float16", 256, 128): 1600,
+    ("_solve_kernel", "float32", 256, 128): 1660,
     ("_multiply_kernel", "float32", 256, 128): 300,
 }
 
