@@ -20,7 +20,7 @@ from benchmarks.error_inputs import Inputs
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.metrics import as_metric, main_output
-from distr_compile.kernels.projection.reference import counted_rows
+from distr_compile.kernels.counted import counted_rows
 from examples.demo import docstrings
 from tests.zoo import load
 

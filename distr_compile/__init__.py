@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distr_compile.functional import attention
     from distr_compile.packed import attention_varlen
     from distr_compile.policy import LayerPlan, Policy, PolicyError, Rule
+    from distr_compile.regional import compile_blocks
     from distr_compile.reporting import DistrWarning, Report, SiteRow, report
     from distr_compile.tuning.calibrate import Calibration, calibrate
     from distr_compile.tuning.tune import tune
@@ -44,6 +45,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "calibrate",
+    "compile_blocks",
     "explain",
     "export",
     "regress",
@@ -57,6 +59,7 @@ _HOMES = {
     **dict.fromkeys(("DistrWarning", "Report", "SiteRow", "report"), "reporting"),
     "attention": "functional",
     "attention_varlen": "packed",
+    "compile_blocks": "regional",
     "explain": "explaining",
     "export": "exporting",
     **dict.fromkeys(("Calibration", "calibrate"), "tuning.calibrate"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
@@ -146,9 +146,53 @@ def distr(
         ValueError, PolicyError: wrong options or policy. Dynamo wraps them in
             ``BackendCompilerFailed`` (``.inner_exception``).
     """
-    parsed = Options.parse(options, mode)
+    return compile_graph(gm, example_inputs, Options.parse(options, mode), name)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Modules of one model that run one graph, each with its own weights.
+
+    Attributes:
+        model: gives layers their names.
+        blocks: names of the modules, which have equal plans; one of them is being compiled.
+        is_all: whether the model has no other such modules.
+    """
+
+    model: nn.Module
+    blocks: tuple[str, ...]
+    is_all: bool
+
+    def root(self) -> identity.Root:
+        """The model, in the place of the module that is being compiled."""
+        return identity.root_of(self.model)
+
+    def others(self, name: str) -> tuple[str, ...]:
+        """The layers that stand in the other blocks where ``name`` stands in its own."""
+        own = [block for block in self.blocks if name == block or name.startswith(f"{block}.")]
+        return tuple(
+            other + name[len(block) :] for block in own for other in self.blocks if other != block
+        )
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parsed: Options,
+    name: str | None = None,
+    shared: Shared | None = None,
+) -> Callable[..., Any]:
+    """Rewrite, report and compile one graph; see :func:`distr`.
+
+    Args:
+        gm: see :func:`distr`, likewise ``example_inputs`` and ``name``.
+        example_inputs: see ``gm``.
+        parsed: the options.
+        name: see ``gm``.
+        shared: the modules that the graph serves, where those are several.
+    """
     judge = Judge(parsed.measure)
-    result = run_pass(gm, parsed.policy, judge, change=True, begin=parsed.root)
+    result = run_pass(gm, parsed.policy, judge, change=True, begin=parsed.root, shared=shared)
     with _exact_kernels(result, example_inputs):
         compiled = _compile(gm, example_inputs, parsed, name)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
@@ -207,13 +251,15 @@ def run_pass(
     *,
     change: bool,
     begin: str = "",
+    shared: Shared | None = None,
 ) -> Result:
     """Match, decide and rewrite (if ``change``) one graph, inside a backend call.
 
     ``judge`` says what is faster; without one "auto" in the policy counts as 0, or "sdpa". Names of
-    layers begin at the module ``begin``.
+    layers begin at the module ``begin``. ``shared`` says which modules the graph serves, if not the
+    one that is being compiled.
     """
-    root = identity.find_root()
+    root = identity.find_root() if shared is None else shared.root()
     modules = None
     if root is not None and root.module is not None:
         if begin:
@@ -224,13 +270,14 @@ def run_pass(
     audit.check_names()
     placed = find_all(gm)
     # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
-    frame = identity.guard_frame_module([node for place in placed for node in place.nodes])
+    nodes = [node for place in placed for node in place.nodes]
+    frame = identity.guard_frame_module(nodes, is_shared=shared is not None)
     name = type(root.module).__name__ if root and root.module is not None else frame.function
     graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
     outputs: Mapping[int, tuple[fx.Graph, str]] = {}
-    key = (*_graph_key(gm, frame), graph.mode)
+    key = (*_graph_key(gm, frame, shared), graph.mode)
     if placed or frame.limit_note():
-        chooser = Chooser(policy, root, frame)
+        chooser = Chooser(policy, root, frame, shared)
         bases = BasesOfModel(policy, root.module if root is not None else None)
         outcome = apply(placed, chooser, bases, judge, change=change)
         declare_constants(gm)
@@ -243,7 +290,7 @@ def run_pass(
             rows=outcome.rows,
             not_attention=outcome.not_attention,
             matched=audit.matched,
-            unmatched=audit.unmatched,
+            unmatched=audit.unmatched if shared is None or shared.is_all else (),
             notes=tuple(dict.fromkeys(chooser.notes)),
         )
         graph = _with_break(graph, gm, frame)
@@ -268,6 +315,7 @@ class Chooser:
     policy: Policy
     root: identity.Root | None
     frame: identity.FrameModule
+    shared: Shared | None = None
 
     def __post_init__(self) -> None:
         self.notes: list[str] = [self.frame.limit_note()] if self.frame.limit_note() else []
@@ -280,6 +328,8 @@ class Chooser:
         if layer is None or self.root is None:
             return LayerChoice("", self.policy.resolve(""))
         plan, name = self._plan(layer.names), self.root.show(layer.name)
+        if self.shared is not None:
+            return LayerChoice(name, plan, repeats=self.shared.others(name))
         whole = identity.shared_by(layer, self.root, self.frame, place.calls)
         sharers = tuple(map(self.root.show, whole))
         repeats: tuple[str, ...] = ()
@@ -353,7 +403,9 @@ def _with_break(graph: GraphReport, gm: fx.GraphModule, frame: identity.FrameMod
     return replace(graph, rows=tuple(rows), not_attention=tuple(others))
 
 
-def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ...]:
+def _graph_key(
+    gm: fx.GraphModule, frame: identity.FrameModule, shared: Shared | None
+) -> tuple[Any, ...]:
     """Names a graph among those of one model: a graph compiled again replaces its report."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     # A symbol's name changes from compile to compile. The names of tensors tell the pieces apart
@@ -363,7 +415,9 @@ def _graph_key(gm: fx.GraphModule, frame: identity.FrameModule) -> tuple[Any, ..
         for node in inputs
         if isinstance(v := node.meta.get("example_value"), torch.Tensor)
     ]
-    module = id(frame.module) if frame.module is not None else 0
+    module: Any = id(frame.module) if frame.module is not None else 0
+    if shared is not None:
+        module = shared.blocks
     return (frame.code_key, module, tuple(shapes))
 
 

@@ -7,11 +7,12 @@ module imports no torch, so that a policy can be checked without loading it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 Implementation = Literal["definition", "cpu", "gpu"]
 """What computes an estimator: the definition, plain PyTorch and the CPU kernel, or Triton."""
@@ -27,6 +28,9 @@ AUTO_BLOCK_MIN = 2048
 AUTO_BLOCK_TILE = 128
 PREFIX_BLOCK = 512
 """Of the prefix form: Khat of every block then costs r / 1024 of causal attention's FLOPs."""
+
+MOST_AUTO_BLOCKS = 8
+"""Grouping blocks that "auto" makes of any number of rows, at most, but for the prefix form."""
 
 
 NUM_PROJECTIONS = 16
@@ -69,7 +73,9 @@ class Estimator:
         cost: ``(num_queries, num_keys, head_dim, rank, block, rounds=1, rep=1, element_bytes=2)``
             -> :class:`Cost`: rows of Q per query head, rows of K, d, r, query rows per grouping
             block, rounds, query heads per key head, bytes of an element of Q and K.
-        auto_block: N query rows -> rows per grouping block, where the policy says "auto".
+        auto_block: N query rows -> rows per grouping block, where the policy says "auto"; at most
+            ``MOST_AUTO_BLOCKS`` of them. For kernels with masks it takes a tensor of N too, with
+            functions of two arguments in the place of ``min`` and ``max``.
         definition: dotted name of the module that defines the estimator, ``reference.py`` in its
             folder; ``kernels/roles.py`` says what each of the three modules has. Each lists in
             ``COMPUTES`` the estimators it computes; where a name is empty, calls of this estimator
@@ -88,7 +94,7 @@ class Estimator:
     divides: bool
     adjoint: str
     cost: Callable[..., Cost]
-    auto_block: Callable[[int], int]
+    auto_block: Callable[..., Any]
     definition: str = ""
     cpu: str = ""
     gpu: str = ""
@@ -99,24 +105,24 @@ class Estimator:
     prefix_cost: Callable[..., Cost] | None = None
 
 
-def _lsh_block(num_queries: int) -> int:
+def _lsh_block(num_queries: Any, least: Any = min, most: Any = max) -> Any:
     """All rows up to 4096, then ``max(2048, N / 8)`` rounded up to a multiple of 128."""
-    if num_queries <= AUTO_BLOCK_LIMIT:
-        return max(num_queries, 1)
-    return _whole_tiles(max(AUTO_BLOCK_MIN, -(-num_queries // 8)))
+    several = _whole_tiles(most(AUTO_BLOCK_MIN, -(-num_queries // 8)))
+    is_long = num_queries > AUTO_BLOCK_LIMIT
+    return is_long * several + (num_queries <= AUTO_BLOCK_LIMIT) * most(1, num_queries)
 
 
-def _projection_block(num_queries: int) -> int:
+def _projection_block(num_queries: Any, least: Any = min, most: Any = max) -> Any:
     """``min(N / 4, max(2048, N / 8))`` rounded up to a multiple of 128, but at most N.
 
     Fewer rows than LSH takes, because a basis fits them better and the block's own cost, some small
     matrices, stays below a tenth of the attention's from 4096 rows on.
     """
     quarter, eighth = -(-num_queries // 4), -(-num_queries // 8)
-    return max(1, min(num_queries, _whole_tiles(min(quarter, max(AUTO_BLOCK_MIN, eighth)))))
+    return most(1, least(num_queries, _whole_tiles(least(quarter, most(AUTO_BLOCK_MIN, eighth)))))
 
 
-def _whole_tiles(rows: int) -> int:
+def _whole_tiles(rows: Any) -> Any:
     return -(-rows // AUTO_BLOCK_TILE) * AUTO_BLOCK_TILE
 
 
@@ -293,7 +299,7 @@ ESTIMATORS: dict[str, Estimator] = {
             divides=False,
             adjoint="A and B are constants: dQ = dQhat A^T, dK = dKhat B^T",
             cost=_calibrated_cost,
-            auto_block=lambda num_queries: max(num_queries, 1),
+            auto_block=lambda num_queries, least=min, most=max: most(1, num_queries),
             definition="distr_compile.kernels.calibrated.reference",
             cpu="distr_compile.kernels.calibrated.cpu",
             gpu="distr_compile.kernels.calibrated.launch",
@@ -375,7 +381,21 @@ def auto_grouping_block(num_queries: int, estimator: str, strict: bool = False) 
     row = estimator_named(estimator)
     if strict and row.strict == "prefix":
         return PREFIX_BLOCK
-    return row.auto_block(num_queries)
+    block: int = row.auto_block(num_queries)
+    return block
+
+
+@functools.lru_cache(maxsize=256)
+def most_blocks(num_queries: int, estimator: str) -> tuple[int, int]:
+    """How many grouping blocks "auto" makes of at most so many rows, and of how many rows each.
+
+    The most of either; not of the prefix form.
+    """
+    block_of = estimator_named(estimator).auto_block
+    rows = {*range(1, min(num_queries, 2 * AUTO_BLOCK_LIMIT) + 1), max(1, num_queries)}
+    most = max(-(-n // block_of(n)) for n in rows)
+    is_long = num_queries > 2 * AUTO_BLOCK_LIMIT
+    return (MOST_AUTO_BLOCKS if is_long else most), max(block_of(n) for n in rows)
 
 
 def possible_group_sizes(head_dim: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -145,12 +145,18 @@ def find_root() -> Root | None:
     wrappers = [w for w in wrappers if w.backend == wrappers[0].backend]
     found = (w.module() for w in reversed(wrappers))
     module = next((m for m in found if m is not None), None)
+    key, backend = key_of(wrappers[-1].fn), wrappers[-1].backend
+    if module is None:
+        return Root(None, {}, key, backend)
+    return replace(root_of(module), key=key, backend=backend)
+
+
+def root_of(module: nn.Module) -> Root:
+    """A module as a root, whatever is being compiled."""
     names: dict[int, tuple[str, ...]] = {}
-    if module is not None:
-        for name, child in module.named_modules(remove_duplicate=False):
-            names[id(child)] = (*names.get(id(child), ()), name)
-    shown = naming.canonical(module) if module is not None else {}
-    return Root(module, names, key_of(wrappers[-1].fn), wrappers[-1].backend, shown)
+    for name, child in module.named_modules(remove_duplicate=False):
+        names[id(child)] = (*names.get(id(child), ()), name)
+    return Root(module, names, module, shown=naming.canonical(module))
 
 
 def key_of(compiled: Any) -> object:
@@ -240,7 +246,7 @@ def _is_in(frame: FrameType, module: str) -> bool:
 # ------------------------------------------------------------------------------------- the frame
 
 
-def guard_frame_module(nodes: Iterable[fx.Node]) -> FrameModule:
+def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> FrameModule:
     """Make Dynamo compile the present frame separately for each module that ``nodes`` belong to.
 
     Places an identity guard on every local variable through which one of the nodes is reached (that
@@ -252,6 +258,7 @@ def guard_frame_module(nodes: Iterable[fx.Node]) -> FrameModule:
 
     Args:
         nodes: the nodes whose layer matters, those of higher-order bodies included; may be empty.
+        is_shared: the graph shall serve several modules: nothing is guarded.
 
     Returns:
         What is known of the frame; ``reason`` says why a node is not covered.
@@ -267,6 +274,8 @@ def guard_frame_module(nodes: Iterable[fx.Node]) -> FrameModule:
     named = {*wanted, local} if frame.is_crowded else wanted
     possible = {name for name in named if name and isinstance(frame.locals.get(name), nn.Module)}
     reason = frame.unguardable if possible else ""
+    if is_shared:
+        reason = "it serves several modules"
     if not reason and not all(frame.guard(name) for name in sorted(possible)):
         reason = "this version of PyTorch takes no identity guard"
     guards: frozenset[str] = frozenset() if reason else frozenset(possible)

@@ -315,7 +315,8 @@ def first_columns() -> ModuleType:
         return Prologue(cut)
 
     vars(module).update(
-        COMPUTES=("toy",), ONE_BLOCK=True, READS_PANELS=False, factors=factors, bases=bases,
+        COMPUTES=("toy",), ONE_BLOCK=True, BY_PLACE=False, READS_PANELS=False,
+        factors=factors, bases=bases,
         elements=lambda head_dim, rank: 2 * head_dim * rank, counted=lambda *_: (None, None),
         groups=lambda *args: fused_kernel.stacked(bases(*args)), prologue=prologue,
     )  # fmt: skip

@@ -22,9 +22,9 @@ import distr_compile
 from distr_compile import estimators
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.counted import counted_before
 from distr_compile.kernels.projection import launch as projection
 from distr_compile.kernels.projection.launch import projection_factors
-from distr_compile.kernels.projection.reference import counted_before
 from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu, cuda

@@ -23,8 +23,9 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.counted import Span, counted_rows, spans
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack, working
 from distr_compile.lowering import cpu_fused
@@ -52,7 +54,7 @@ WORKSPACE_MIB = 24
 """Most MiB of tensors alive beside inputs and output, for 4-byte arithmetic and d, d_v <= 256."""
 
 
-FUNCTIONS = ("ONE_BLOCK", "READS_PANELS", "elements", "counted", "bases", "groups")
+FUNCTIONS = ("ONE_BLOCK", "BY_PLACE", "READS_PANELS", "elements", "counted", "bases", "groups")
 """What ``attention`` asks of the module of an estimator; ``kernels/roles.py`` says what each is."""
 
 
@@ -139,45 +141,122 @@ def attention(
     num_queries, head_dim = q.shape[2:]
     key_heads, num_keys = k.shape[1:3]
     rep = q.shape[1] // key_heads
-    block = grouping_block or auto_grouping_block(num_queries, estimator, strict)
-    block = max(1, num_queries if module.ONE_BLOCK else min(block, num_queries))
-    matrices = module.elements(head_dim, rank)
-    pieces = _pieces(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
-    if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
-        panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
-        pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
     call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, block, lse,
-        dropout,
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, lse, dropout
     )  # fmt: skip
+
+    def block_of(rows: int) -> int:
+        return grouping_block or auto_grouping_block(rows, estimator, strict)
+
     asked = Asked(
         estimator=estimator,
         rank=rank,
-        block=block,
+        block=max(1, min(block_of(num_queries), num_queries)),
         rounds=rounds,
         seed=seed,
         causal_offset=causal_offset if is_causal or strict else None,
         strict=strict,
-        panel=pieces.panel,
-        key_rows=pieces.keys,
     )
     counts = module.counted(mask, num_queries, num_keys, key_heads, rep, asked)
-    for some in _some_heads(q.shape[0], key_heads, pieces.heads):
-        part = call.part(some)
-        queries, keys = (None if rows is None else sliced(rows, *some) for rows in counts)
-        if bases is not None:
-            asked = replace(asked, bases=(bases[0][some[1]], bases[1][some[1]]))
-        if fused:
-            groups = module.groups(part.Q, part.K, queries, keys, asked)
-            _attend_fused(call, some, part, groups if keep is None else _kept(groups, keep, some))
-        else:
-            made = module.bases(part.Q, part.K, queries, keys, asked)
-            made = made if keep is None else _kept(made, keep, some)
-            if only_bases:
-                collections.deque(made, maxlen=0)
-            else:
-                _attend_blocks(call, part, made, pieces)
+    matrices = module.elements(head_dim, rank)
+    for span in _spans(call, module, counts, block_of):
+        block = span.block
+        pieces = _pieces(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
+        if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
+            panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
+            pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
+        asked = replace(
+            asked,
+            block=block,
+            panel=pieces.panel,
+            key_rows=pieces.keys,
+            first=span.first,
+            stop=span.stop,
+            seen=span.seen,
+        )
+        for some in _some_heads(span.entries, key_heads, pieces.heads):
+            if bases is not None:
+                asked = replace(asked, bases=(bases[0][some[1]], bases[1][some[1]]))
+            make = module.groups if fused else module.bases
+            by = None if fused else pieces
+            _attend_some(call, some, counts, make, asked, by, keep, only_bases=only_bases)
     return out
+
+
+def _spans(
+    call: _Call,
+    module: ModuleType,
+    counts: tuple[Tensor | None, Tensor | None],
+    block_of: Callable[[int], int],
+) -> list[Span]:
+    """Where the grouping blocks lie.
+
+    The host looks at the mask for that, and where it cannot, as a CUDA graph is recorded, they
+    begin with row 0 as if there were no padding.
+    """
+    q, num_queries = call.q, call.q.shape[2]
+    if module.ONE_BLOCK:
+        return [Span(slice(0, q.shape[0]), 0, num_queries, max(1, num_queries))]
+    if call.strict or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        counts = None, None
+    found = spans(
+        None if call.mask is None else _four_dimensions(call.mask),
+        counts,
+        (q.shape[0], num_queries, call.k.shape[2]),
+        block_of,
+        causal_offset=call.causal_offset if call.is_causal else None,
+        by_place=module.BY_PLACE,
+    )
+    return [span._replace(block=max(1, min(span.block, num_queries))) for span in found]
+
+
+def spans_of(call: Call, is_approximated: bool) -> list[Span]:
+    """Where the grouping blocks of a call lie that ``run`` computed; not what they saw."""
+    q, k, mask, how = call.q, call.k, call.mask, call.approximation
+    batch, _, num_queries, _ = q.shape
+    if not is_approximated:
+        return [Span(slice(0, batch), 0, num_queries, max(1, num_queries))]
+    module = arithmetic(how.estimator, "cpu", *FUNCTIONS)
+    queries = None
+    if not (how.strict or module.ONE_BLOCK):
+        rep = q.shape[1] // k.shape[1]
+        queries, _ = counted_rows(mask, num_queries, k.shape[2], k.shape[1], rep)
+    own = _Call(q, k, k, mask, None, q, 1.0, False, 0, 0.0, how.strict)
+    return _spans(own, module, (queries, None), how.block_of)
+
+
+def _attend_some(
+    call: _Call,
+    some: _Some,
+    counts: tuple[Tensor | None, Tensor | None],
+    make: Callable[..., Iterator[Any]],
+    asked: Asked,
+    pieces: _Pieces | None,
+    keep: tuple[Tensor, Tensor] | None,
+    *,
+    only_bases: bool,
+) -> None:
+    """Fill the output of some heads: by the fused kernel, or with ``pieces`` by PyTorch's products.
+
+    What makes A and B sees only the rows from the first that has a block on.
+    """
+    part = call.part(some)
+    queries, keys = (None if rows is None else sliced(rows, *some) for rows in counts)
+    rows, offset = slice(asked.first, asked.stop), asked.causal_offset
+    if queries is not None:
+        queries = queries[..., rows]
+        queries = None if queries.is_cpu and bool(queries.all()) else queries
+    own = replace(
+        asked, first=0, stop=None, causal_offset=None if offset is None else offset + asked.first
+    )
+    made = make(part.Q[..., rows, :], part.K, queries, keys, own)
+    made = made if keep is None else _kept(made, keep, some)
+    if only_bases:
+        collections.deque(made, maxlen=0)
+    elif pieces is None:
+        _attend_fused(call, some, part, made, asked)
+    else:
+        _attend_blocks(call, part, made, asked, pieces)
 
 
 def exact_attention(
@@ -204,11 +283,11 @@ def exact_attention(
     block = max(1, num_queries)
     pieces = _pieces(block, rep, num_keys, max(q.shape[3], v.shape[3]), 0)
     call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, block, lse,
-        dropout,
+        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, lse, dropout
     )  # fmt: skip
-    for some in _some_heads(q.shape[0], k.shape[1], pieces.heads):
-        _attend_blocks(call, call.part(some), itertools.repeat((None, None)), pieces)
+    one = Asked("", q.shape[3], block, strict=True)
+    for some in _some_heads(slice(0, q.shape[0]), k.shape[1], pieces.heads):
+        _attend_blocks(call, call.part(some), itertools.repeat((None, None)), one, pieces)
     return out
 
 
@@ -241,17 +320,17 @@ _Some = tuple[slice, slice]
 """Batch entries and key heads that are computed together."""
 
 
-def _some_heads(batch: int, key_heads: int, at_once: int) -> Iterator[_Some]:
-    """All batch entries and key heads, at most ``at_once`` of them, but at least one, at a time."""
+def _some_heads(entries: slice, key_heads: int, at_once: int) -> Iterator[_Some]:
+    """Batch entries and all key heads, at most ``at_once`` of them, but at least one, at a time."""
     per_batch, batches = min(key_heads, at_once), max(1, at_once // key_heads)
-    for b in range(0, batch, batches):
+    for b in range(entries.start, entries.stop, batches):
         for h in range(0, key_heads, per_batch):
-            yield slice(b, b + batches), slice(h, h + per_batch)
+            yield slice(b, min(b + batches, entries.stop)), slice(h, h + per_batch)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of ``attention`` that no estimator looks at, and the grouping block."""
+    """The arguments of ``attention`` that no estimator looks at."""
 
     q: Tensor
     k: Tensor
@@ -264,7 +343,6 @@ class _Call:
     causal_offset: int
     softcap: float
     strict: bool
-    block: int
     lse: Tensor | None = None
     dropout: Dropout | None = None
 
@@ -284,7 +362,9 @@ class _Call:
         return _Heads(Q, K, V, mask, sinks, self.softcap, out, lse, dropout)
 
 
-def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group]) -> None:
+def _attend_fused(
+    call: _Call, some: _Some, part: _Heads, groups: Iterator[Group], asked: Asked
+) -> None:
     """Fill the output of some heads by the fused kernel."""
     rep = part.Q.shape[2]
     wide = (some[0], slice(some[1].start * rep, some[1].stop * rep))
@@ -295,27 +375,27 @@ def _attend_fused(call: _Call, some: _Some, part: _Heads, groups: Iterator[Group
         None if call.mask is None else sliced(_four_dimensions(call.mask), *wide),
         None if call.sinks is None else call.sinks[wide[1]],
         groups,
-        block=call.block,
+        asked=asked,
         scale=call.scale,
         is_causal=call.is_causal,
         causal_offset=call.causal_offset,
         softcap=call.softcap,
-        strict=call.strict,
         out=call.out[wide],
         lse=None if call.lse is None else call.lse[wide],
         dropout=part.dropout,
     )
 
 
-def _attend_blocks(call: _Call, part: _Heads, bases: Iterator[Bases], pieces: _Pieces) -> None:
+def _attend_blocks(
+    call: _Call, part: _Heads, bases: Iterator[Bases], asked: Asked, pieces: _Pieces
+) -> None:
     """Fill the output of some heads by PyTorch's products, block by block."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
     limit = call.causal_offset if call.is_causal else None
-    for start, (A, B) in zip(range(0, num_queries, call.block), bases, strict=False):
-        stop = min(start + call.block, num_queries)
-        edge = prefix_edge(start, num_keys, call.causal_offset) if call.strict else num_keys
-        for first in range(start, stop, pieces.panel):
-            last = min(first + pieces.panel, stop)
+    for (_, rows), (A, B) in zip(asked.blocks(num_queries), bases, strict=False):
+        edge = prefix_edge(rows.start, num_keys, call.causal_offset) if call.strict else num_keys
+        for first in range(rows.start, rows.stop, pieces.panel):
+            last = min(first + pieces.panel, rows.stop)
             _attend_panel(part, first, last, A, B, call.scale, edge, limit, pieces)
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.kernels.roles import prefix_edge
+from distr_compile.kernels.counted import Span
+from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack
 from distr_compile.lowering import cpu
 from distr_compile.lowering.choose import Call
-from distr_compile.lowering.saved import Gradients, Saved, rows_of_a_block
+from distr_compile.lowering.saved import Gradients, Saved
 
 NAME = "torch-products"
 """As the report names it."""
@@ -101,20 +102,20 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         (scores.offset or 0) if scores.is_causal else None,
     )
     rep, num_keys = q.shape[1] // key_heads, k.shape[2]
-    blocks = _Blocks.of(call, saved)
     width = max(q.shape[3], v.shape[3])
-    pieces = cpu._pieces(blocks.size, rep, num_keys, width, num_keys * width)
-    for some in cpu._some_heads(q.shape[0], key_heads, pieces.heads):
-        part = _part(call, grad, lse, wanted, sums, some)
-        for start, stop, edge, A, B in blocks.each(some):
-            for first in range(start, stop, pieces.panel):
-                _panel(part, first, min(first + pieces.panel, stop), A, B, edge, rule, pieces)
-        for name, made in (("k", part.dK), ("v", part.dV)):
-            split = made.unflatten(0, (-1, part.K.shape[1]))
-            if name in sums:
-                sums[name][:, some[1]] += split.sum(0, keepdim=True)
-            else:
-                getattr(wanted, name)[some].copy_(split)
+    for blocks in _Blocks.of(call, saved):
+        pieces = cpu._pieces(blocks.span.block, rep, num_keys, width, num_keys * width)
+        for some in cpu._some_heads(blocks.span.entries, key_heads, pieces.heads):
+            part = _part(call, grad, lse, wanted, sums, some)
+            for start, stop, edge, A, B in blocks.each(some):
+                for first in range(start, stop, pieces.panel):
+                    _panel(part, first, min(first + pieces.panel, stop), A, B, edge, rule, pieces)
+            for name, made in (("k", part.dK), ("v", part.dV)):
+                split = made.unflatten(0, (-1, part.K.shape[1]))
+                if name in sums:
+                    sums[name][:, some[1]] += split.sum(0, keepdim=True)
+                else:
+                    getattr(wanted, name)[some].copy_(split)
     for name, total in sums.items():
         getattr(wanted, name).copy_(total)
     if not num_queries:
@@ -123,43 +124,46 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A and B of every grouping block, and the keys that it approximates.
+    """A and B of the grouping blocks of a span, and the keys that each approximates.
 
     Attributes:
-        size: query rows of a block.
+        span: where the blocks lie.
         num_queries: N.
         num_keys: M.
         offset: None, or the causal offset of the strict form.
         bases: A and B ``(B or 1, H_k, blocks or 1, d, r)``; None where all scores are exact.
     """
 
-    size: int
+    span: Span
     num_queries: int
     num_keys: int
     offset: int | None
     bases: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, call: Call, saved: Saved) -> _Blocks:
-        how, size = call.approximation, rows_of_a_block(call, saved)
+    def of(cls, call: Call, saved: Saved) -> Iterator[_Blocks]:
+        how = call.approximation
         is_prefix = how.strict and ESTIMATORS[how.estimator].strict == "prefix"
         offset = (call.scores.offset or 0) if is_prefix else None
-        return cls(size, call.q.shape[2], call.k.shape[2], offset, saved.bases)
+        num_queries, num_keys = call.q.shape[2], call.k.shape[2]
+        for span in cpu.spans_of(call, saved.bases is not None):
+            yield cls(span, num_queries, num_keys, offset, saved.bases)
 
     def each(
         self, some: tuple[slice, slice]
     ) -> Iterator[tuple[int, int, int, Tensor | None, Tensor | None]]:
         """First row, one past the last, keys that are approximated, A and B ``(b h, d, r)``."""
-        for number, start in enumerate(range(0, self.num_queries, self.size)):
-            stop, edge = min(start + self.size, self.num_queries), self.num_keys
+        asked = Asked("", 0, self.span.block, first=self.span.first, stop=self.span.stop)
+        for number, (_, rows) in enumerate(asked.blocks(self.num_queries)):
+            edge = self.num_keys
             if self.bases is None:
-                yield start, stop, 0, None, None
+                yield rows.start, rows.stop, 0, None, None
                 continue
             if self.offset is not None:
-                edge = prefix_edge(start, self.num_keys, self.offset)
+                edge = prefix_edge(rows.start, self.num_keys, self.offset)
             for_some = (slice(None), some[1]) if self.bases[0].shape[0] == 1 else some
             A, B = (basis[for_some][:, :, number] for basis in self.bases)
-            yield start, stop, edge, A, B
+            yield rows.start, rows.stop, edge, A, B
 
 
 def _part(

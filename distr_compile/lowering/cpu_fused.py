@@ -4,6 +4,7 @@ gradients."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.counted import Span
+from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
-from distr_compile.lowering.saved import Gradients, Saved, rows_of_a_block
+from distr_compile.lowering.saved import Gradients, Saved
 
 
 def takes(q: Tensor) -> bool:
@@ -82,12 +86,11 @@ def attend(
     sinks: Tensor | None,
     groups: Iterator[Group],
     *,
-    block: int,
+    asked: Asked,
     scale: float,
     is_causal: bool,
     causal_offset: int,
     softcap: float,
-    strict: bool,
     out: Tensor,
     lse: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -101,24 +104,25 @@ def attend(
         mask: broadcastable to ``(b, h rep, N, M)``.
         sinks: ``(h rep,)``.
         groups: A and B of all blocks, in turn.
-        block: query rows per grouping block.
+        asked: where the blocks lie, and whether the form is strict: a block's own keys and later
+            ones are scored exactly then.
         scale: multiplies the scores.
         is_causal: row i sees keys ``j <= i + causal_offset``.
         causal_offset: see ``is_causal``.
         softcap: see ``exact_attention``.
-        strict: the strict form: a block's own keys and later ones are scored exactly.
         out: ``(b, h rep, N, d_v)``.
         lse: ``(b, h rep, N)`` fp32, see ``exact_attention``.
         dropout: says which weights are dropped.
     """
-    num_queries, key_heads, start = q.shape[2], k.shape[1], 0
-    for group in groups:
-        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)
-        rows = slice(start, min(start + AT.shape[2] * block, num_queries))
-        cut = mask
+    num_queries, key_heads = q.shape[2], k.shape[1]
+    first, end = asked.first, num_queries if asked.stop is None else asked.stop
+
+    def attend_rows(rows: slice, bases: Group, block: int, follows: bool) -> None:
+        if rows.start >= rows.stop:
+            return
+        Q, cut = q[:, :, rows], mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             cut = mask[..., rows, :]
-        Q = q[:, :, rows]
         kernel.attention(
             Q,
             k[:, :, None],
@@ -127,21 +131,34 @@ def attend(
             sinks,
             scale=scale,
             is_causal=is_causal,
-            causal_offset=causal_offset + start,
+            causal_offset=causal_offset + rows.start,
             grouping_block=block,
             softcap=softcap,
-            bases=(AT, B),
-            exact=(Q, k) if strict else None,
-            follows=start > 0,
+            bases=bases,
+            exact=(Q, k) if asked.strict else None,
+            follows=follows,
             out=out[:, :, rows],
             lse=None if lse is None else lse[:, :, rows],
-            dropout=None if dropout is None else dropout.part(row=start),
+            dropout=None if dropout is None else dropout.part(row=rows.start),
         )
+
+    start = first
+    for group in groups:
+        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)
+        rows = slice(start, min(start + AT.shape[2] * asked.block, end))
+        if start == first:  # the rows before the first block go with it
+            attend_rows(slice(0, first), (AT[:, :, :1], B[:, :, :1]), first, False)
+        attend_rows(rows, (AT, B), asked.block, start > first)
         start = rows.stop
+        if start == end:  # and those after the last with that
+            last = slice(end, num_queries)
+            attend_rows(last, (AT[:, :, -1:], B[:, :, -1:]), num_queries, True)
 
 
 def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     """Fill ``wanted``; see ``training.backward``."""
+    from distr_compile.lowering import cpu  # which calls this module for every other estimator
+
     batch, k, v = call.q.shape[0], call.k, call.v
     if k.shape[0] != v.shape[0]:  # one of them is broadcast
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
@@ -157,29 +174,14 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     if wanted.mask is not None:
         sizes = (*(1,) * (4 - wanted.mask.dim()), *wanted.mask.shape)
         dmask = torch.empty(sizes, dtype=torch.float32)
-    scores = call.scores
-    backward_kernel.backward(
-        call.q,
-        k,
-        v,
-        call.mask,
-        call.out,
-        saved.lse,
-        grad,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        grouping_block=rows_of_a_block(call, saved),
-        softcap=scores.softcap,
-        bases=saved.bases,
-        strict=_is_prefix(call.approximation) and saved.bases is not None,
-        dropout=call.dropout,
-        dq=wanted.q,
-        dk=dk,
-        dv=dv,
-        delta=delta,
-        dmask=dmask,
-    )
+    found = _Found(wanted.q, dk, dv, delta, dmask)
+    spans = cpu.spans_of(call, saved.bases is not None)
+    parts = [part for span in spans for part in _parts(span, call.q.shape[2])]
+    if len(parts) > 1:
+        for sums in (dk, dv, *([] if dmask is None else [dmask])):
+            sums.zero_()
+    for part in parts:
+        _backward_of_part(call, saved, grad, found, (k, v), part, len(parts))
     if wanted.mask is not None and dmask is not None:
         wanted.mask.copy_(dmask.view(wanted.mask.shape))
     for to, made in ((wanted.k, dk), (wanted.v, dv)):
@@ -189,6 +191,91 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         lse = saved.lse.masked_fill(saved.lse == -torch.inf, torch.inf)
         share = torch.exp(call.sinks.float()[None, :, None] - lse)
         wanted.sinks.copy_(-(share * delta).sum((0, 2)))
+
+
+class _Found(NamedTuple):
+    """Gradients to be filled: of Q, of K, V and the mask in fp32, and each row's delta."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    delta: Tensor | None
+    mask: Tensor | None
+
+
+class _Part(NamedTuple):
+    """Entries and rows whose grouping blocks are equally long, the first of them and the last."""
+
+    entries: slice
+    rows: slice
+    block: int
+    blocks: slice
+
+
+def _parts(span: Span, num_queries: int) -> Iterator[_Part]:
+    """The rows of a span that have blocks, those before them and those after."""
+    entries, first, stop, block = span[:4]
+    yield _Part(entries, slice(first, stop), block, slice(0, -(-(stop - first) // block)))
+    if first > 0:
+        yield _Part(entries, slice(0, first), first, slice(0, 1))
+    if stop < num_queries:
+        last = (stop - first - 1) // block
+        yield _Part(entries, slice(stop, num_queries), num_queries, slice(last, last + 1))
+
+
+def _backward_of_part(
+    call: Call,
+    saved: Saved,
+    grad: Tensor,
+    found: _Found,
+    keys: tuple[Tensor, Tensor],
+    part: _Part,
+    parts: int,
+) -> None:
+    """Fill what a part gives, or where there are several, add what it gives to all keys."""
+    scores, mask, bases, delta = call.scores, call.mask, saved.bases, found.delta
+    of_rows = (part.entries, slice(None), part.rows)
+    k, v = (t if t.shape[0] == 1 else t[part.entries] for t in keys)
+    sums = [t if t.shape[0] == 1 else t[part.entries] for t in (found.k, found.v)]
+    if found.mask is not None:
+        sums.append(sliced(found.mask, *of_rows))
+    own = sums if parts == 1 else [torch.empty(t.shape, dtype=t.dtype) for t in sums]
+    dropout = call.dropout
+    if dropout is not None:
+        dropout = dropout.part(batch=part.entries.start, row=part.rows.start)
+    if mask is not None:
+        mask = sliced(mask.reshape((1,) * (4 - mask.dim()) + mask.shape), *of_rows)
+    if bases is not None:
+        few = slice(None) if bases[0].shape[0] == 1 else part.entries
+        bases = (bases[0][few, :, part.blocks], bases[1][few, :, part.blocks])
+    own_delta = None if delta is None else torch.empty_like(saved.lse[of_rows])
+    backward_kernel.backward(
+        call.q[of_rows],
+        k,
+        v,
+        mask,
+        call.out[of_rows],
+        saved.lse[of_rows],
+        grad[of_rows],
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=(scores.offset or 0) + part.rows.start,
+        grouping_block=part.block,
+        softcap=scores.softcap,
+        bases=bases,
+        strict=_is_prefix(call.approximation) and bases is not None,
+        dropout=dropout,
+        dq=found.q[of_rows],
+        dk=own[0],
+        dv=own[1],
+        delta=own_delta,
+        dmask=own[2] if found.mask is not None else None,
+    )
+    if delta is not None and own_delta is not None:
+        delta[of_rows].copy_(own_delta)
+    if parts > 1:
+        for total, some in zip(sums, own, strict=True):
+            total += some
 
 
 def refuses_backward(shape: Shape, approximation: Approximation, mask_grad: bool) -> str | None:

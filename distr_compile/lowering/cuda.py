@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.blocks import Places
 from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
@@ -93,7 +94,10 @@ def attention(
     module = arithmetic(estimator, "gpu", "prologue") if rank < q.shape[3] else None
     block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
     block = max(1, min(block, q.shape[2]))
-    asked = Asked(estimator, rank, block, rounds, seed, causal_offset if strict else None, strict)
+    offset = causal_offset if is_causal or strict else None
+    asked = Asked(
+        estimator, rank, block, rounds, seed, offset, strict, given_block=grouping_block
+    )  # fmt: skip
     options: dict[str, Any] = {
         "scale": scale,
         "rank": rank,
@@ -155,6 +159,7 @@ def _attend(
         rank * q.element_size(),
         head_bytes=prologue.own_bytes[0] if prologue else 0,
         block_bytes=prologue.own_bytes[1] if prologue else 0,
+        places=prologue.places if prologue else None,
     )
     chunks = list(cut(limit=workspace if prologue else None))
     if len(chunks) > 1:
@@ -162,17 +167,22 @@ def _attend(
         if q.is_cuda:  # the next chunk's factors are made meanwhile, and are there, too
             chunks = list(cut(limit=workspace // 2))
 
+    def places_of(chunk: _Chunk) -> Any:
+        return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
+
     def factors(chunk: _Chunk) -> tuple[Tensor, Tensor]:
         Q, K = q[chunk.batch, chunk.heads, chunk.rows], _of_key_heads(k, chunk)
         if prologue is None:
             return Q, K[:, :, None]
         offset, seen = _seen_by(chunk, causal_offset, num_keys)
+        places = places_of(chunk)
         return prologue.factors(
             Q,
             K[:, :, :seen],
             *_counted_in(prologue, chunk, seen),
             is_causal=causal_offset is not None,
             causal_offset=offset,
+            **({"places": places} if places else {}),
         )
 
     def attend(chunk: _Chunk, made: tuple[Tensor, Tensor]) -> None:
@@ -191,6 +201,7 @@ def _attend(
             dropout=chunk.of(dropout, rows.start),
             tile=tile,
             out=out[chunk.batch, chunk.heads, rows],
+            places=places_of(chunk) or None,
         )
 
     one_ahead(chunks, factors, attend, q.device)
@@ -375,12 +386,16 @@ def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What is computed together: batch entries, query heads with their key heads, query rows."""
+    """What is computed together: batch entries, query heads with their key heads, query rows.
+
+    Where a mask says where the blocks lie those are all rows, of some ``blocks``.
+    """
 
     batch: slice
     heads: slice
     key_heads: slice
     rows: slice
+    blocks: slice = field(default_factory=lambda: slice(0, 1))
 
     def of(self, dropout: Dropout | None, row: int, key: int = 0) -> Dropout | None:
         """What of the chunk's heads is dropped, from a row and a key of the call on."""
@@ -412,6 +427,7 @@ def _chunks(
     limit: int | None,
     head_bytes: int = 0,
     block_bytes: int = 0,
+    places: Places | None = None,
 ) -> Iterator[_Chunk]:
     """Cut a call so that the Qhat and Khat of a chunk, ``row_bytes`` a row, take ``limit`` bytes.
 
@@ -426,23 +442,29 @@ def _chunks(
     rep = heads // key_heads
     blocks = -(-num_queries // block)
     of_block = (rep * block + num_keys) * row_bytes + block_bytes
+    if places:
+        blocks, of_block = places.blocks, num_keys * row_bytes + block_bytes
+        head_bytes += rep * num_queries * row_bytes
     of_head = blocks * of_block + head_bytes
     together = batch * key_heads if limit is None else limit // max(1, of_head)
     some_batches = max(1, min(batch, together // key_heads))
     some_heads = max(1, min(key_heads, together))
-    some_rows = num_queries
+    some_rows, some_blocks = num_queries, blocks
     if limit is not None and together == 0:
-        some_rows = block * max(1, (limit - head_bytes) // of_block)
+        some_blocks = max(1, (limit - head_bytes) // of_block)
+        some_rows = num_queries if places else block * some_blocks
     for b in range(0, batch, some_batches):
         for h in range(0, key_heads, some_heads):
             last = min(h + some_heads, key_heads)
             for row in range(0, num_queries, max(1, some_rows)):
-                yield _Chunk(
-                    slice(b, b + some_batches),
-                    slice(h * rep, last * rep),
-                    slice(h, last),
-                    slice(row, min(row + some_rows, num_queries)),
-                )
+                for first in range(0, blocks if places else 1, some_blocks):
+                    yield _Chunk(
+                        slice(b, b + some_batches),
+                        slice(h * rep, last * rep),
+                        slice(h, last),
+                        slice(row, min(row + some_rows, num_queries)),
+                        slice(first, first + some_blocks),
+                    )
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

@@ -51,7 +51,10 @@ def refuses(shape: Shape, approximation: Approximation) -> str | None:
     if max(shape.head_dim, shape.value_dim) > WIDEST:
         return f"the Triton backward takes widths up to {WIDEST}"
     is_exact = approximation.rank == shape.head_dim
-    blocks = 1 if is_exact else number_of_blocks(shape.num_queries, approximation)
+    blocks = 1 if is_exact else number_of_blocks(shape.num_queries, approximation, False)
+    has_blocks = not is_exact and ESTIMATORS[approximation.estimator].needs == "nothing"
+    if has_blocks and shape.mask is not None:
+        return "the Triton backward takes no mask that may say where grouping blocks begin"
     rep = shape.num_heads // shape.num_key_heads
     size = _bytes(shape.num_queries * rep, shape.num_keys, blocks, approximation.rank, shape.dtype)
     if not is_exact and size > WORKSPACE_BYTES:
@@ -202,7 +205,7 @@ def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
     if not is_shared and k.shape[0] != v.shape[0]:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
     counted = max(1, at_once // batch) if is_shared else at_once
-    for entries, some in cpu._some_heads(1 if is_shared else batch, key_heads, counted):
+    for entries, some in cpu._some_heads(slice(0, 1 if is_shared else batch), key_heads, counted):
         entries = slice(None) if is_shared else entries
         heads = slice(some.start * rep, min(some.stop, key_heads) * rep)
         K, V = (t[entries if t.shape[0] > 1 else slice(None), some] for t in (k, v))

@@ -76,5 +76,5 @@ def backward_flops(
     if rank == head_dim:
         return products
     how = Approximation(estimator, rank, grouping_block, strict=strict)
-    rows = heads * num_queries + number_of_blocks(num_queries, how) * key_heads * num_keys
+    rows = heads * num_queries + number_of_blocks(num_queries, how, False) * key_heads * num_keys
     return products + 2 * 2 * batch * rows * head_dim * rank

@@ -110,12 +110,12 @@ class _Sizes(NamedTuple):
     bases: tuple[int, ...]
 
 
-def _sizes(q: Tensor, k: Tensor, how: Approximation) -> _Sizes:
+def _sizes(q: Tensor, k: Tensor, mask: Tensor | None, how: Approximation) -> _Sizes:
     """``(B, H, N)``, and ``(B, H_k, blocks, d, r)`` of A and B, or nothing where there are none."""
     batch, heads, num_queries, head_dim = q.shape
     row, bases = ESTIMATORS[how.estimator], _NONE
     if how.rank != head_dim and row.needs == "nothing":
-        blocks = number_of_blocks(num_queries, how)
+        blocks = number_of_blocks(num_queries, how, mask is not None)
         bases = (batch, k.shape[1], blocks, head_dim, how.rank)
     return _Sizes((batch, heads, num_queries), bases)
 
@@ -138,7 +138,7 @@ def _attention_recorded(
     """
     arguments = read_arguments(options)
     given = validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
-    sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
+    sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
     lse = q.new_empty(sizes.lse, dtype=dtype)
     A, B = (q.new_zeros(sizes.bases, dtype=dtype) for _ in "AB")
     is_exact = exactly.is_computing_exactly()
@@ -168,7 +168,7 @@ def _recorded_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = read_arguments(options)
     validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
-    sizes, dtype = _sizes(q, k, arguments.approximation), dtype_of(q)
+    sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
     return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.bool)
 

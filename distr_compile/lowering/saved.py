@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.estimators import MOST_AUTO_BLOCKS, arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.lowering.call import Approximation
 from distr_compile.lowering.choose import Call
@@ -52,16 +52,24 @@ def dtype_of(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def number_of_blocks(num_queries: int, how: Approximation) -> int:
-    """How many pairs of A and B there are; of a symbolic length guards ask which rule holds."""
+def number_of_blocks(num_queries: int, how: Approximation, has_mask: bool) -> int:
+    """How many pairs of A and B there is room for; guards ask a symbolic length which rule holds.
+
+    A mask may say that fewer rows count, of which "auto" can make more blocks.
+    """
     if arithmetic(how.estimator, "cpu", "ONE_BLOCK").ONE_BLOCK:
         return 1
     block = how.block or auto_grouping_block(num_queries, how.estimator, how.strict)
+    if has_mask and not how.block and not how.strict:
+        return MOST_AUTO_BLOCKS
     return 1 if block >= num_queries else -(-num_queries // block)
 
 
 def rows_of_a_block(call: Call, saved: Saved) -> int:
-    """The query rows that share A and B, at least 1; all of them where the call is exact."""
+    """The query rows that share A and B, at least 1; all of them where the call is exact.
+
+    Of a call without a mask, which may say where blocks lie.
+    """
     num_queries = max(1, call.q.shape[2])
     if saved.bases is None or saved.bases[0].shape[2] == 1:
         return num_queries

@@ -27,7 +27,8 @@ from distr_compile.accuracy.instrument import Call, Instrument, Site
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
 from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
-from distr_compile.kernels.projection.reference import RIDGE, counted_rows
+from distr_compile.kernels.counted import counted_rows
+from distr_compile.kernels.projection.reference import RIDGE
 from distr_compile.policy import Policy, Rule
 
 COMPUTES = ("calibrated",)
@@ -73,7 +74,7 @@ def calibrate(
     """Run ``model`` over ``batches`` and write the bases of its attentions to ``path``.
 
     The model runs exactly, once, under ``torch.no_grad()``. Rows that a mask hides do not count
-    (``kernels.projection.reference.counted_rows``), and neither do calls with fewer than 16 query
+    (``kernels.counted.counted_rows``), and neither do calls with fewer than 16 query
     rows, which are always exact. The Gram matrices are summed in fp64 where the device has it.
 
     Args:

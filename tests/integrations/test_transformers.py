@@ -179,6 +179,26 @@ def test_a_layer_that_cannot_take_its_plan_is_exact_as_with_the_backend() -> Non
             torch.testing.assert_close(ours(ids())[0], usual(ids())[0])
 
 
+@pytest.mark.parametrize("estimator", ["projection", "lsh-mean"])
+@pytest.mark.parametrize("name", ["bert, right padding", "llama, key heads, left padding"])
+def test_padding_changes_no_row(name: str, estimator: str) -> None:
+    policy = {"default": {"group_size": 2, "min_seq_len": 0, "estimator": estimator}}
+    inputs = MODELS[name][2]()
+    real = inputs["attention_mask"][1].bool()
+    if "llama" in name:  # by default they do not heed the mask, and turn Q and K by other angles
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    alone = {key: value[1:, real] for key, value in inputs.items()}
+    usual, ours = both(name)
+    compiled = by_backend(usual, policy)
+    distr_compile.transformers.apply(ours, policy)
+    with torch.no_grad():
+        exact = usual(**alone)[0]
+        for model in (compiled, ours):
+            got, wanted = model(**inputs)[0][1:, real], model(**alone)[0]
+            torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+            assert (wanted - exact).abs().max() > 10 * TOLERANCE, "nothing was approximated"
+
+
 def test_generate_is_that_of_the_backend() -> None:
     name = "llama, key heads, left padding"
     usual, ours = both(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from distr_compile.kernels import plan
 from distr_compile.kernels.attention import reference
+from distr_compile.kernels.blocks import Places
+from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.projection import launch as projection
 from distr_compile.kernels.projection.launch import projection_factors
-from distr_compile.kernels.projection.reference import counted_rows
+from distr_compile.kernels.roles import Asked
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -38,33 +41,56 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def scores(Qhat: Tensor, Khat: Tensor, block: int) -> Tensor:
+def scores(Qhat: Tensor, Khat: Tensor, block: int, places: Places | None = None) -> Tensor:
     """Qhat Khat^T in fp64, ``(B, H, N, M)``."""
-    rep = Qhat.shape[1] // Khat.shape[1]
-    Khat = Khat.double().repeat_interleave(rep, 1)
-    rows = Qhat.double().split(block, 2)
-    return torch.cat([Q @ Khat[:, :, i].mT for i, Q in enumerate(rows)], 2)
+    rep, (B, _, N, _) = Qhat.shape[1] // Khat.shape[1], Qhat.shape
+    Qhat, Khat = Qhat.double(), Khat.double().repeat_interleave(rep, 1)
+    ends = [(0, N, 0, N, block)] * B if places is None else places.ends.tolist()
+    S = Qhat.new_full((*Qhat.shape[:3], Khat.shape[3]), torch.nan)
+    for b, (low, high, first, stop, size) in enumerate(ends):
+        for i, start in enumerate(range(first, stop, size)):
+            rows = slice(
+                low if start == first else start, high if start + size >= stop else start + size
+            )
+            S[b, :, rows] = Qhat[b, :, rows] @ Khat[b, :, i].mT
+    return S
 
 
 def wanted(Q: Tensor, K: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     blocks = reference.estimate(Q, K, mask, estimator="projection", **options)
-    Qhat = torch.cat([b.Qhat for b in blocks], 2)
-    return scores(Qhat, torch.stack([b.Khat for b in blocks], 2), options["grouping_block"])
+    wide = [replace(b, Qhat=b.Qhat.double(), Khat=b.Khat.double()) for b in blocks]
+    return reference.scores(Q.double(), K.double(), wide)
 
 
 def factors(
     Q: Tensor, K: Tensor, mask: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    key_heads, num_keys = K.shape[1:3]
-    counted = counted_rows(mask, Q.shape[2], num_keys, key_heads, Q.shape[1] // key_heads)
-    return projection_factors(Q, K, *counted, **options)
+    return made(Q, K, mask, **options)[:2]
+
+
+def made(
+    Q: Tensor, K: Tensor, mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Places | None]:
+    """Qhat, Khat, and where the mask says that the blocks lie."""
+    if mask is None:
+        return *projection_factors(Q, K, **options), None
+    causal = {name: options[name] for name in ("is_causal", "causal_offset") if name in options}
+    block = options["grouping_block"]
+    asked = Asked(
+        "projection", options["rank"], block, options.get("rounds", 1), options["seed"],
+        options.get("causal_offset", 0) if options.get("is_causal") else None, given_block=block,
+    )  # fmt: skip
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    prologue = projection.prologue(Q, K, mask, asked)
+    found = prologue.factors(Q, K, *prologue.counted, places=prologue.places, **causal)
+    return *found, prologue.places
 
 
 def check(Q: Tensor, K: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     """Compare where row and key see each other; returns the scores."""
-    Qhat, Khat = factors(Q, K, mask, **options)
+    Qhat, Khat, places = made(Q, K, mask, **options)
     assert Qhat.dtype == Khat.dtype == Q.dtype
-    got = scores(Qhat, Khat, options["grouping_block"])
+    got = scores(Qhat, Khat, options["grouping_block"], places)
     exact = wanted(Q.double(), K.double(), mask, **options)
     own = wanted(Q, K, mask, **options)
     assert got.shape == exact.shape
@@ -174,7 +200,8 @@ def test_hidden_rows_may_hold_anything(dtype: torch.dtype) -> None:
     options = {"rank": 16, "grouping_block": 30, "seed": 0}
     before = check(Q, K, mask, **options)
     Q[:, :, 37:], K[:, :, 40:], K[:, :, 37:40] = torch.nan, torch.inf, torch.nan
-    after = scores(*factors(Q, K, mask, **options), 30)
+    Qhat, Khat, places = made(Q, K, mask, **options)
+    after = scores(Qhat, Khat, 30, places)
     assert torch.equal(after[:, :, :37, :37], before[:, :, :37, :37])
 
 

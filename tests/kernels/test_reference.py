@@ -33,6 +33,20 @@ def naive_order(rows: np.ndarray, P: np.ndarray, signed: bool) -> tuple[list[int
     return [column for _, column in sorted(keys)], sign
 
 
+def naive_counts(mask: np.ndarray | None, H: int, Hk: int, N: int, M: int) -> np.ndarray:
+    """Which rows (H, N) are no padding, entry by entry of the mask (H, N, M)."""
+    if mask is None:
+        return np.ones((H, N), bool)
+    sees = mask if mask.dtype == bool else mask > -1e300
+    counts = np.zeros((H, N), bool)
+    for h in range(H):
+        heads = [other for other in range(H) if other * Hk // H == h * Hk // H]
+        for i in range(N):
+            hidden = N == M and not any(sees[other, :, i].any() for other in heads)
+            counts[h, i] = sees[h, i].any() and not hidden
+    return counts
+
+
 def naive_attention(
     q: np.ndarray,
     k: np.ndarray,
@@ -57,10 +71,19 @@ def naive_attention(
     out = np.zeros((B, H, N, v.shape[3]))
     for b in range(B):
         kb, vb = min(b, k.shape[0] - 1), min(b, v.shape[0] - 1)
+        counts = naive_counts(None if mask is None else mask[b], H, Hk, N, M)
+        real = [i for i in range(N) if counts[:, i].any()] or [0, N - 1]
         for g in range(Hk):
-            for start in range(0, N, block):
-                rows = range(start, min(start + block, N))
-                stacked = np.stack([q[b, g * rep + h, i] for i in rows for h in range(rep)])
+            for start in range(real[0], real[-1] + 1, block):
+                stop = min(start + block, real[-1] + 1)
+                rows = range(0 if start == real[0] else start, N if stop == real[-1] + 1 else stop)
+                stacked = np.stack(
+                    [
+                        q[b, g * rep + h, i] * counts[g * rep + h, i]
+                        for i in range(start, stop)
+                        for h in range(rep)
+                    ]
+                )
                 order, sign = naive_order(stacked, P[: len(stacked)], estimator == "lsh-signed")
                 groups = [order[j * G : (j + 1) * G] for j in range(rank)]
                 Khat = np.stack([(k[kb, g] * sign)[:, group].sum(1) for group in groups], 1)

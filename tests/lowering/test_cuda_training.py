@@ -60,12 +60,22 @@ def near(name: str, dtype: torch.dtype, got: Any, exact: Any, low: Any) -> None:
         assert (mine.double() - wanted).norm().item() <= bound
 
 
+def expected(name: str) -> list[str]:
+    """What runs: nothing of ours where a mask may say where grouping blocks begin."""
+    sizes, mask, options = CASES[name]
+    if mask is None:
+        return ["distr-triton", "backward"]
+    if options["rank"] < sizes[5] and options["estimator"] != "calibrated":
+        return []
+    is_trained = mask not in ("bool", "padding") and "without gradient" not in name
+    return ["distr-triton"] if is_trained else ["distr-triton", "backward"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str, dtype: torch.dtype, ran: list[str]) -> None:
     got = by_op(name, dtype)
-    has_bias = CASES[name][1] not in (None, "bool") and "without gradient" not in name
-    assert ran == (["distr-triton"] if has_bias else ["distr-triton", "backward"])
+    assert ran == expected(name)
     exact, low = (by_definition(name, dtype, working) for working in (torch.float64, dtype))
     near(name, dtype, got, exact, low)
 
@@ -74,7 +84,7 @@ def test_gradients(name: str, dtype: torch.dtype, ran: list[str]) -> None:
 def test_dropout(name: str, ran: list[str]) -> None:
     dtype = torch.float32
     got = dropped_by_op(name, dtype)
-    assert ran == ["distr-triton", "backward"]
+    assert ran == expected(name)
     exact, low = (dropped_by_definition(name, dtype, to) for to in (torch.float64, dtype))
     near(name, dtype, got, exact, low)
 
@@ -109,6 +119,7 @@ def test_who_computes_what() -> None:
         (shape, Approximation("projection", 32, strict=True), False, "the strict form"),
         (shape._replace(head_dim=256), how, False, "takes widths up to 128"),
         (shape, how, True, "gives no gradient to a mask"),
+        (shape._replace(mask=((2, 1, 1, 160), torch.bool)), how, False, "takes no mask that may"),
         (shape._replace(dtype=torch.float64), how, False, "do not compute in fp64"),
         (
             shape._replace(num_queries=10**5, num_keys=10**5),

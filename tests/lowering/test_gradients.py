@@ -63,8 +63,9 @@ def bases(key_heads: int, head_dim: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 MEAN: dict[str, Any] = {"estimator": "lsh-mean"}
+PADDED: tuple[Any, Any] = ((3, 4, 2, 60, 60, 32, 40), "padding")
 CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
-    # name: B, H, H_k, N, M, d, d_v; mask: None, or shape (of a bias), or "bool"; options
+    # name: B, H, H_k, N, M, d, d_v; mask: None, shape (of a bias), "bool", "padding"; options
     "one row": ((2, 2, 1, 1, 5, 32, 32), None, MEAN | {"rank": 16}),
     "17 rows": ((1, 2, 2, 17, 17, 40, 24), None, MEAN | {"rank": 20}),
     "197 rows": ((1, 3, 1, 197, 197, 64, 64), None, {"estimator": "projection", "rank": 32}),
@@ -142,6 +143,9 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
         (210,),
         MEAN | {"rank": 24, "is_causal": True, "causal_offset": 100, "sinks": True},
     ),
+    "padding": (*PADDED, {"estimator": "projection", "rank": 16, "grouping_block": 20}),
+    "padding, causal": (*PADDED, {"estimator": "projection", "rank": 16, "is_causal": True}),
+    "padding, hashed": (*PADDED, MEAN | {"rank": 16, "grouping_block": 16, "sinks": True}),
     "exact by rank": ((2, 4, 2, 20, 24, 32, 24), (1, 20, 24), MEAN | {"rank": 32, "sinks": True}),
     "exact by length": (
         (2, 4, 2, 20, 24, 32, 24),
@@ -159,6 +163,9 @@ def call_of(name: str, dtype: torch.dtype) -> tuple[list[Tensor | None], dict[st
     bias: Tensor | None = None
     if mask == "bool":
         bias = draw(B, 1, N, M, seed=3) > -0.7
+    elif mask == "padding":  # on the right, on the left, on both sides
+        first = torch.tensor([0, 20, 9])[:, None]
+        bias = ((torch.arange(M) >= first) & (torch.arange(M) < first + 40))[:, None, None]
     elif mask is not None:
         bias = draw(*mask, seed=3).to(dtype)
     sinks = draw(H, seed=4).to(dtype) if options.pop("sinks", False) else None

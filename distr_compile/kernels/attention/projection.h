@@ -16,6 +16,7 @@ struct Bases {
   const void *q, *k;
   const uint8_t *queries, *keys;  // which rows count, or null: all
   const float* start;             // (d, r), contiguous
+  const int64_t* seen;            // per block of the sequence: keys that have a part, or null
   float *a, *b;                   // A^T (units, blocks, r, d), B (units, blocks, d, padded r)
   const float* carry;             // (units, 2, d padded d + 16): sums so far of Q and of K
   float* carry_out;               // likewise, after these blocks; another tensor
@@ -65,6 +66,7 @@ struct Projection {
   };
   int64_t keys_of(int64_t block) const {  // that count in it; never fewer than in the one before
     if (block < 0) return 0;
+    if (c.seen) return c.seen[block];
     int64_t seen = c.num_keys;
     if (c.strict) seen = block ? block * c.block + c.causal_offset : 0;
     else if (c.limited) seen = std::min((block + 1) * c.block, c.num_queries) + c.causal_offset;

@@ -24,11 +24,14 @@ the hash in at least fp32, so that a low precision does not change which columns
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_named
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.counted import counted_rows, spans
 from distr_compile.kernels.roles import Asked, Block
 
 
@@ -68,10 +71,12 @@ def estimate(
     Args:
         Q: ``(B, H, N, d)``.
         K: ``(B or 1, H_k, M, d)``, H_k divides H.
-        mask: as in ``attention``; only ``projection`` looks at it.
+        mask: as in ``attention``. It says which rows and keys count, and where the blocks begin;
+            ``calibrated`` does not look at it.
         rank: r; a divisor of d, for ``projection`` any up to d.
         estimator: a name in ``estimators.ESTIMATORS``.
-        grouping_block: l, query rows per grouping; 0 chooses by ``auto_grouping_block``.
+        grouping_block: l, query rows per grouping; 0 chooses by ``auto_grouping_block``, of the
+            rows from the first that counts to the last.
         rounds: of ``projection``: 1, or 2 for nearly the best possible basis.
         seed: names the random numbers.
         is_causal: row i sees keys ``j <= i + causal_offset``; only ``projection`` looks at it.
@@ -84,20 +89,40 @@ def estimate(
             take.
         NoArithmeticError: a row of the table that has no definition.
     """
-    key_heads, (num_queries, head_dim) = K.shape[1], Q.shape[2:]
+    key_heads, num_keys = K.shape[1:3]
+    batch, heads, num_queries, head_dim = Q.shape
     _check_estimator(estimator, rank, rounds, strict, head_dim, bases is not None)
-    asked = Asked(
-        estimator=estimator,
-        rank=rank,
-        block=grouping_block or auto_grouping_block(num_queries, estimator, strict),
-        rounds=rounds,
-        seed=seed,
-        causal_offset=causal_offset if is_causal or strict else None,
-        bases=bases,
-        strict=strict,
-    )
     module = arithmetic(estimator, "definition", "factors")
-    blocks: list[Block] = module.factors(Q.unflatten(1, (key_heads, -1)), K, mask, asked)
+    counts: tuple[Tensor | None, Tensor | None] = None, None
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        if bases is None and not strict:
+            counts = counted_rows(mask, num_queries, num_keys, key_heads, heads // key_heads)
+    offset = causal_offset if is_causal or strict else None
+    blocks: list[Block] = []
+
+    def block_of(rows: int) -> int:
+        return grouping_block or auto_grouping_block(rows, estimator, strict)
+
+    sizes = (batch, num_queries, num_keys)
+    for span in spans(mask, counts, sizes, block_of, causal_offset=offset, by_place=True):
+        asked = Asked(
+            estimator=estimator,
+            rank=rank,
+            block=span.block,
+            rounds=rounds,
+            seed=seed,
+            causal_offset=offset,
+            bases=bases,
+            strict=strict,
+            first=span.first,
+            stop=span.stop,
+            seen=span.seen,
+        )
+        q, k = (t if t.shape[0] == 1 else t[span.entries] for t in (Q, K))
+        some = mask if mask is None or mask.shape[0] == 1 else mask[span.entries]
+        made = module.factors(q.unflatten(1, (key_heads, -1)), k, some, asked)
+        blocks += (replace(block, entries=span.entries) for block in made)
     return blocks
 
 
@@ -126,14 +151,15 @@ def scores(Q: Tensor, K: Tensor, blocks: list[Block]) -> Tensor:
         K: ``(B or 1, H_k, M, d)``.
         blocks: of ``estimate``.
     """
-    rep = Q.shape[1] // K.shape[1]
-    parts = []
+    rep, num_keys = Q.shape[1] // K.shape[1], K.shape[2]
+    S = Q.new_empty(*Q.shape[:3], num_keys)
     for b in blocks:
         known = b.Khat.shape[2]
         hat = b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).mT
-        exact = Q[:, :, b.start : b.stop] @ K[:, :, known:].repeat_interleave(rep, dim=1).mT
-        parts.append(torch.cat([hat, exact], dim=3))
-    return torch.cat(parts, dim=2)
+        q, k = (t if t.shape[0] == 1 else t[b.entries] for t in (Q, K))
+        exact = q[:, :, b.start : b.stop] @ k[:, :, known:].repeat_interleave(rep, dim=1).mT
+        S[b.entries, :, b.start : b.stop] = torch.cat([hat, exact], dim=3)
+    return S
 
 
 def masked_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.blocks import Places
+from distr_compile.kernels.padding import cdiv
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def dropped(dropout: Dropout | None) -> dict[str, float]:
@@ -51,3 +56,50 @@ def strides(tensor: str, dimensions: str, t: Tensor | None) -> dict[str, int]:
     if t is not None and dimensions[0] == "b" and t.shape[0] == 1:
         steps[0] = 0
     return {f"stride_{tensor}{name}": step for name, step in zip(dimensions, steps, strict=True)}
+
+
+def check(
+    Qhat: Tensor,
+    Khat: Tensor,
+    V: Tensor,
+    sinks: Tensor | None,
+    grouping_block: int,
+    out: Tensor,
+    lse: Tensor | None,
+    places: Places | None,
+) -> None:
+    """Refuse what the kernel would read wrongly, as ``attention_fwd`` documents."""
+    if Qhat.dtype not in DTYPES or any(t.dtype != Qhat.dtype for t in (Khat, V, out)):
+        got = ", ".join(str(t.dtype).removeprefix("torch.") for t in (Qhat, Khat, V, out))
+        raise ValueError(
+            f"dtypes of Qhat, Khat, V, out: got {got}; must be one of float16, bfloat16, float32, "
+            "the same for all: convert them first"
+        )
+    batch, heads, num_queries, r = Qhat.shape
+    key_heads, blocks, num_keys = Khat.shape[1:4]
+    if grouping_block < 1:
+        raise ValueError(f"grouping_block: got {grouping_block}; must be at least 1")
+    needed = places.blocks if places else max(1, cdiv(num_queries, grouping_block))
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"Khat: got {key_heads} heads; must divide the {heads} heads of Qhat")
+    if blocks not in ((needed,) if places else (1, needed)):
+        raise ValueError(
+            f"Khat: got {blocks} grouping blocks for {num_queries} rows in blocks of "
+            f"{grouping_block}; must be {needed}, or 1 to be shared by all rows"
+        )
+    d_v = V.shape[-1]
+    expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "Khat": (Khat, [(n, key_heads, blocks, num_keys, r) for n in (batch, 1)]),
+        "V": (V, [(n, key_heads, num_keys, d_v) for n in (batch, 1)]),
+        "sinks": (sinks, [(heads,)]),
+        "out": (out, [(batch, heads, num_queries, d_v)]),
+        "lse": (lse, [(batch, heads, num_queries)]),
+    }
+    for name, (tensor, shapes) in expected.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {wanted}")
+    if out.stride(-1) != 1 and d_v > 1:
+        raise ValueError(f"out: got last stride {out.stride(-1)}; must be 1: pass a buffer")
+    if lse is not None and lse.dtype != torch.float32:
+        raise ValueError(f"lse: got {lse.dtype}; must be torch.float32")

@@ -29,21 +29,22 @@ from torch import Tensor
 
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.attention.triton_arguments import (
+    check,
     describable,
     descriptor,
     dropped,
     power_of_two,
     strides,
 )
+from distr_compile.kernels.blocks import Places
 from distr_compile.kernels.padding import cdiv
 from distr_compile.kernels.plan import do_not_repeat, launch
+from distr_compile.kernels.triton_places import rows_of_tile
 from distr_compile.kernels.triton_random import is_kept
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LEAST_SCALE = 1e-30
 """Smaller and negative scales are multiplied out: folded, 0 * -inf would be undefined."""
@@ -190,6 +191,7 @@ def _attention_fwd(
     Mask,
     Sinks,
     Seed,
+    Ends,
     Out,
     Lse,
     scale,
@@ -266,9 +268,11 @@ def _attention_fwd(
     h = (head % heads).to(tl.int64)
     key_h = h // rep
 
-    block = tile // tiles_per_block
-    first_row = block * grouping_block + tile % tiles_per_block * BLOCK_M
-    stop_row = tl.minimum((block + 1) * grouping_block, num_queries)
+    block, first_row, stop_row = rows_of_tile(
+        Ends, b, tile, grouping_block, num_queries, tiles_per_block, BLOCK_M
+    )
+    if Ends is not None and first_row >= stop_row:
+        return
     rows = first_row + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one, so that no load of a row needs a test.
     safe_rows = tl.minimum(rows, stop_row - 1).to(tl.int64)
@@ -410,6 +414,7 @@ def attention_fwd(
     tile: Tile,
     out: Tensor,
     lse: Tensor | None = None,
+    places: Places | None = None,
 ) -> None:
     """Fill ``out`` with softmax(scale * Qhat Khat^T + mask) V (eq. 1 and 2 of arXiv 2507.17245).
 
@@ -436,11 +441,13 @@ def attention_fwd(
         out: ``(B, H, N, d_v)``, last stride 1. Rows that see no key are 0.
         lse: ``(B, H, N)`` fp32 or None: filled with the natural logarithm of the softmax's
             denominator, sinks included; -inf for rows that see nothing.
+        places: where the blocks lie, in the place of ``grouping_block``: L is the number that it
+            says. Rows that use no block of it are not written.
 
     Raises:
         ValueError: shapes, dtypes or strides other than these.
     """
-    _check(Qhat, Khat, V, sinks, grouping_block, out, lse)
+    check(Qhat, Khat, V, sinks, grouping_block, out, lse, places)
     batch, heads, num_queries, r = Qhat.shape
     key_heads, blocks, num_keys = Khat.shape[1:4]
     d_v = V.shape[-1]
@@ -449,6 +456,8 @@ def attention_fwd(
         mask = mask.expand(batch, heads, num_queries, num_keys)
     if blocks == 1:
         grouping_block = max(num_queries, 1)
+    if places:
+        grouping_block = max(1, places.rows)
     block_m = min(tile.block_m, power_of_two(min(grouping_block, num_queries)))
     # Dropout's numbers take registers: half as many keys at a time.
     keys_at_once = tile.block_n if dropout is None else max(16, tile.block_n // 2)
@@ -456,6 +465,8 @@ def attention_fwd(
     tiles_per_block = cdiv(grouping_block, block_m)
     last_block = num_queries - (blocks - 1) * grouping_block
     tiles = (blocks - 1) * tiles_per_block + cdiv(last_block, block_m)
+    if places:
+        tiles = cdiv(num_queries, block_m) + blocks - 1
     rep = heads // key_heads
     bytes_of_head = max(num_keys * (r + d_v) * V.element_size(), 1)
     together = min(rep * max(1, L2_BYTES // bytes_of_head), batch * heads)
@@ -489,6 +500,7 @@ def attention_fwd(
             Mask=mask,
             Sinks=sinks,
             Seed=None if dropout is None else dropout.seed,
+            Ends=places and places.ends,
             Out=out,
             Lse=lse,
             scale=float(scale),
@@ -549,49 +561,3 @@ def _with_scratch(start: Callable[[], object]) -> None:
     )
     do_not_repeat()
     start()
-
-
-def _check(
-    Qhat: Tensor,
-    Khat: Tensor,
-    V: Tensor,
-    sinks: Tensor | None,
-    grouping_block: int,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Refuse what the kernel would read wrongly, as ``attention_fwd`` documents."""
-    if Qhat.dtype not in DTYPES or any(t.dtype != Qhat.dtype for t in (Khat, V, out)):
-        got = ", ".join(str(t.dtype).removeprefix("torch.") for t in (Qhat, Khat, V, out))
-        raise ValueError(
-            f"dtypes of Qhat, Khat, V, out: got {got}; must be one of float16, bfloat16, float32, "
-            "the same for all: convert them first"
-        )
-    batch, heads, num_queries, r = Qhat.shape
-    key_heads, blocks, num_keys = Khat.shape[1:4]
-    if grouping_block < 1:
-        raise ValueError(f"grouping_block: got {grouping_block}; must be at least 1")
-    needed = max(1, cdiv(num_queries, grouping_block))
-    if key_heads < 1 or heads % key_heads:
-        raise ValueError(f"Khat: got {key_heads} heads; must divide the {heads} heads of Qhat")
-    if blocks not in (1, needed):
-        raise ValueError(
-            f"Khat: got {blocks} grouping blocks for {num_queries} rows in blocks of "
-            f"{grouping_block}; must be {needed}, or 1 to be shared by all rows"
-        )
-    d_v = V.shape[-1]
-    expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
-        "Khat": (Khat, [(n, key_heads, blocks, num_keys, r) for n in (batch, 1)]),
-        "V": (V, [(n, key_heads, num_keys, d_v) for n in (batch, 1)]),
-        "sinks": (sinks, [(heads,)]),
-        "out": (out, [(batch, heads, num_queries, d_v)]),
-        "lse": (lse, [(batch, heads, num_queries)]),
-    }
-    for name, (tensor, shapes) in expected.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {wanted}")
-    if out.stride(-1) != 1 and d_v > 1:
-        raise ValueError(f"out: got last stride {out.stride(-1)}; must be 1: pass a buffer")
-    if lse is not None and lse.dtype != torch.float32:
-        raise ValueError(f"lse: got {lse.dtype}; must be torch.float32")

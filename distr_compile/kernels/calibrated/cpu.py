@@ -12,6 +12,7 @@ from distr_compile.kernels.roles import Asked
 
 COMPUTES = ("calibrated",)
 ONE_BLOCK = True
+BY_PLACE = False
 READS_PANELS = False
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
 from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.kernels.lsh.reference import order_of_projected, variant_of
 from distr_compile.kernels.random import projections
@@ -20,6 +21,7 @@ from distr_compile.kernels.roles import Asked
 from distr_compile.kernels.rows import stack
 
 ONE_BLOCK = False
+BY_PLACE = True
 READS_PANELS = True
 
 
@@ -31,16 +33,18 @@ def elements(head_dim: int, rank: int) -> int:
 def counted(
     mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
 ) -> tuple[Tensor | None, Tensor | None]:
-    """All rows of Q count, masked or not, and K has no part in A and B."""
-    return None, None
+    """Rows of Q that a mask hides do not count; K has no part in A and B."""
+    return counted_rows(mask, num_queries, num_keys, key_heads, rep)[0], None
 
 
 def bases(
     Q: Tensor, K: Tensor, queries: Tensor | None, keys: Tensor | None, asked: Asked
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A and B of each grouping block in turn; see ``kernels/roles.py``."""
-    for block in Q.split(asked.block, dim=3):
-        yield _group_bases(block, asked.rank, asked.estimator, asked.seed, asked.panel)
+    for start in range(0, max(Q.shape[3], 1), asked.block):
+        rows = slice(start, start + asked.block)
+        counts = None if queries is None else queries[..., rows]
+        yield _group_bases(Q[..., rows, :], counts, asked)
 
 
 def groups(
@@ -60,9 +64,7 @@ def _projections(start: int, stop: int, seed: int) -> Tensor:
         return projections(start, stop, seed=seed)
 
 
-def _group_bases(
-    Q: Tensor, rank: int, estimator: str, seed: int, panel: int
-) -> tuple[Tensor, Tensor]:
+def _group_bases(Q: Tensor, counts: Tensor | None, asked: Asked) -> tuple[Tensor, Tensor]:
     """Matrices A, B ``(b h, d, r)`` of one grouping block: Qhat = Q A and Khat = K B (eq. 2).
 
     Column j of B has a one for every member of group j, or a minus one where the column is turned;
@@ -71,12 +73,17 @@ def _group_bases(
     scores.
     """
     rep, rows, head_dim = Q.shape[2:]
-    sample, signed = variant_of(estimator)
+    rank = asked.rank
+    sample, signed = variant_of(asked.estimator)
     projected: Tensor | None = None
-    for first in range(0, rows, panel):
-        stacked = stack(Q[..., first : first + panel, :])
+    for first in range(0, rows, asked.panel):
+        some = slice(first, first + asked.panel)
+        part = Q[..., some, :]
+        if counts is not None:
+            part = part.where(counts[..., some, None], 0)
+        stacked = stack(part)
         start = first * rep
-        P = _projections(start, start + stacked.shape[1], seed).to(Q.device, stacked.dtype)
+        P = _projections(start, start + stacked.shape[1], asked.seed).to(Q.device, stacked.dtype)
         if signed:  # the first projection is the sum of a column
             P = torch.cat([P.new_ones(len(P), 1), P[:, 1:]], dim=1)
         product = torch.matmul(P.T, stacked)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
+from distr_compile.kernels.blocks import Places
+from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.lsh.reference import COMPUTES as COMPUTES
 from distr_compile.kernels.lsh.reference import variant_of
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
+from distr_compile.kernels.places import places
 from distr_compile.kernels.plan import launch, new
 from distr_compile.kernels.random import seed_offset
 from distr_compile.kernels.roles import Asked, Prologue
@@ -33,7 +36,15 @@ LEAST_WIDTH = 16
 
 
 def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologue:
-    """What makes Qhat and Khat of a chunk: it asks for no memory of its own, and for no mask."""
+    """What makes Qhat and Khat of a chunk: it asks for no memory of its own.
+
+    The mask says which rows count and where the blocks lie.
+    """
+    key_heads, num_keys = K.shape[1:3]
+    rep = Q.shape[1] // key_heads
+    queries, where = counted_rows(mask, Q.shape[2], num_keys, key_heads, rep)[0], None
+    if mask is not None and queries is not None:
+        where = places(mask, queries, Q.shape[0], num_keys, asked, keys_count=False)
     return Prologue(
         partial(
             lsh_factors,
@@ -41,13 +52,16 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
             estimator=asked.estimator,
             grouping_block=asked.block,
             seed=asked.seed,
-        )
+        ),
+        counted=(queries,),
+        places=where,
     )
 
 
 def lsh_factors(
     Q: Tensor,
     K: Tensor,
+    queries: Tensor | None = None,
     *,
     rank: int,
     estimator: str,
@@ -55,6 +69,7 @@ def lsh_factors(
     seed: int,
     is_causal: bool = False,
     causal_offset: int = 0,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
 
@@ -67,6 +82,8 @@ def lsh_factors(
             short.
         K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
             one grouping.
+        queries: bool ``(B or 1, H_k or 1, rep, N)``: the rows of Q that are hashed, the others as
+            if they were 0; None for all.
         rank: r, a divisor of d.
         estimator: "lsh-sample" (Qhat takes the first column of each group), "lsh-mean" or
             "lsh-signed".
@@ -75,33 +92,42 @@ def lsh_factors(
         is_causal: row i sees keys ``j <= i + causal_offset`` only. Rows of Khat that no row of
             their grouping block sees may stay unwritten.
         causal_offset: see ``is_causal``.
+        places: where the blocks lie, in the place of ``grouping_block``.
 
     Returns:
         Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
-        Q's dtype.
+        Q's dtype. With ``places`` as many blocks as that has, and rows that use no block of it may
+        stay unwritten.
     """
     from distr_compile.kernels.lsh.triton import _group_kernel
 
     batch, heads, num_rows, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
     num_blocks = cdiv(num_rows, grouping_block)
+    if places:
+        num_blocks, grouping_block = places.blocks, places.rows
     Qhat = new(Q, batch, heads, num_rows, rank)
     Khat = new(Q, batch, key_heads, num_blocks, num_keys, rank)
     variant = variant_of(estimator)
     signed = variant.signed
-    order = _order(_project(Q, key_heads, grouping_block, seed, signed), signed)
+    projected = _project(Q, key_heads, grouping_block, seed, signed, queries, places)
+    order = _order(projected, signed)
 
     rows = _tile_rows(Q, GROUP_TILE_BYTES)
     key_tiles = cdiv(num_keys, rows)
     spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
     key_programs = batch * key_heads * spans * key_tiles
-    query_tiles = cdiv(min(grouping_block, num_rows), rows)
+    tiles_per_block = cdiv(min(grouping_block, num_rows), rows)
+    query_tiles = num_blocks * tiles_per_block
+    if places:
+        query_tiles = cdiv(num_rows, rows) + num_blocks - 1
     launch(
         _group_kernel,
-        (key_programs + batch * heads * num_blocks * query_tiles,),
+        (key_programs + batch * heads * query_tiles,),
         Q,
         K,
         order,
+        places and places.ends,
         Qhat,
         Khat,
         *Q.stride(),
@@ -117,6 +143,7 @@ def lsh_factors(
         spans,
         key_programs,
         query_tiles,
+        tiles_per_block,
         HEAD_DIM=head_dim,
         WIDTH=padded(head_dim, LEAST_WIDTH),
         GROUP_SIZE=head_dim // rank,
@@ -145,7 +172,15 @@ def lsh_order(
     return torch.where(columns < 0, ~columns, columns), torch.where(places < 0, -1, 1)
 
 
-def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: bool) -> Tensor:
+def _project(
+    Q: Tensor,
+    key_heads: int,
+    grouping_block: int,
+    seed: int,
+    signed: bool,
+    queries: Tensor | None = None,
+    places: Places | None = None,
+) -> Tensor:
     """Projected columns as partial sums, ``(B, H_k, num_blocks, num_chunks, d, 16)`` fp32."""
     from distr_compile.kernels.lsh.triton import _project_kernel
 
@@ -156,7 +191,9 @@ def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: 
     block_rows = min(grouping_block, num_rows) * rep
     chunk_rows = max(CHUNK_ROWS, cdiv(cdiv(block_rows, MAX_CHUNKS), rows) * rows)
     num_chunks = cdiv(block_rows, chunk_rows)
-    num_blocks = cdiv(num_rows, grouping_block)
+    num_blocks = places.blocks if places else cdiv(num_rows, grouping_block)
+    if queries is not None:
+        queries = queries.expand(batch, key_heads, -1, -1)
     partial = new(
         Q, batch, key_heads, num_blocks, num_chunks, head_dim, NUM_PROJECTIONS, dtype=torch.float32
     )
@@ -164,8 +201,11 @@ def _project(Q: Tensor, key_heads: int, grouping_block: int, seed: int, signed: 
         _project_kernel,
         (batch * key_heads * num_blocks * num_chunks,),
         Q,
+        queries,
+        places and places.ends,
         partial,
         *Q.stride(),
+        *((0, 0, 0, 0) if queries is None else queries.stride()),
         key_heads,
         rep,
         num_rows,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import NUM_PROJECTIONS
+from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.random import projections
 from distr_compile.kernels.roles import Asked, Block
 
@@ -54,22 +55,24 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     Args:
         Q: ``(B, H_k, rep, N, d)``.
         K: ``(B or 1, H_k, M, d)``.
-        mask: not looked at.
-        asked: of it the estimator, rank, block and seed.
+        mask: says which rows count; the others are hashed as if they were 0.
+        asked: of it the estimator, rank, blocks and seed.
     """
     variant, blocks = variant_of(asked.estimator), []
-    for start in range(0, Q.shape[3], asked.block):
-        rows = Q[..., start : start + asked.block, :]
-        Qhat, Khat = _group_factors(rows, K, asked.rank, variant, asked.seed)
-        blocks.append(Block(start, start + rows.shape[3], Qhat.flatten(1, 2), Khat))
+    key_heads, rep, num_queries, _ = Q.shape[1:]
+    counts, _ = counted_rows(mask, num_queries, K.shape[2], key_heads, rep)
+    hashed = Q if counts is None else Q.where(counts[..., None], 0)
+    for counted, rows in asked.blocks(num_queries):
+        columns = group_columns(hashed[..., counted, :], seed=asked.seed, signed=variant.signed)
+        Qhat, Khat = _group_factors(Q[..., rows, :], K, asked.rank, variant, *columns)
+        blocks.append(Block(rows.start, rows.stop, Qhat.flatten(1, 2), Khat))
     return blocks
 
 
 def _group_factors(
-    Q: Tensor, K: Tensor, rank: int, variant: Variant, seed: int
+    Q: Tensor, K: Tensor, rank: int, variant: Variant, order: Tensor, sign: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Qhat ``(B, H_k, rep, l, r)`` and Khat ``(B, H_k, M, r)`` of one grouping block."""
-    order, sign = group_columns(Q, seed=seed, signed=variant.signed)
     K = (K * sign[:, :, None].to(K.dtype)).expand(Q.shape[0], -1, -1, -1)
     Q = Q * sign[:, :, None, None].to(Q.dtype)
     group_size = Q.shape[-1] // rank

@@ -33,17 +33,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from distr_compile.kernels.triton_places import blocks_from, counted_rows_of, rows_of_tile
 from distr_compile.kernels.triton_random import random_numbers
 
 
 @triton.jit(do_not_specialize=["num_rows", "block", "num_blocks", "num_chunks", "offset"])
 def _project_kernel(
     Q,
+    counted,
+    places,
     partial,
     stride_b,
     stride_h,
     stride_n,
     stride_d,
+    counted_stride_b,
+    counted_stride_h,
+    counted_stride_r,
+    counted_stride_n,
     key_heads,
     rep,
     num_rows,
@@ -61,27 +68,35 @@ def _project_kernel(
     """``partial[unit, block, chunk]`` = Q^T P over the rows of one chunk, ``(HEAD_DIM, NUM)``.
 
     A unit is a key head of one batch element. The rows of its ``rep`` query heads are stacked token
-    by token. With SIGNED the first projection is the sum of a column.
+    by token. With SIGNED the first projection is the sum of a column. Rows that are not
+    ``counted``, where that is given, are 0.
     """
     pid = tl.program_id(0)
     chunk = pid % num_chunks
     i = pid // num_chunks % num_blocks
     unit = (pid // num_chunks // num_blocks).to(tl.int64)
-    first_token = i * block
+    b, h = unit // key_heads, unit % key_heads
+    first_token, stop = counted_rows_of(places, b, i, block, num_rows)
     first = chunk * chunk_rows
-    last = min(first + chunk_rows, min(block, num_rows - first_token) * rep)
+    last = min(first + chunk_rows, (stop - first_token) * rep)
 
     column, p = tl.arange(0, WIDTH), tl.arange(0, NUM)
     is_column = column < HEAD_DIM
-    Q += unit // key_heads * stride_b + unit % key_heads * rep * stride_h
-    Q += first_token.to(tl.int64) * stride_n
+    first_token = first_token.to(tl.int64)
+    Q += b * stride_b + h * rep * stride_h + first_token * stride_n
+    if counted is not None:
+        counted += b * counted_stride_b + h * counted_stride_h + first_token * counted_stride_n
     sums = tl.zeros([WIDTH, NUM], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         token, head = (row // rep).to(tl.int64), (row % rep).to(tl.int64)
+        is_row = row < last
+        if counted is not None:
+            place = token * counted_stride_n + head * counted_stride_r
+            is_row = tl.load(counted + place, mask=is_row, other=0) != 0
         q = tl.load(
             Q + (token * stride_n + head * stride_h)[:, None] + (column * stride_d)[None, :],
-            mask=(row < last)[:, None] & is_column[None, :],
+            mask=is_row[:, None] & is_column[None, :],
             other=0.0,
         )
         P = random_numbers(row[:, None] * NUM + p[None, :], offset)
@@ -216,12 +231,14 @@ def _group_tile(
         "spans",
         "key_programs",
         "query_tiles",
+        "tiles_per_block",
     ]
 )
 def _group_kernel(
     Q,
     K,
     order,
+    places,
     Qhat,
     Khat,
     q_stride_b,
@@ -243,6 +260,7 @@ def _group_kernel(
     spans,
     key_programs,
     query_tiles,
+    tiles_per_block,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -269,7 +287,9 @@ def _group_kernel(
         if CAUSAL:
             # Rows from first_key - causal_offset on see a key of this tile.
             first_row = max(first_key - causal_offset, 0)
-            first_block = max(first_block, first_row // block)
+            from_block, last = blocks_from(places, unit // key_heads, first_row, block, num_blocks)
+            first_block = max(first_block, from_block)
+            last_block = min(last_block, last)
             if first_row >= num_rows:
                 first_block = last_block
         if first_block < last_block:
@@ -306,11 +326,13 @@ def _group_kernel(
                 )
     else:
         pid -= key_programs
-        i = pid // query_tiles % num_blocks
-        head = (pid // query_tiles // num_blocks).to(tl.int64)  # counted over the batch
+        head = (pid // query_tiles).to(tl.int64)  # counted over the batch
         heads = key_heads * rep
-        row = i * block + pid % query_tiles * ROWS + tile_row
-        is_row = row < min((i + 1) * block, num_rows)
+        i, first, last = rows_of_tile(
+            places, head // heads, pid % query_tiles, block, num_rows, tiles_per_block, ROWS
+        )
+        row = first + tile_row
+        is_row = row < last
         row = row.to(tl.int64)
         q = Q + head // heads * q_stride_b + head % heads * q_stride_h + row * q_stride_n
         qhat = _group_tile(

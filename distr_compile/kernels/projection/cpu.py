@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as attention
+from distr_compile.kernels.counted import counted_before, counted_rows
 from distr_compile.kernels.projection import library
 from distr_compile.kernels.projection import reference as projection
 from distr_compile.kernels.random import start_columns
-from distr_compile.kernels.roles import Asked, prefix_edge
+from distr_compile.kernels.roles import Asked, keys_of_block, prefix_edge
 
 COMPUTES = ("projection",)
 ONE_BLOCK = False
+BY_PLACE = False
 READS_PANELS = False
 
 SUMS = 2 << 20
@@ -37,9 +39,9 @@ def counted(
     """``counted_rows`` of the definition, or its ``counted_before`` where the form is strict."""
     sizes = (num_queries, num_keys, key_heads, rep)
     if not asked.strict:
-        return projection.counted_rows(mask, *sizes)
+        return counted_rows(mask, *sizes)
     offset = asked.causal_offset or 0
-    return projection.counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
+    return counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
 
 
 def bases(
@@ -65,7 +67,7 @@ def bases(
     num_keys, added = K.shape[2], 0
     begin = start_from(head_dim, asked.rank, asked.seed)
     sum_q, sum_k = _GramSum(Q), _GramSum(K)
-    for start in range(0, num_queries, block):
+    for number, start in enumerate(range(0, num_queries, block)):
         stop = min(start + block, num_queries)
         if strict:  # to the rows of earlier blocks come those of the last one
             new_rows, num_rows = range(max(start - block, 0), start, panel), start
@@ -73,13 +75,12 @@ def bases(
         else:
             new_rows, num_rows = range(start, stop, panel), stop - start
             sum_q = _GramSum(Q)
-            seen = num_keys if causal_offset is None else min(num_keys, stop + causal_offset)
+            seen = keys_of_block(asked, number, stop, num_keys)
         for first in new_rows:
             rows = slice(first, min(first + panel, new_rows.stop))
             counts = None if queries is None else queries[..., rows].flatten(2, 3)
             sum_q.add(Q[..., rows, :].flatten(2, 3), counts)
         # From one block to the next more keys count, never fewer.
-        seen = max(0, seen)
         for first in range(added, seen, key_rows):
             rows = slice(first, min(first + key_rows, seen))
             sum_k.add(K[..., rows, :], None if keys is None else keys[..., rows])
@@ -114,6 +115,7 @@ def groups(
             Q, K, queries, keys, start, carry,
             block=asked.block, first_block=first, blocks=min(at_once, blocks - first),
             rounds=asked.rounds, causal_offset=asked.causal_offset, strict=asked.strict,
+            seen=asked.seen,
         )  # fmt: skip
         yield AT, B
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from distr_compile.kernels.triton_places import counted_rows_of
+
 
 @triton.jit
 def exponent_of(x):
@@ -114,6 +116,8 @@ def _gram_kernel(
     K,
     query_counted,
     key_counted,
+    places,
+    seen,
     partial,
     exponents,
     q_stride_b,
@@ -155,7 +159,7 @@ def _gram_kernel(
 
     The jobs of a unit: the chunks of each grouping block of Q, the chunks of K, and with causality
     for each block the keys it sees beyond its last whole chunk. ``earlier`` blocks of Q lie before
-    row 0.
+    row 0. ``seen`` says of how many keys that is, in the place of causality.
     """
     unit = (tl.program_id(0) // jobs).to(tl.int64)
     job = tl.program_id(0) % jobs
@@ -165,9 +169,10 @@ def _gram_kernel(
     exponents += tl.program_id(0)
     if job < (earlier + num_blocks) * query_chunks:
         i = job // query_chunks - earlier
-        first_token = (i * block).to(tl.int64)
+        begin, end = counted_rows_of(places, b, i, block, num_rows)
+        first_token = begin.to(tl.int64)
         first = job % query_chunks * CHUNK
-        last = min(first + CHUNK, min(block, num_rows - i * block) * rep)
+        last = min(first + CHUNK, (end - begin) * rep)
         Q += b * q_stride_b + h * rep * q_stride_h + first_token * q_stride_n
         query_counted += b * cq_stride_b + h * cq_stride_h + first_token * cq_stride_n
         _gram_of_rows(
@@ -196,7 +201,11 @@ def _gram_kernel(
         first = job * CHUNK
         last = min(first + CHUNK, num_keys)
         if job >= key_chunks:
-            last = keys_seen(job - key_chunks, num_rows, num_keys, block, causal_offset, STRICT)
+            i = job - key_chunks
+            if seen is not None:
+                last = tl.load(seen + b * num_blocks + i)
+            else:
+                last = keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT)
             first = last // CHUNK * CHUNK
         K += b * k_stride_b + h * k_stride_h
         key_counted += b * ck_stride_b + h * ck_stride_h
@@ -249,6 +258,8 @@ def _sum_kernel(
     exponents,
     grams,
     gram_exponents,
+    seen,
+    key_heads,
     num_rows,
     num_keys,
     block,
@@ -284,8 +295,11 @@ def _sum_kernel(
         if CAUSAL:
             i = matrix - num_blocks
             rest = last + i
-            seen = keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT)
-            last = first + seen // CHUNK
+            if seen is not None:
+                keys = tl.load(seen + unit // key_heads * num_blocks + i)
+            else:
+                keys = keys_seen(i, num_rows, num_keys, block, causal_offset, STRICT)
+            last = first + keys // CHUNK
 
     exponents += unit * jobs
     largest = -127

@@ -32,9 +32,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from distr_compile.kernels.blocks import Places
+from distr_compile.kernels.counted import counted_before, counted_rows
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
+from distr_compile.kernels.places import places
 from distr_compile.kernels.plan import launch, new
-from distr_compile.kernels.projection.reference import RIDGE, counted_before, counted_rows
+from distr_compile.kernels.projection.reference import RIDGE
 from distr_compile.kernels.random import seed_offset
 from distr_compile.kernels.roles import Asked, Prologue
 
@@ -69,12 +72,15 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
     _, heads, num_queries, head_dim = Q.shape
     key_heads, num_keys = K.shape[1:3]
     rep, block = heads // key_heads, asked.block
-    sizes = (num_queries, num_keys, key_heads, rep)
+    sizes, where = (num_queries, num_keys, key_heads, rep), None
     if asked.strict:
         blocks, offset = cdiv(num_queries, block), asked.causal_offset or 0
         counted = counted_before(mask, *sizes, block=block, causal_offset=offset)
     else:
         blocks, counted = 0, counted_rows(mask, *sizes)
+        if mask is not None and counted[0] is not None:
+            where = places(mask, counted[0], Q.shape[0], num_keys, asked, keys_count=True)
+            block = where.rows
     return Prologue(
         partial(
             projection_factors,
@@ -85,6 +91,7 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
         ),
         workspace_bytes(block, num_keys, head_dim, asked.rank, rep, Q.element_size(), blocks),
         counted,
+        where,
     )
 
 
@@ -101,6 +108,7 @@ def projection_factors(
     is_causal: bool = False,
     causal_offset: int = 0,
     earlier: int = 0,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of every grouping block: S is about Qhat Khat^T for the rows of the block.
 
@@ -125,15 +133,18 @@ def projection_factors(
         earlier: if not 0, the strict form, of the grouping blocks of Q after this many: their A and
             B come from all rows before the block, of Q and with ``causal_offset`` of K, and only
             these keys' rows of its Khat are written.
+        places: where the blocks lie, in the place of ``grouping_block`` and of what causality says
+            of A and B.
 
     Returns:
         Qhat ``(B, H, N, r)`` and Khat ``(B, H_k, ceil(N / grouping_block), M, r)``, contiguous, of
-        Q's dtype; N without the ``earlier`` blocks.
+        Q's dtype; N without the ``earlier`` blocks. With ``places`` as many blocks as that has, and
+        rows that use no block of it may stay unwritten.
 
     Raises:
         ValueError: d or r is out of range.
     """
-    call = _prepared(Q, K, rank, grouping_block, is_causal, causal_offset, earlier)
+    call = _prepared(Q, K, rank, grouping_block, is_causal, causal_offset, earlier, places)
     if earlier and queries is not None:
         queries = queries[..., earlier * grouping_block :]
     partial, exponents = _partial_grams(call, queries, keys)
@@ -158,6 +169,7 @@ class _Call:
         width: of a tile that holds d columns.
         ranks: r rounded up to whole panels.
         precision: of products of fp32 numbers.
+        places: where the blocks lie, or None.
     """
 
     Q: Tensor
@@ -171,6 +183,7 @@ class _Call:
     width: int
     ranks: int
     precision: str
+    places: Places | None = None
 
     @property
     def units(self) -> int:
@@ -183,6 +196,13 @@ class _Call:
         return self.Q.shape[1] // self.K.shape[1]
 
     @property
+    def is_limited(self) -> bool:
+        """Whether a block counts some of the keys only, those up to one of them."""
+        if self.places is not None:
+            return self.places.seen is not None
+        return self.is_causal
+
+    @property
     def where(self) -> tuple[int, int, int, int, int]:
         """Rows, keys, rows of a block, blocks and offset: five arguments of every kernel."""
         num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
@@ -192,7 +212,10 @@ class _Call:
     def cut(self) -> tuple[int, int, int, int]:
         """Chunks of a block of Q, chunks of K, partial matrices and their sums; see ``_cut``."""
         num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
-        return _chunk_counts(num_rows, num_keys, self.block, self.rep, self.is_causal, self.earlier)
+        rows = self.block if self.earlier or self.places else min(self.block, num_rows)
+        return _chunk_counts(
+            rows * self.rep, num_keys, self.num_blocks, self.is_limited, self.earlier
+        )
 
 
 def _prepared(
@@ -203,6 +226,7 @@ def _prepared(
     is_causal: bool,
     causal_offset: int,
     earlier: int,
+    places: Places | None,
 ) -> _Call:
     if earlier:
         Q, causal_offset = Q[:, :, earlier * block :], causal_offset + earlier * block
@@ -216,14 +240,15 @@ def _prepared(
         Q=Q,
         K=K.expand(Q.shape[0], -1, -1, -1),
         rank=rank,
-        block=block,
+        block=places.rows if places else block,
         is_causal=is_causal or earlier > 0,
         causal_offset=min(max(causal_offset, -num_rows), K.shape[2]),
         earlier=earlier,
-        num_blocks=cdiv(num_rows, block),
+        num_blocks=places.blocks if places else cdiv(num_rows, block),
         width=padded(head_dim, LEAST_WIDTH),
         ranks=cdiv(rank, PANEL) * PANEL,
         precision="ieee" if torch.version.hip else "tf32x3",
+        places=places,
     )
 
 
@@ -248,6 +273,8 @@ def _partial_grams(
         K,
         Q if queries is None else queries,  # not read
         Q if keys is None else keys,
+        call.places and call.places.ends,
+        call.places and call.places.seen,
         partial,
         exponents,
         *Q.stride(),
@@ -291,6 +318,8 @@ def _sum_grams(call: _Call, partial: Tensor, exponents: Tensor) -> tuple[Tensor,
         exponents,
         grams,
         gram_exponents,
+        call.places and call.places.seen,
+        call.K.shape[1],
         *call.where,
         call.earlier,
         query_chunks,
@@ -300,7 +329,7 @@ def _sum_grams(call: _Call, partial: Tensor, exponents: Tensor) -> tuple[Tensor,
         SIZE=size,
         TILE=tile,
         CHUNK=CHUNK_ROWS,
-        CAUSAL=call.is_causal,
+        CAUSAL=call.is_limited,
         STRICT=call.earlier > 0,
         num_warps=4,
     )
@@ -314,6 +343,9 @@ def _solve(
     from distr_compile.kernels.projection.solve import _solve_kernel
 
     num_parts = _num_parts(call.Q.dtype)
+    where = call.where
+    if call.places:  # the numbers of rows and of keys matter little here: as if all were full
+        where = (call.num_blocks * call.block, where[1], *where[2:4], where[1])
     shape = (call.units, call.num_blocks, 2)
     bases = new(grams, *shape[:2], 3, call.width, call.ranks)
     parts = new(call.Q, *shape, num_parts, call.width, call.ranks)
@@ -327,7 +359,7 @@ def _solve(
         parts,
         factors,
         call.rep,
-        *call.where,
+        *where,
         call.earlier,
         call.cut[-1],
         seed_offset(seed),
@@ -339,7 +371,7 @@ def _solve(
         SLICE=128 if call.width == 128 else min(call.width, 64),
         PARTS=num_parts,
         ROUNDS=rounds,
-        CAUSAL=call.is_causal,
+        CAUSAL=call.is_limited,
         STRICT=call.earlier > 0,
         RIDGE=RIDGE,
         SHIFT=SHIFT,
@@ -364,14 +396,18 @@ def _multiply(call: _Call, parts: Tensor, factors: Tensor) -> tuple[Tensor, Tens
     key_tiles = cdiv(num_keys, rows)
     spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
     key_programs = call.units * spans * key_tiles
-    query_tiles = cdiv(min(call.block, num_rows), rows)
+    tiles_per_block = cdiv(min(call.block, num_rows), rows)
+    query_tiles = num_blocks * tiles_per_block
+    if call.places:
+        query_tiles = cdiv(num_rows, rows) + num_blocks - 1
     launch(
         _multiply_kernel,
-        (key_programs + batch * heads * num_blocks * query_tiles,),
+        (key_programs + batch * heads * query_tiles,),
         Q,
         K,
         parts,
         factors,
+        call.places and call.places.ends,
         Qhat,
         Khat,
         *Q.stride(),
@@ -383,6 +419,7 @@ def _multiply(call: _Call, parts: Tensor, factors: Tensor) -> tuple[Tensor, Tens
         spans,
         key_programs,
         query_tiles,
+        tiles_per_block,
         HEAD_DIM=head_dim,
         RANK=call.rank,
         WIDTH=call.width,
@@ -437,7 +474,7 @@ def workspace_bytes(
     """
     matrix = 4 * padded(head_dim, LEAST_WIDTH) ** 2
     panels = padded(head_dim, LEAST_WIDTH) * cdiv(rank, PANEL) * PANEL
-    query_chunks, key_chunks, _, _ = _chunk_counts(rows, num_keys, rows, rep, False)
+    query_chunks, key_chunks, _, _ = _chunk_counts(rows * rep, num_keys, 1, False)
     parts = element_bytes * (1 if element_bytes == 4 else 2)
     # In the strict form those of all earlier blocks are there, however few blocks are made.
     chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
@@ -448,14 +485,13 @@ def workspace_bytes(
 
 
 def _chunk_counts(
-    num_rows: int, num_keys: int, block: int, rep: int, is_causal: bool, earlier: int = 0
+    rows_of_block: int, num_keys: int, num_blocks: int, is_causal: bool, earlier: int = 0
 ) -> tuple[int, int, int, int]:
     """Chunks of a block of Q, chunks of K, partial matrices and sums of them, of one key head.
 
     The chunks of a block and of K do not depend on what else is in the call.
     """
-    num_blocks = cdiv(num_rows, block)
-    query_chunks = cdiv((block if earlier else min(block, num_rows)) * rep, CHUNK_ROWS)
+    query_chunks = cdiv(rows_of_block, CHUNK_ROWS)
     key_chunks = num_keys // CHUNK_ROWS if is_causal else cdiv(num_keys, CHUNK_ROWS)
     blocks_of_keys = num_blocks if is_causal else 0
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class _Bases(ctypes.Structure):
 
     _fields_ = (
         ("size", _int64),
-        *((name, _pointer) for name in "q k queries keys start a b carry carry_out".split()),
+        *((name, _pointer) for name in "q k queries keys start seen a b carry carry_out".split()),
         ("q_strides", _int64 * 5),
         ("k_strides", _int64 * 4),
         ("queries_strides", _int64 * 4),
@@ -57,6 +58,7 @@ def projection_bases(
     rounds: int,
     causal_offset: int | None,
     strict: bool,
+    seen: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bases of some grouping blocks, one after another, of all heads at once.
 
@@ -73,6 +75,8 @@ def projection_bases(
         rounds: 1 or 2.
         causal_offset: row i sees keys ``j <= i + causal_offset``; None where all do.
         strict: from the rows and keys before a block; ``causal_offset`` is a number then.
+        seen: for each of all blocks the keys before this number count, if not all that
+            ``causal_offset`` leaves do; never fewer than in the block before.
 
     Returns:
         A^T ``(b h, blocks, r, d)`` and B ``(b h, blocks, d, padded r)`` fp32, as
@@ -103,6 +107,9 @@ def projection_bases(
     size = (b * h, 2, matrix_size(d))
     carry = torch.zeros(size, **new) if carry is None else carry  # type: ignore[call-overload]
     carry_out = torch.empty_like(carry)
+    if seen is not None:
+        keep.append(limits := torch.tensor(seen, dtype=torch.int64, device="cpu"))
+        call.seen = limits.data_ptr()
     call.start, call.a, call.b = start.data_ptr(), AT.data_ptr(), B.data_ptr()
     call.carry, call.carry_out = carry.data_ptr(), carry_out.data_ptr()
     workspace = cpu.workspace(lib.handle.distr_bases_workspace(ctypes.byref(call)))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from distr_compile.kernels.projection.solve import block_of
+from distr_compile.kernels.triton_places import blocks_from, rows_of_tile
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def _multiply_tile(
         "spans",
         "key_programs",
         "query_tiles",
+        "tiles_per_block",
     ]
 )
 def _multiply_kernel(
@@ -60,6 +62,7 @@ def _multiply_kernel(
     K,
     parts,
     factors,
+    places,
     Qhat,
     Khat,
     q_stride_b,
@@ -81,6 +84,7 @@ def _multiply_kernel(
     spans,
     key_programs,
     query_tiles,
+    tiles_per_block,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -114,7 +118,9 @@ def _multiply_kernel(
                 first_row = max(first_key - causal_offset + block, 0)
             elif first_row >= num_rows:
                 first_block = last_block
-            first_block = max(first_block, first_row // block)
+            from_block, last = blocks_from(places, unit // key_heads, first_row, block, num_blocks)
+            first_block = max(first_block, from_block)
+            last_block = min(last_block, last)
         if first_block < last_block:
             key = (first_key + tile_row).to(tl.int64)
             is_key = key < num_keys
@@ -141,11 +147,13 @@ def _multiply_kernel(
                 )
     else:
         pid -= key_programs
-        i = pid // query_tiles % num_blocks
-        head = (pid // query_tiles // num_blocks).to(tl.int64)  # counted over the batch
+        head = (pid // query_tiles).to(tl.int64)  # counted over the batch
         heads = key_heads * rep
-        row = i * block + pid % query_tiles * ROWS + tile_row
-        is_row = row < min((i + 1) * block, num_rows)
+        i, first, last = rows_of_tile(
+            places, head // heads, pid % query_tiles, block, num_rows, tiles_per_block, ROWS
+        )
+        row = first + tile_row
+        is_row = row < last
         row = row.to(tl.int64)
         q = Q + head // heads * q_stride_b + head % heads * q_stride_h
         tile = tl.load(

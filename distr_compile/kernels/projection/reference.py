@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distr_compile.kernels.counted import counted_before, counted_rows
 from distr_compile.kernels.random import start_columns
-from distr_compile.kernels.roles import Asked, Block, prefix_edge
+from distr_compile.kernels.roles import Asked, Block, keys_of_block, prefix_edge
 from distr_compile.kernels.rows import saturate
 
 RIDGE = 2.0**-18
@@ -47,13 +48,11 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
         queries, keys = counted_rows(mask, *sizes)
     first_columns = start_columns(head_dim, asked.rank, seed=asked.seed)
     blocks = []
-    for start in range(0, num_queries, asked.block):
-        stop = min(start + asked.block, num_queries)
-        counted, seen = slice(start, stop), num_keys
+    for number, (counted, rows) in enumerate(asked.blocks(num_queries)):
+        seen = keys_of_block(asked, number, counted.stop, num_keys)
         if asked.strict:
-            counted, seen = slice(0, start), prefix_edge(start, num_keys, offset)
-        elif asked.causal_offset is not None:
-            seen = max(0, min(num_keys, stop + offset))
+            seen = prefix_edge(counted.start, num_keys, offset)
+            counted = slice(0, counted.start)
         A, B = _bases(
             Q[..., counted, :],
             K[:, :, :seen],
@@ -62,10 +61,10 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
             first_columns,
             asked.rounds,
         )
-        Qhat = saturate(Q[..., start:stop, :].to(A.dtype) @ A[:, :, None], Q.dtype)
+        Qhat = saturate(Q[..., rows, :].to(A.dtype) @ A[:, :, None], Q.dtype)
         approximated = K[:, :, :seen] if asked.strict else K
         Khat = saturate(approximated.to(B.dtype) @ B, Q.dtype)
-        blocks.append(Block(start, stop, Qhat.flatten(1, 2), Khat))
+        blocks.append(Block(rows.start, rows.stop, Qhat.flatten(1, 2), Khat))
     return blocks
 
 
@@ -100,105 +99,6 @@ def _bases(
         rank=start.shape[1],
     )
     return A * size, B / size
-
-
-def counted_rows(
-    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which query and key rows enter the Gram matrices; the others are hidden by the mask.
-
-    Left out are keys hidden from every query, queries from which every key is hidden, and, where
-    ``num_queries == num_keys`` (self-attention with padding), query i where key i is left out. A
-    float entry hides when it is at most half the lowest finite number of its dtype, and NaN hides
-    its query and its key. Causality is not looked at: the keys are cut where it ends a block.
-    Nothing of the size of the mask is made.
-
-    Args:
-        mask: bool (True = attend) or floating, broadcastable to ``(B, H, N, M)``; or none.
-        num_queries: N.
-        num_keys: M.
-        key_heads: H_k.
-        rep: query heads per key head.
-
-    Returns:
-        Two bool tensors, ``(B or 1, H_k or 1, rep, N)`` for the queries of each head and
-        ``(B or 1, H_k or 1, M)`` for the keys, views where the mask is broadcast; None for both
-        without a mask or any entry of one.
-    """
-    if mask is None or not mask.numel():
-        return None, None
-    mask = _split_heads(mask, key_heads, rep)
-    queries, keys = _any_seen(mask, -1), _any_seen(mask, -2).any(2)
-    if num_queries == num_keys:
-        queries = queries & keys[:, :, None]
-    return queries.expand(-1, -1, rep, num_queries), keys.expand(-1, -1, num_keys)
-
-
-def counted_before(
-    mask: Tensor | None,
-    num_queries: int,
-    num_keys: int,
-    key_heads: int,
-    rep: int,
-    *,
-    block: int,
-    causal_offset: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """``counted_rows`` for the strict form: what counts in later blocks, told by earlier ones only.
-
-    Once for each row, when its block ends and the basis of the next block is to come: query i
-    counts if it sees any key before the next block's edge (``prefix_edge``), a key if any query up
-    to then sees it. So no block looks at a part of the mask that is later than its own first row,
-    and sums over what counts grow from block to block. In self-attention query i is left out with
-    key i, unless ``causal_offset`` is negative: key i is later than query i then.
-
-    Args:
-        mask: as in ``counted_rows``, likewise ``num_queries``, ``num_keys``, ``key_heads``, rep.
-        num_queries: N.
-        num_keys: M.
-        key_heads: H_k.
-        rep: query heads per key head.
-        block: query rows per grouping block, at least 1.
-        causal_offset: see ``prefix_edge``.
-
-    Returns:
-        As ``counted_rows``; keys that are in no basis do not count.
-    """
-    if mask is None or not mask.numel():
-        return None, None
-    mask = _split_heads(mask, key_heads, rep)
-    query_parts, key_parts, edge = [], [], 0
-    for start in range(0, num_queries, block):
-        stop = min(start + block, num_queries)
-        before, edge = edge, prefix_edge(stop, num_keys, causal_offset)
-        queries = _any_seen(_narrowed(_narrowed(mask, -2, start, stop), -1, 0, edge), -1)
-        keys = _any_seen(_narrowed(_narrowed(mask, -2, 0, stop), -1, before, edge), -2).any(2)
-        query_parts.append(queries.expand(-1, -1, rep, stop - start))
-        key_parts.append(keys.expand(-1, -1, edge - before))
-    key_parts.append(key_parts[0].new_zeros(*key_parts[0].shape[:2], num_keys - edge))
-    queries, keys = torch.cat(query_parts, -1), torch.cat(key_parts, -1)
-    if num_queries == num_keys and causal_offset >= 0:
-        queries = queries & keys[:, :, None]
-    return queries, keys
-
-
-def _split_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
-    """The mask as ``(B, H_k, rep, N, M)``, sizes of 1 kept."""
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    split: Tensor = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
-    return split
-
-
-def _any_seen(mask: Tensor, dim: int) -> Tensor:
-    """Whether any entry along ``dim`` shows its key to its query; see ``counted_rows``."""
-    if mask.dtype == torch.bool or not mask.shape[dim]:
-        return mask.any(dim)
-    return mask.amax(dim) > torch.finfo(mask.dtype).min / 2
-
-
-def _narrowed(mask: Tensor, dim: int, start: int, stop: int) -> Tensor:
-    """Part of a dimension, unless it is broadcast."""
-    return mask if mask.shape[dim] == 1 else mask.narrow(dim, start, stop - start)
 
 
 def power_of_two(x: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Models that are compiled block by block, each kind of block once."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+from torch import fx, nn
+
+from distr_compile import naming
+from distr_compile.backend import Options, Shared, compile_graph
+from distr_compile.estimators import ESTIMATORS
+from distr_compile.policy import LayerPlan, Policy
+from distr_compile.policy.errors import sentence
+
+
+def compile_blocks(
+    model: nn.Module,
+    policy: str | PathLike[str] | Policy | Mapping[str, Any] | None = None,
+    *,
+    blocks: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> list[list[str]]:
+    """Compile the repeated blocks of a model in place, equal ones by one graph.
+
+    Blocks of one class go together if their submodules, parameters and buffers have the same names,
+    types, shapes and dtypes, and the policy the same plans for them: Dynamo then captures and
+    Inductor compiles the first that is called, and all others run that code with their own weights.
+    What they are given may still need a graph of its own, as other shapes do. What stands between
+    blocks runs in eager.
+
+    Rules of the policy, and the rows of ``distr_compile.report(model)``, go by the names of layers
+    in the whole model. A block with a layer whose estimator needs bases has a graph of its own.
+
+    Args:
+        model: the whole model.
+        policy: as in ``torch.compile(..., options={"policy": ...})``.
+        blocks: names of the blocks' classes, or patterns of their names in the model. None takes
+            the classes that the model names in ``_repeated_blocks``, as models of diffusers do, or
+            what stands in its lists of modules of one class.
+        options: the other options of the backend, and Inductor's.
+        dynamic: as for ``torch.compile``.
+        fullgraph: as for ``torch.compile``.
+
+    Returns:
+        The names of the blocks, in groups.
+
+    Raises:
+        ValueError: there are no such blocks, or an option is unknown.
+        PolicyError: the policy is wrong: for itself, or for this model.
+    """
+    checked = Options.parse({**(options or {}), "policy": policy}, None)
+    shown = naming.canonical(model)
+    checked.policy.check_ambiguous(naming.ambiguous(model, shown))
+    checked.policy.audit({*shown, *shown.values()}).check_names()
+    found = dict(_blocks(model, shown, blocks))
+    if not found:
+        accepted = "names of classes, or patterns of names, that some modules of the model have"
+        got = repr(blocks) if blocks else "no list of modules of one class"
+        raise ValueError(sentence("blocks", got, accepted, "name the blocks of the model"))
+    groups: dict[object, list[str]] = {}
+    for name, block in found.items():
+        groups.setdefault(_kind(name, block, checked.policy), []).append(name)
+    for names in groups.values():
+        members = tuple(names)
+        backend = _Backend(checked, Shared(model, members, len(groups) == 1))
+        for name in names:
+            found[name].compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Backend:
+    """What compiles the blocks of one group; Dynamo keeps the graphs of each backend apart."""
+
+    options: Options
+    shared: Shared
+    graphs: list[None] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(None)
+        return compile_graph(gm, example_inputs, self.options, shared=self.shared)
+
+
+def _blocks(
+    model: nn.Module, shown: Mapping[str, str], wanted: str | Sequence[str] | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of each block, the outermost where they are nested."""
+    if wanted is None:
+        wanted = getattr(model, "_repeated_blocks", None) or None
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    listed = {name for parent in _lists(model, shown) for name in parent}
+    last = None
+    for name, module in model.named_modules():
+        name = shown[name]
+        if last is not None and (not last or name.startswith(f"{last}.")):
+            continue
+        if patterns is None:
+            is_block = name in listed
+        else:
+            is_block = type(module).__name__ in patterns or any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+            )
+        if is_block and name:
+            last = name
+            yield name, module
+
+
+def _lists(model: nn.Module, shown: Mapping[str, str]) -> Iterator[list[str]]:
+    """Names of the modules in each list of several modules of one class with submodules."""
+    for name, parent in model.named_modules():
+        if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or len(parent) < 2:
+            continue
+        kinds = {type(child) for child in parent}
+        if len(kinds) == 1 and any(True for _ in next(iter(parent)).children()):
+            yield [shown[f"{name}.{i}" if name else str(i)] for i in range(len(parent))]
+
+
+def _kind(name: str, block: nn.Module, policy: Policy) -> object:
+    """What blocks have in common that may run one graph."""
+    plans: dict[str, LayerPlan] = {}
+    for own, _ in block.named_modules():
+        plan = policy.resolve(f"{name}.{own}" if own else name)
+        plans[own] = replace(plan, rule=())
+    needs_bases = any(
+        ESTIMATORS[plan.estimator].needs == "bases" and not plan.is_exact for plan in plans.values()
+    )
+    modules = tuple((own, type(module)) for own, module in block.named_modules())
+    tensors = tuple(
+        (own, tuple(t.shape), t.dtype, t.device, t.requires_grad)
+        for own, t in (*block.named_parameters(), *block.named_buffers())
+    )
+    return (modules, tensors, tuple(plans.items()), block.training, name if needs_bases else "")

@@ -1,0 +1,165 @@
+"""``compile_blocks``: equal blocks by one graph, with the numbers of the whole model's compile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import distr_compile
+from distr_compile.policy import PolicyError
+
+POLICY: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
+EAGER = {"compiler": "eager"}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / 8).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def net(blocks: int) -> Net:
+    torch.manual_seed(0)  # each block has weights of its own
+    return Net(blocks).eval()
+
+
+def inputs(tokens: int = 40) -> Tensor:
+    return torch.randn(2, tokens, 128, generator=torch.Generator().manual_seed(1))
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def rules(*each: dict[str, Any]) -> dict[str, Any]:
+    return {**POLICY, "rule": list(each)}
+
+
+EXACT = {"layers": "blocks.[0-3]", "group_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "policy", "sizes"),
+    [(12, POLICY, [12]), (12, rules(EXACT), [4, 8]), (20, POLICY, [20])],
+)
+def test_a_graph_for_each_kind_of_block(
+    blocks: int, policy: dict[str, Any], sizes: list[int]
+) -> None:
+    model, x = net(blocks), inputs()
+    whole = torch.compile(
+        copy.deepcopy(model), backend="distr", options={"policy": policy, **EAGER}
+    )
+    with torch.no_grad():
+        exact, wanted = model(x), whole(x)
+        groups = distr_compile.compile_blocks(model, policy, options=EAGER)
+        counters.clear()
+        got = model(x)
+    assert [len(names) for names in groups] == sizes
+    assert graphs() == len(sizes)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    assert (wanted - exact).abs().max() > 1e-3, "nothing was approximated"
+    rows = distr_compile.report(model).rows
+    assert [row.layer for row in rows] == [f"blocks.{i}" for i in range(blocks)]
+    number = sizes[0] if len(sizes) > 1 else 0
+    assert [row.decision for row in rows] == ["exact"] * number + ["distr"] * (blocks - number)
+
+
+def test_the_weights_are_those_of_each_block() -> None:
+    """Changed after the graph was compiled, as well."""
+    model, x = net(3), inputs()
+    with torch.no_grad():
+        distr_compile.compile_blocks(model, POLICY, options=EAGER)
+        before = model(x)
+        model.blocks[2].out.weight.mul_(2)
+        after = model(x)
+        fresh = Net(3).eval()
+        fresh.load_state_dict(model.state_dict())
+        wanted = torch.compile(fresh, backend="distr", options={"policy": POLICY, **EAGER})(x)
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, wanted, rtol=0, atol=1e-5)
+
+
+def test_other_shapes_get_graphs_and_each_layer_one_row_for_each() -> None:
+    model = net(4)
+    with torch.no_grad():
+        distr_compile.compile_blocks(model, POLICY, options=EAGER, dynamic=False)
+        model(inputs(40))
+        model(inputs(48))
+        model(inputs(40))
+    assert graphs() == 2
+    rows = distr_compile.report(model).rows
+    assert [row.layer for row in rows] == 2 * [f"blocks.{i}" for i in range(4)]
+
+
+def test_compiled_by_inductor() -> None:
+    model, x = net(3), inputs()
+    whole = torch.compile(copy.deepcopy(model), backend="distr", options={"policy": POLICY})
+    with torch.no_grad():
+        wanted = whole(x)
+        distr_compile.compile_blocks(model, POLICY, fullgraph=True)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+
+
+def test_blocks_by_class_or_by_name() -> None:
+    for blocks in ("Block", "blocks.*", ["blocks.0", "blocks.1", "blocks.2"]):
+        model = net(3)
+        assert distr_compile.compile_blocks(model, POLICY, blocks=blocks) == [
+            ["blocks.0", "blocks.1", "blocks.2"]
+        ]
+
+
+def test_other_sizes_are_other_groups() -> None:
+    model = net(3)
+    model.blocks[1].out = nn.Linear(128, 128, bias=False)
+    groups = distr_compile.compile_blocks(model, POLICY)
+    assert groups == [["blocks.0", "blocks.2"], ["blocks.1"]]
+
+
+def test_blocks_with_bases_of_their_own_are_apart() -> None:
+    """That there is no file of bases is for the compile to say."""
+    model = net(3)
+    policy = rules({"layers": "blocks.[01]", "estimator": "calibrated"})
+    assert distr_compile.compile_blocks(model, policy) == [["blocks.0"], ["blocks.1"], ["blocks.2"]]
+
+
+def test_what_is_wrong() -> None:
+    model = net(2)
+    with pytest.raises(ValueError, match="blocks: got 'Nothing'; accepted: names of classes, or"):
+        distr_compile.compile_blocks(model, POLICY, blocks="Nothing")
+    with pytest.raises(ValueError, match="blocks: got no list of modules of one class"):
+        distr_compile.compile_blocks(nn.Linear(2, 2), POLICY)
+    with pytest.raises(PolicyError, match="names no module of the model"):
+        distr_compile.compile_blocks(model, rules({"layers": "layers.3", "group_size": 1}))
+    with pytest.raises(ValueError, match="options: got unknown key 'compilr'"):
+        distr_compile.compile_blocks(model, POLICY, options={"compilr": "eager"})
