@@ -151,21 +151,7 @@ def _attend(
         is_causal=causal_offset is not None,
         has_mask=mask is not None,
     )
-    cut = partial(
-        _chunks,
-        q.shape,
-        k.shape,
-        block,
-        rank * q.element_size(),
-        head_bytes=prologue.own_bytes[0] if prologue else 0,
-        block_bytes=prologue.own_bytes[1] if prologue else 0,
-        places=prologue.places if prologue else None,
-    )
-    chunks = list(cut(limit=workspace if prologue else None))
-    if len(chunks) > 1:
-        do_not_repeat()
-        if q.is_cuda:  # the next chunk's factors are made meanwhile, and are there, too
-            chunks = list(cut(limit=workspace // 2))
+    chunks = _cut(q, k, prologue, block, rank, workspace)
 
     def places_of(chunk: _Chunk) -> Any:
         return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
@@ -205,6 +191,28 @@ def _attend(
         )
 
     one_ahead(chunks, factors, attend, q.device)
+
+
+def _cut(
+    q: Tensor, k: Tensor, prologue: Prologue | None, block: int, rank: int, workspace: int
+) -> list[_Chunk]:
+    """The chunks of a call; one without a prologue, which needs no workspace."""
+    cut = partial(
+        _chunks,
+        q.shape,
+        k.shape,
+        block,
+        rank * q.element_size(),
+        head_bytes=prologue.own_bytes[0] if prologue else 0,
+        block_bytes=prologue.own_bytes[1] if prologue else 0,
+        places=prologue.places if prologue else None,
+    )
+    chunks = list(cut(limit=workspace if prologue else None))
+    if len(chunks) > 1:
+        do_not_repeat()
+        if q.is_cuda:  # the next chunk's factors are made meanwhile, and are there, too
+            chunks = list(cut(limit=workspace // 2))
+    return chunks
 
 
 def _seen_by(chunk: _Chunk, causal_offset: int | None, num_keys: int) -> tuple[int, int]:
