@@ -251,9 +251,6 @@ def overridden(fields: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, An
 # --- rounds and estimators ----------------------------------------------------------------------
 
 
-# --- rounds and estimators ----------------------------------------------------------------------
-
-
 def refused_rounds(default: LayerPlan, rules: Sequence[Rule]) -> dict[KeyPath, str]:
     """Tables whose ``rounds`` and ``estimator`` fit together in no plan, whatever rules meet.
 
