@@ -82,7 +82,7 @@ def errors(inputs: Inputs, blocks: list[Block]) -> Errors:
     for block in blocks:
         end = block.stop if inputs.is_causal else K.shape[2]
         S = Q[:, :, block.start : block.stop] @ K[:, :, :end].mT
-        Shat = scores(inputs, [block])[..., :end]
+        Shat = scores(inputs, [block])[:, :, block.start : block.stop, :end]
         wrong_scores = wrong_scores + _squares(Shat - S)
         all_scores = all_scores + _squares(S)
         seen = S.new_ones(S.shape[-2:], dtype=torch.bool)
@@ -116,7 +116,8 @@ def attention(inputs: Inputs, blocks: list[Block]) -> Tensor:
     outputs = []
     for block in blocks:
         end = block.stop if inputs.is_causal else inputs.K.shape[2]
-        Shat = scores(inputs, [block])[..., :end] * inputs.Q.shape[-1] ** -0.5
+        Shat = scores(inputs, [block])[:, :, block.start : block.stop, :end]
+        Shat = Shat * inputs.Q.shape[-1] ** -0.5
         if inputs.is_causal:
             seen = torch.ones_like(Shat, dtype=torch.bool).tril(block.start)
             Shat = Shat.masked_fill(~seen, -torch.inf)

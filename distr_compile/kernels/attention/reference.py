@@ -149,10 +149,10 @@ def scores(Q: Tensor, K: Tensor, blocks: list[Block]) -> Tensor:
     Args:
         Q: ``(B, H, N, d)``, at least one row.
         K: ``(B or 1, H_k, M, d)``.
-        blocks: of ``estimate``.
+        blocks: of ``estimate``; rows of none of them are 0.
     """
     rep, num_keys = Q.shape[1] // K.shape[1], K.shape[2]
-    S = Q.new_empty(*Q.shape[:3], num_keys)
+    S = Q.new_zeros(*Q.shape[:3], num_keys)
     for b in blocks:
         known = b.Khat.shape[2]
         hat = b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).mT
