@@ -21,7 +21,7 @@ from torch import fx, nn
 from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import gradients
+from distr_compile.lowering import stored
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
@@ -449,7 +449,9 @@ def _compile(
 
     keep_from_fusion(gm)
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{gradients.FORMULAS}"):
+    # Keys know the graph of the forward only: not what the ops' backward is, nor how large what
+    # they save. Another version of this package would find programs that call them as they were.
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{stored.code_digest()}"):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
 

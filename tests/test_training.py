@@ -25,8 +25,7 @@ import distr_compile
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.projection import reference as projection
-from distr_compile.lowering import gradients as lowered
-from distr_compile.lowering import training
+from distr_compile.lowering import stored, training
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.measure import SDPA, Measured, Race
 from tests.backend_models import HEADS, WIDTH, Attention, approximate
@@ -330,7 +329,7 @@ def test_programs_of_another_formula_are_not_taken_from_the_caches(
     with fresh_cache():
         assert hits() == 0
         assert hits() > 0
-        monkeypatch.setattr(lowered, "FORMULAS", "another")
+        monkeypatch.setattr(stored, "code_digest", lambda: "another")
         assert hits() == 0
 
 

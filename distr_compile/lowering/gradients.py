@@ -16,7 +16,6 @@ backward must follow wherever it runs; Qhat, Khat and the weights are rebuilt.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +55,6 @@ BACKWARD = (
     f"Tensor? dropout_seed, *, {KEYWORDS}, "
     "bool mask_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-FORMULAS = hashlib.sha256(f"{RECORDED}{BACKWARD}".encode()).hexdigest()[:12]
-"""Names the formula of a backward, which is part of compiled programs that PyTorch's caches keep.
-
-Their keys know the graph of the forward only, so that another version of this package would find
-programs that call the ops as they were.
-"""
 
 
 def are_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
