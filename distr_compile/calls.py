@@ -7,11 +7,13 @@ a model, too, which layers are approximated, which are not, and why.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from distr_compile.lowering import choose, training
+from distr_compile.lowering import training
 from distr_compile.lowering.call import Shape
-from distr_compile.passes.decide import Decision
+from distr_compile.passes.decide import Decision, flops
 from distr_compile.reporting import GraphReport, SiteRow, record
 from distr_compile.reporting.rows import CALLED
 
@@ -47,18 +49,13 @@ def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
 
 def _row(shape: Shape, decision: Decision) -> SiteRow:
     keys = (shape.batch, shape.num_key_heads, shape.num_keys)
-    kernel, backward = "sdpa", None
-    refused: dict[str, str] = {}
+    names: tuple[str, str | None, Mapping[str, str]] = "sdpa", None, {}
     if decision.is_distr:
-        if shape.trained:
-            kernel, backward, refused = training.names(shape, decision.approximation)
-        else:
-            kernel = choose.name_of(shape, decision.approximation)
-            refused = choose.refusals(shape, decision.approximation)
+        names = training.who_computes(shape, decision.approximation)
+    kernel, backward, refused = names
     mask = "causal" if shape.is_causal else "none"
     if shape.mask is not None:
         mask = "bool" if shape.mask[1] == torch.bool else "float"
-    scores = shape.batch * shape.num_heads * shape.num_queries * shape.num_keys
     return SiteRow(
         layer="",
         form=CALLED,
@@ -72,7 +69,7 @@ def _row(shape: Shape, decision: Decision) -> SiteRow:
         decision=decision.decision,
         **decision.columns(shape.head_dim),
         reasons=decision.reasons,
-        flops=2 * scores * (shape.head_dim + shape.value_dim),
+        flops=flops(shape),
         kernel=kernel,
         backward=backward,
         refused=refused,

@@ -109,34 +109,22 @@ def planned(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
     *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    group_size: int = _TWO,
-    rank: int | None = None,
-    estimator: str = "projection",
-    rounds: int = 1,
-    grouping_block: int | Literal["auto"] = "auto",
-    causal: Literal["block", "strict"] = "block",
+    scale: float | None,
+    enable_gqa: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """What ``attention`` calls the op with: Q, K and V of four axes, and the op's keywords.
 
-    The mask goes beside them as it is.
+    The mask goes beside them as it is. All arguments of ``attention`` are given.
 
     Raises:
         ValueError: as ``attention``.
     """
-    plan = _plan(
-        group_size=group_size,
-        rank=rank,
-        estimator=estimator,
-        rounds=rounds,
-        grouping_block=grouping_block,
-        causal=causal,
-    )
+    plan = _plan(**options)
     q, k, v = four_axes(query, key, value, attn_mask, enable_gqa)
     approximation = approximated(q, k, v, attn_mask, plan, is_causal)
     if isinstance(approximation, str):

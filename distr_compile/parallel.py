@@ -5,6 +5,7 @@ This is how section 4.7 of the paper runs an attention on several GPUs, on ``tor
 
 from __future__ import annotations
 
+import inspect
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,7 +243,9 @@ def _job(
     kind = q.device.type
     if torch.is_autocast_enabled(kind):
         q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
-    q, k, v, arguments = functional.planned(q, k, v, mask, **options)
+    asked = inspect.signature(functional.attention).bind(q, k, v, mask, **options)
+    asked.apply_defaults()
+    q, k, v, arguments = functional.planned(*asked.args, **asked.kwargs)
     validate(q, k, v, mask, (None, None), (None, None), read_arguments(arguments))
     tensors = [q, k, v]
     if mask is not None:

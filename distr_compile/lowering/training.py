@@ -46,6 +46,15 @@ def names(shape: Shape, approximation: Approximation, *, mask_grad: bool = False
     return Names(forward, backward, refused)
 
 
+def who_computes(
+    shape: Shape, approximation: Approximation, *, mask_grad: bool = False
+) -> tuple[str, str | None, Mapping[str, str]]:
+    """Forward, backward and refusals of a call; no backward where it records no gradients."""
+    if shape.trained:
+        return names(shape, approximation, mask_grad=mask_grad)
+    return choose.name_of(shape, approximation), None, choose.refusals(shape, approximation)
+
+
 class _Kernels(NamedTuple):
     """Kernels of ours for a device.
 

@@ -319,7 +319,7 @@ def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
     return 0 if is_static else _limit(plan)
 
 
-def flops(site: AttentionSite) -> int:
+def flops(site: AttentionSite | Shape) -> int:
     """FLOPs of the exact attention, 2 B H N_q N_k (d + d_v); symbolic sizes by their hints."""
     scores = count((site.batch, site.num_heads, site.num_queries, site.num_keys))
     return 2 * scores * (count((site.head_dim,)) + count((site.value_dim,)))

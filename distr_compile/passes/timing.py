@@ -119,12 +119,9 @@ class Stopwatch:
         raise why
 
     def _name(self, shape: Shape, approximation: Approximation, mask_grad: bool = False) -> None:
-        if shape.trained:
-            names = training.names(shape, approximation, mask_grad=mask_grad)
-            self.kernel, self.backward, self.refused = names
-            return
-        self.kernel = choose.name_of(shape, approximation)
-        self.refused = choose.refusals(shape, approximation)
+        found = training.who_computes(shape, approximation, mask_grad=mask_grad)
+        self.kernel, self.backward, refused = found
+        self.refused = dict(refused)
 
 
 def _not_measured(why: str, shape: Shape, approximation: Approximation | None) -> RefusedError:
