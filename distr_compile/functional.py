@@ -200,7 +200,7 @@ def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:
         fields["rank"] = rank
     for name, value in fields.items():
         option = OPTIONS[name]
-        if not _accepts(value, option.at_least, option.at_most, option.choices):
+        if not option.accepts(value):
             raise ValueError(sentence(name, shown(value), option.accepted, "give one of these"))
     row = ESTIMATORS[fields["estimator"]]
     if fields["rounds"] not in row.rounds:
@@ -211,16 +211,6 @@ def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:
         advice = "use its bases through a policy and torch.compile(backend='distr')"
         raise ValueError(sentence("estimator", repr(row.name), accepted, advice))
     return LayerPlan(**fields, min_seq_len=0)
-
-
-def _accepts(
-    value: object, at_least: int | None, at_most: int | None, choices: tuple[str, ...]
-) -> bool:
-    if isinstance(value, str):
-        return value in choices
-    if not isinstance(value, int) or isinstance(value, bool) or at_least is None:
-        return False
-    return value >= at_least and (at_most is None or value <= at_most)
 
 
 def four_axes(

@@ -240,6 +240,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"group_size": 2, "rank": 32}, "group_size: got 2 (int) beside rank 32 (int); accept"),
     "dropout": ({"dropout_p": 2.0}, "dropout_p: got 2.0; must be from 0 to 1"),
     "group size": ({"group_size": 0}, "group_size: got 0 (int); accepted: an integer >= 1"),
+    "wide": ({"grouping_block": 2**63}, "accepted: an integer >= 1 and < 2**63"),
     "bool": ({"group_size": True}, "group_size: got True (bool); accepted: an integer >= 1"),
     "too narrow": ({"group_size": 8}, "group_size: got 8 for head width 64; must leave at least"),
     "divides": (

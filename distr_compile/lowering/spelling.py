@@ -1,5 +1,7 @@
 """A call's shape and approximation as one line of text, which ``distr measure --call`` reads.
 
+The seed of the hash planes is no part of it: it moves results, not times.
+
 Such as ``q=1x6x4096x64 k=1x6x4096 v=64 dtype=float32 device=cpu estimator=projection rank=32``.
 """
 

@@ -20,7 +20,10 @@ from distr_compile.policy.errors import KeyPath, sentence
 
 @dataclass(frozen=True)
 class Option:
-    """What one field accepts: integers from ``at_least`` to ``at_most``, or one of ``choices``."""
+    """What one field accepts: integers from ``at_least`` to ``at_most``, or one of ``choices``.
+
+    Without ``at_most`` an integer goes up to what the op can be given, which is 64 bits wide.
+    """
 
     help: str
     at_least: int | None = None
@@ -33,10 +36,23 @@ class Option:
         """The type that pydantic checks and describes."""
         kinds: list[Any] = []
         if self.at_least is not None:
-            kinds.append(Annotated[int, Field(ge=self.at_least, le=self.at_most)])
+            kinds.append(Annotated[int, Field(ge=self.at_least, le=self.largest)])
         if self.choices:
             kinds.append(Literal[self.choices])
         return functools.reduce(operator.or_, kinds)
+
+    @property
+    def largest(self) -> int:
+        """The largest integer of those."""
+        return 2**63 - 1 if self.at_most is None else self.at_most
+
+    def accepts(self, value: object) -> bool:
+        """Whether the field may have this value."""
+        if isinstance(value, str):
+            return value in self.choices
+        if not isinstance(value, int) or isinstance(value, bool) or self.at_least is None:
+            return False
+        return self.at_least <= value <= self.largest
 
     @property
     def accepted(self) -> str:
@@ -49,7 +65,7 @@ class Option:
         if self.at_least is None:
             return []
         if self.at_most is None:
-            return [f"an integer >= {self.at_least}"]
+            return [f"an integer >= {self.at_least} and < 2**63"]
         return [str(n) for n in range(self.at_least, self.at_most + 1)]
 
 

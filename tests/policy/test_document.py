@@ -94,6 +94,8 @@ def test_schema_accepts_what_the_policy_accepts(
                 ("estimator", "mean"),
                 ("grouping_block", 0),
                 ("grouping_block", "all"),
+                ("grouping_block", 2**63),
+                ("group_size", 2**63),
                 ("min_seq_len", -1),
                 ("exact", "no"),
                 ("exact", None),
