@@ -1,4 +1,4 @@
-"""peft: names without its wrappers, and the numbers of the merged model."""
+"""peft: names without its wrappers, the numbers of the merged model, and a training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import distr_compile
+from tests.integrations.classifier import OPTIONS, classifier, is_approximated_both_ways, texts
+from tests.kernels.cpu_kernel import require_kernel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -70,3 +72,30 @@ def test_numbers_and_names_are_those_of_the_merged_model(layers: str) -> None:
             base = model(input_ids=ids()).logits
     assert (got - exact).abs().max() > 1e-3, "nothing was approximated"
     assert (exact - base).abs().max() > 1e-1, "adapters did nothing"
+
+
+def test_adapters_learn_and_frozen_weights_stay() -> None:
+    require_kernel()
+    config = LoraConfig(r=8, target_modules=["query", "key", "value"], task_type="SEQ_CLS")
+    adapted = get_peft_model(classifier(), config)
+    frozen = {n: p.detach().clone() for n, p in adapted.named_parameters() if not p.requires_grad}
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    compiled = torch.compile(adapted, backend="distr", options=OPTIONS)
+    optimizer, data = torch.optim.AdamW(trained, 2e-2), texts()
+    ids = torch.stack([each["input_ids"] for each in data])
+    labels = torch.tensor([each["labels"] for each in data])
+    losses = []
+    for _ in range(30):
+        loss = compiled(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    now = dict(adapted.named_parameters())
+    assert frozen
+    assert all(torch.equal(now[name], before) for name, before in frozen.items())
+    adapters = [p.grad for name, p in now.items() if "lora_B" in name]
+    assert len(adapters) == 6
+    assert all(grad is not None and grad.norm() > 0 for grad in adapters)
+    assert is_approximated_both_ways(compiled)

@@ -1,7 +1,4 @@
-"""The Trainer of transformers takes a model that was compiled in place, and keeps its numbers.
-
-A real training is in ``tests/test_training_loops.py``.
-"""
+"""The Trainer of transformers takes a model that was compiled in place: its numbers, a training."""
 
 from __future__ import annotations
 
@@ -11,7 +8,15 @@ import pytest
 import torch
 import transformers
 
-from tests.integrations.classifier import OPTIONS, classifier, inputs
+from tests.integrations.classifier import (
+    OPTIONS,
+    classifier,
+    inputs,
+    is_approximated_both_ways,
+    texts,
+    trainer_losses,
+)
+from tests.kernels.cpu_kernel import require_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,20 @@ def test_its_own_setting_does_not_know_the_backend(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="'DISTR' is not a valid DynamoBackend"):
         transformers.Trainer(model=classifier(), args=arguments)
+
+
+def test_a_trainer_trains_through_it(tmp_path: Path) -> None:
+    require_kernel()
+    model = classifier()
+    model.compile(backend="distr", options=OPTIONS)
+    losses = trainer_losses(
+        model,
+        texts(),
+        tmp_path,
+        max_steps=30,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        logging_steps=5,
+    )
+    assert losses[-1] < 0.7 * losses[0]
+    assert is_approximated_both_ways(model)
