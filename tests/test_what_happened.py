@@ -422,6 +422,21 @@ def test_the_error_says_why_nothing_was_compiled() -> None:
         report(Attention())
 
 
+def test_the_error_names_classes_of_torch_that_some_versions_do_not_compile_in_place() -> None:
+    """In torch 2.11 ``model.compile()`` of a class of ``torch.nn`` compiles nothing."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model.compile(backend="distr", options={"policy": FORCED, "compiler": "eager"})
+    with pytest.raises(LookupError, match=r"TransformerEncoder is a class of torch\.nn, and"):
+        report(model)  # was not called: nothing is compiled in any version
+    model(tokens())
+    if not torch.__version__.startswith("2.11"):
+        assert len(report(model).rows) == 2
+    wrapped = compiled(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
+    wrapped(tokens())
+    assert len(report(wrapped).rows) == 2
+
+
 def test_an_error_is_reported_only_where_dynamo_suppressed_it() -> None:
     model, wrong = Attention().eval(), {"rule": [{"layers": "nothing", "group_size": 2}]}
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):

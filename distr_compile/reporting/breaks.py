@@ -71,6 +71,24 @@ def skipped(owner: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*_dynamo_is_off(), *forwards.values(), *calls, *frames]))
 
 
+def passed_over(owner: Any) -> list[str]:
+    """Lines on why nothing was compiled for ``owner``, as far as that is known.
+
+    Args:
+        owner: an ``nn.Module`` or a code object.
+    """
+    found, kind = [f"PyTorch tells: {sentence}" for sentence in skipped(owner)], type(owner)
+    in_place = getattr(owner, "_compiled_call_impl", None) is not None
+    if in_place and kind.__module__.startswith("torch.nn."):
+        found.append(
+            f"{kind.__name__} is a class of torch.nn, and .compile() of such a module compiles "
+            "nothing in some versions of torch, with any backend, 2.11 among them: use what "
+            "torch.compile(model, backend='distr') returns, or compile a module of your own "
+            "around it"
+        )
+    return found
+
+
 def _dynamo_is_off() -> Iterator[str]:
     with contextlib.suppress(ImportError, AttributeError):
         from torch._dynamo import config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distr_compile.naming import canonical
-from distr_compile.reporting.breaks import skipped
+from distr_compile.reporting.breaks import passed_over, skipped
 from distr_compile.reporting.rows import LOCK, DistrWarning, GraphReport
 from distr_compile.reporting.summary import Report
 
@@ -150,9 +150,8 @@ def report(obj: Any) -> Report:
                 if not graphs and part is not owner:  # compiled by itself, in another way
                     graphs = entry.of_latest()
         placed += [(prefix, graph) for graph in graphs]
-    outside = skipped(owner)
     if not placed:
-        known = "".join(f"\nPyTorch tells: {sentence}" for sentence in outside)
+        known = "".join(f"\n{line}" for line in passed_over(owner))
         raise LookupError(
             f"no report for {name}: nothing was compiled for it with backend='distr'. Compile the "
             "model with torch.compile(model, backend='distr'), call it once with real inputs, "
@@ -160,7 +159,7 @@ def report(obj: Any) -> Report:
         )
     full = [(prefix, graph) for prefix, graph in placed if not graph.is_empty]
     parts = tuple(graph.placed(i, prefix) for i, (prefix, graph) in enumerate(full))
-    return Report(parts, name, len(placed) - len(full), outside)
+    return Report(parts, name, len(placed) - len(full), skipped(owner))
 
 
 def _reference(backend: Any) -> weakref.ref[Any] | None:
