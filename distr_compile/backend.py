@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from distr_compile import identity, naming
 from distr_compile.bases import BasesOfModel
@@ -26,12 +26,13 @@ from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
-from distr_compile.passes.emit import declare_constants
+from distr_compile.passes.emit import declare_constants, with_inputs
 from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import Attended, LayerPlan, Policy, RuleAudit
 from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
 from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
+from distr_compile.running import Shared, serving
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure", "root")
@@ -149,32 +150,6 @@ def distr(
     return compile_graph(gm, example_inputs, Options.parse(options, mode), name)
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Modules of one model that run one graph, each with its own weights.
-
-    Attributes:
-        model: gives layers their names.
-        blocks: names of the modules, which have equal plans; one of them is being compiled.
-        is_all: whether the model has no other such modules.
-    """
-
-    model: nn.Module
-    blocks: tuple[str, ...]
-    is_all: bool
-
-    def root(self) -> identity.Root:
-        """The model, in the place of the module that is being compiled."""
-        return identity.root_of(self.model)
-
-    def others(self, name: str) -> tuple[str, ...]:
-        """The layers that stand in the other blocks where ``name`` stands in its own."""
-        own = [block for block in self.blocks if name == block or name.startswith(f"{block}.")]
-        return tuple(
-            other + name[len(block) :] for block in own for other in self.blocks if other != block
-        )
-
-
 def compile_graph(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -193,6 +168,11 @@ def compile_graph(
     """
     judge = Judge(parsed.measure)
     result = run_pass(gm, parsed.policy, judge, change=True, begin=parsed.root, shared=shared)
+    if result.inputs:
+        names = list(next(iter(result.inputs.values())))
+        gm = with_inputs(gm, names)
+        given = gm.graph.find_nodes(op="placeholder")[-len(names) :]
+        example_inputs = [*example_inputs, *(node.meta["example_value"] for node in given)]
     with _exact_kernels(result, example_inputs):
         compiled = _compile(gm, example_inputs, parsed, name)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
@@ -203,6 +183,8 @@ def compile_graph(
         record(result.owner, result.graph, key=result.key, **of_compile)
         if parsed.report is not None:
             report(result.owner).to_json(parsed.report)
+    if result.served:
+        return serving(compiled, result.graph, result.served, result.inputs)
     return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
 
 
@@ -218,6 +200,8 @@ class Result:
         outputs: as in ``Outcome``.
         backend: tells two compiled objects of one owner apart.
         audit: what the rules of the policy did in the graph.
+        served: as in ``Outcome``, likewise ``inputs``.
+        inputs: see ``served``.
     """
 
     graph: GraphReport
@@ -227,6 +211,8 @@ class Result:
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
     backend: object = None
     audit: RuleAudit = field(default_factory=RuleAudit)
+    served: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -272,9 +258,14 @@ def run_pass(
     # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
     nodes = [node for place in placed for node in place.nodes]
     frame = identity.guard_frame_module(nodes, is_shared=shared is not None)
+    alone = None
+    if shared is not None and not _may_share(placed, Chooser(policy, root, frame, shared)):
+        alone, shared, frame = shared, None, identity.guard_frame_module(nodes)
     name = type(root.module).__name__ if root and root.module is not None else frame.function
     graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
     outputs: Mapping[int, tuple[fx.Graph, str]] = {}
+    served: Mapping[str, Mapping[int, int]] = {}
+    inputs: Mapping[str, Mapping[str, torch.Tensor]] = {}
     key = (*_graph_key(gm, frame, shared), graph.mode)
     if placed or frame.limit_note():
         chooser = Chooser(policy, root, frame, shared)
@@ -285,6 +276,7 @@ def run_pass(
         if _is_whole(gm, root, frame):
             audit.check_sizes()
         decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
+        served, inputs = outcome.served, outcome.inputs
         graph = replace(
             graph,
             rows=outcome.rows,
@@ -294,8 +286,36 @@ def run_pass(
             notes=tuple(dict.fromkeys(chooser.notes)),
         )
         graph = _with_break(graph, gm, frame)
+        if (several := shared or alone) is not None:
+            served = served if alone is None else _by_block(outcome.rows, alone)
+            key = (*key, *((row.form, row.mask, row.decision) for row in outcome.rows))
+            graph = several.count(graph, key)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    return Result(graph, owner, key, decides_at_run_time, outputs, backend, audit)
+    about = (decides_at_run_time, outputs, backend, audit, served, inputs)
+    return Result(graph, owner, key, *about)
+
+
+def _may_share(placed: Sequence[Placed], choose: Chooser) -> bool:
+    """Whether several modules may run a graph: bodies of higher-order ops take no further inputs.
+
+    And a body that is called for several layers of one module is for the policy to look at.
+    """
+    for place in placed:
+        choice = choose(place)
+        needs_bases = ESTIMATORS[choice.plan.estimator].needs == "bases"
+        is_apart = bool(place.calls) or not choice.of_blocks
+        if len(place.calls) > 1 or (needs_bases and is_apart and not choice.plan.is_exact):
+            return False
+    return True
+
+
+def _by_block(rows: tuple[SiteRow, ...], shared: Shared) -> dict[str, dict[int, int]]:
+    """The rows of a graph that one module runs, one of several, as ``Outcome.served`` has them."""
+    served: dict[str, dict[int, int]] = {}
+    for row in rows:
+        if (block := shared.block_of(row.layer)) is not None:
+            served.setdefault(block, {})[row.site] = row.site
+    return served
 
 
 def _mode(frame: identity.FrameModule) -> str:
@@ -329,7 +349,7 @@ class Chooser:
             return LayerChoice("", self.policy.resolve(""))
         plan, name = self._plan(layer.names), self.root.show(layer.name)
         if self.shared is not None:
-            return LayerChoice(name, plan, repeats=self.shared.others(name))
+            return LayerChoice(name, plan, of_blocks=self.shared.layers(name))
         whole = identity.shared_by(layer, self.root, self.frame, place.calls)
         sharers = tuple(map(self.root.show, whole))
         repeats: tuple[str, ...] = ()

@@ -176,13 +176,25 @@ class BasesOfModel:
             )
         return found.basis_q[..., :rank], found.basis_k[..., :rank]
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """By the name of each attention in the file: H_k and d. The model is not looked at.
+
+        Raises:
+            PolicyError: no file, or a wrong one.
+        """
+        return {name: tuple(b.singular_values.shape) for name, b in self._file.layers.items()}
+
     @functools.cached_property
-    def _bases(self) -> Bases:
+    def _file(self) -> Bases:
         data = self._policy.read_bases()
         try:
-            bases = Bases.from_bytes(data)
+            return Bases.from_bytes(data)
         except ValueError as error:
             raise self._error(str(error), "give a file that distr calibrate wrote") from error
+
+    @functools.cached_property
+    def _bases(self) -> Bases:
+        bases = self._file
         if self._module is None:
             raise self._error(
                 "bases, and a compiled function that belongs to no module",

@@ -11,10 +11,12 @@ from typing import Any
 from torch import fx, nn
 
 from distr_compile import naming
-from distr_compile.backend import Options, Shared, compile_graph
+from distr_compile.backend import Options, compile_graph
+from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.policy import LayerPlan, Policy
 from distr_compile.policy.errors import sentence
+from distr_compile.running import Shared, entered
 
 
 def compile_blocks(
@@ -29,13 +31,21 @@ def compile_blocks(
     """Compile the repeated blocks of a model in place, equal ones by one graph.
 
     Blocks of one class go together if their submodules, parameters and buffers have the same names,
-    types, shapes and dtypes, and the policy the same plans for them: Dynamo then captures and
-    Inductor compiles the first that is called, and all others run that code with their own weights.
-    What they are given may still need a graph of its own, as other shapes do. What stands between
-    blocks runs in eager.
+    types, shapes and dtypes, the policy the same plans for them, and its file bases of the same
+    sizes: Dynamo then captures and Inductor compiles the first that is called, and all others run
+    that code with their own weights and bases, which are inputs of the graph. What they are given
+    may still need a graph of its own, as other shapes do. What stands between blocks runs in eager.
+    Seeds tell no blocks apart: a policy has none, and those of dropout are drawn by the graph.
 
     Rules of the policy, and the rows of ``distr_compile.report(model)``, go by the names of layers
-    in the whole model. A block with a layer whose estimator needs bases has a graph of its own.
+    in the whole model; ``runtime_calls`` of a row says how often its layer was called. What is
+    decided for the block that is captured is decided for its group: plans and shapes are the same,
+    and "auto" is measured once. Names in rules are held against the whole model here, before
+    anything is compiled.
+
+    A block has a graph of its own where calibrated layers stand in the body of a higher-order op,
+    as an activation checkpoint within the block is, which takes no further inputs; and where
+    several of its layers are one body, as with ``torch.compiler.nested_compile_region``.
 
     Args:
         model: the whole model.
@@ -52,7 +62,9 @@ def compile_blocks(
 
     Raises:
         ValueError: there are no such blocks, or an option is unknown.
-        PolicyError: the policy is wrong: for itself, or for this model.
+        PolicyError: the policy is wrong: for itself, or for this model; or it has no file of bases
+            where an estimator needs one. That bases are of this model is looked at when a block is
+            compiled.
     """
     checked = Options.parse({**(options or {}), "policy": policy}, None)
     shown = naming.canonical(model)
@@ -63,14 +75,17 @@ def compile_blocks(
         accepted = "names of classes, or patterns of names, that some modules of the model have"
         got = repr(blocks) if blocks else "no list of modules of one class"
         raise ValueError(sentence("blocks", got, accepted, "name the blocks of the model"))
+    bases = BasesOfModel(checked.policy, model)
     groups: dict[object, list[str]] = {}
     for name, block in found.items():
-        groups.setdefault(_kind(name, block, checked.policy), []).append(name)
+        groups.setdefault(_kind(name, block, checked.policy, bases), []).append(name)
     for names in groups.values():
         members = tuple(names)
         backend = _Backend(checked, Shared(model, members, len(groups) == 1))
         for name in names:
-            found[name].compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+            member: Any = found[name]
+            member.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+            member._compiled_call_impl = entered(name, member._compiled_call_impl)
     return list(groups.values())
 
 
@@ -121,7 +136,7 @@ def _lists(model: nn.Module, shown: Mapping[str, str]) -> Iterator[list[str]]:
             yield [shown[f"{name}.{i}" if name else str(i)] for i in range(len(parent))]
 
 
-def _kind(name: str, block: nn.Module, policy: Policy) -> object:
+def _kind(name: str, block: nn.Module, policy: Policy, bases: BasesOfModel) -> object:
     """What blocks have in common that may run one graph."""
     plans: dict[str, LayerPlan] = {}
     for own, _ in block.named_modules():
@@ -130,9 +145,19 @@ def _kind(name: str, block: nn.Module, policy: Policy) -> object:
     needs_bases = any(
         ESTIMATORS[plan.estimator].needs == "bases" and not plan.is_exact for plan in plans.values()
     )
+    sizes: dict[str, tuple[int, ...]] = {}
+    if needs_bases:
+        of_file = bases.sizes().items()
+        sizes = {each[len(name) :]: size for each, size in of_file if _is_in(each, name)}
     modules = tuple((own, type(module)) for own, module in block.named_modules())
     tensors = tuple(
         (own, tuple(t.shape), t.dtype, t.device, t.requires_grad)
         for own, t in (*block.named_parameters(), *block.named_buffers())
     )
-    return (modules, tensors, tuple(plans.items()), block.training, name if needs_bases else "")
+    sorted_sizes = tuple(sorted(sizes.items()))
+    return (modules, tensors, tuple(plans.items()), block.training, sorted_sizes)
+
+
+def _is_in(layer: str, block: str) -> bool:
+    """Whether an attention, by its name in a file of bases, stands in a block."""
+    return layer.startswith(block) and layer[len(block) : len(block) + 1] in ("", ".", "#")

@@ -146,11 +146,42 @@ def test_other_sizes_are_other_groups() -> None:
     assert groups == [["blocks.0", "blocks.2"], ["blocks.1"]]
 
 
-def test_blocks_with_bases_of_their_own_are_apart() -> None:
-    """That there is no file of bases is for the compile to say."""
-    model = net(3)
-    policy = rules({"layers": "blocks.[01]", "estimator": "calibrated"})
-    assert distr_compile.compile_blocks(model, policy) == [["blocks.0"], ["blocks.1"], ["blocks.2"]]
+class Part(Block):
+    """Dynamo makes one body of all such layers in a graph."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Region(nn.Module):
+    def __init__(self, part: type[nn.Module] = Part) -> None:
+        super().__init__()
+        self.first, self.second = part(), part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_one_body_of_two_layers_of_a_block(differ: bool) -> None:
+    """It cannot follow two plans: both layers stay exact, those of other blocks do not."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Region(), Region()).eval(), inputs()
+    twin = nn.Sequential(Region(Block), Region(Block)).eval()
+    twin.load_state_dict(model.state_dict())
+    one, all_of_it = ({"layers": name, "group_size": 1} for name in ("0.second", "0.*"))
+    options = {"policy": rules(all_of_it) if differ else POLICY, **EAGER}
+    with torch.no_grad():
+        wanted = torch.compile(twin, backend="distr", options=options)(x)
+        distr_compile.compile_blocks(model, rules(one) if differ else POLICY, options=EAGER)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+    rows = distr_compile.report(model).rows
+    assert [(row.layer, row.decision, row.runtime_calls) for row in rows] == [
+        (f"{i}.{name}", "exact" if differ and i == 0 else "distr", 1)
+        for i in range(2)
+        for name in ("first", "second")
+    ]
 
 
 def test_what_is_wrong() -> None:

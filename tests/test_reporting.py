@@ -344,7 +344,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 3"),
+        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 4"),
         (lambda d: d.pop("schema"), "got schema None"),
         (lambda d: d.pop("graphs"), "missing, unknown or wrong field: 'graphs'"),
         (lambda d: d["graphs"][0].update(colour="red"), "colour"),

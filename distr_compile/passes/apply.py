@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision, decide
-from distr_compile.passes.rewrite import rewrite, rewrite_exact
+from distr_compile.passes.rewrite import names_of_bases, rewrite, rewrite_exact
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, Unmatched
 from distr_compile.passes.timing import Stopwatch
 from distr_compile.passes.vocabulary import shape_of
@@ -26,6 +26,7 @@ from distr_compile.policy import LayerPlan
 from distr_compile.reporting import NotAttention, Reason, SiteRow
 
 Found = AttentionSite | Unmatched
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,20 @@ class LayerChoice:
         plan: from the policy.
         extra: reasons for exact that lie outside the site.
         repeats: names of further layers that the same body of a higher-order op is called for.
+        of_blocks: where the graph may serve several modules: the layer in each of them, by the
+            module's name, ``name`` among them.
     """
 
     name: str
     plan: LayerPlan
     extra: tuple[Reason, ...] = ()
     repeats: tuple[str, ...] = ()
+    of_blocks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Each layer that has a row."""
+        return tuple(self.of_blocks.values()) or (self.name, *self.repeats)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,10 @@ class Outcome:
 
     The node that took its place carries that name in ``meta[STANDS_FOR]``.
     """
+    served: dict[str, dict[int, int]]
+    """By module that runs the graph, where those are several: a site -> the module's row of it."""
+    inputs: dict[str, dict[str, torch.Tensor]]
+    """By module, likewise: the constants of the graph in whose place it has its own, by name."""
 
 
 def find_all(module: fx.GraphModule) -> list[Placed]:
@@ -139,24 +152,29 @@ def apply(
     rows: list[Callable[[int], SiteRow]] = []
     others: list[NotAttention] = []
     outputs: list[tuple[fx.Graph, str]] = []
+    served: dict[str, dict[int, int]] = {}
     for place, choice in choices:
-        found, names = place.found, (choice.name, *choice.repeats)
+        found, names = place.found, choice.layers
         if isinstance(found, AttentionSite):
-            name = site_name(
-                choice.name, layers[: len(sites)].count(choice.name), layers.count(choice.name)
-            )
+            count = layers[: len(sites)].count(choice.name), layers.count(choice.name)
             decision = decide(found, choice.plan, choice.extra)
-            site = _Site(found, place.graph, name, len(rows), decision)
+            site = _Site(found, place.graph, site_name(choice.name, *count), len(rows), decision)
             if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
-                sizes = {"head_dim": found.head_dim, "key_heads": found.num_key_heads}
-                site.bases = bases(name, rank=decision.rank, **sizes)
+                owners = choice.of_blocks.values() or (choice.name,)
+                site.bases = [site.look_up(bases, site_name(each, *count)) for each in owners]
+                site.blocks = tuple(choice.of_blocks)
             sites.append(site)
+            served_by = enumerate(choice.of_blocks, start=len(rows))
             rows += [partial(site.row, layer) for layer in names]
         elif found.attention:
+            served_by = enumerate(choice.of_blocks, start=len(rows))
             rows += [partial(_unmatched_row, found, choice.extra, layer) for layer in names]
         else:
             others += [_not_attention(found, layer) for layer in names]
             continue
+        site_number = len(outputs)  # of its first row
+        for row, block in served_by:
+            served.setdefault(block, {})[site_number] = row
         outputs += [(place.graph, place.output.name)] * len(names)
     for site in _from_the_end(sites):
         site.rewrite(judge, change)
@@ -166,6 +184,8 @@ def apply(
         decides_at_run_time=any(site.decides_at_run_time for site in sites),
         names={site.number: site.name for site in sites},
         outputs=dict(enumerate(outputs)),
+        served=served,
+        inputs=_inputs(sites),
     )
 
 
@@ -178,7 +198,9 @@ class _Site:
         name: among the bases; those of one layer are numbered in graph order.
         number: that of its first row.
         decision: may become exact when it is rewritten.
-        bases: A and B, for an estimator that needs them.
+        bases: A and B on the site's device, for an estimator that needs them; where several modules
+            may run the graph, those of each.
+        blocks: these modules; else empty.
         kernel: what computes it; None where its nodes are left alone.
         refused: why our implementations before that one do not, by name.
         measured: what was found of its speed, if that was asked.
@@ -191,12 +213,22 @@ class _Site:
     name: str
     number: int
     decision: Decision
-    bases: tuple[torch.Tensor, torch.Tensor] | None = None
+    bases: Sequence[Pair] = ()
+    blocks: tuple[str, ...] = ()
     kernel: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     measured: Measured | None = None
     backward: str | None = None
     sharding: str | None = None
+
+    def look_up(self, bases: BasesOfModel, name: str) -> Pair:
+        """A and B that a file has under ``name``."""
+        sizes = {"head_dim": self.found.head_dim, "key_heads": self.found.num_key_heads}
+        pair = bases(name, rank=self.decision.rank, **sizes)
+        # Tensors that outlive the call must serve autograd too.
+        with torch.inference_mode(False):
+            A, B = (basis.contiguous().to(self.found.device) for basis in pair)
+        return A, B
 
     @property
     def decides_at_run_time(self) -> bool:
@@ -235,12 +267,7 @@ class _Site:
         return None
 
     def _write(self, watch: Stopwatch, change: bool) -> None:
-        bases = self.bases if self.decision.is_distr else None
-        if bases is not None:
-            # Tensors that outlive the call must serve autograd too.
-            with torch.inference_mode(False):
-                A, B = (basis.contiguous().to(self.found.device) for basis in bases)
-                bases = A, B
+        bases = self.bases[0] if self.bases and self.decision.is_distr else None
         given = (self.graph, self.found, self.decision, self.number, bases)
         limit = rewrite(*given, watch=watch, change=change)
         self.decision = replace(self.decision, min_seq_len=limit)
@@ -289,6 +316,17 @@ class _Site:
             min_seq_len=decision.min_seq_len,
             measured=None if measured is None else {**measured.seconds, **measured.gains},
         )
+
+
+def _inputs(sites: list[_Site]) -> dict[str, dict[str, torch.Tensor]]:
+    """The constants that each of several modules has its own of."""
+    inputs: dict[str, dict[str, torch.Tensor]] = {}
+    for site in sites:
+        if len(site.blocks) > 1 and site.decision.is_distr:
+            names = names_of_bases(site.number)
+            for block, pair in zip(site.blocks, site.bases, strict=True):
+                inputs.setdefault(block, {}).update(zip(names, pair, strict=True))
+    return inputs
 
 
 def _from_the_end(sites: list[_Site]) -> list[_Site]:

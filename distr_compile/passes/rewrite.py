@@ -63,8 +63,7 @@ def rewrite(
         nonlocal limit
         rest: tuple[Any, ...] = ()
         if bases is not None:
-            names = (f"distr_basis_q_{number}", f"distr_basis_k_{number}")
-            rest = tuple(map(emit.constant, names, bases))
+            rest = tuple(map(emit.constant, names_of_bases(number), bases))
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
         if site.dropout_p:
@@ -92,6 +91,11 @@ def rewrite(
 
     _replace(graph, site, attend, share_heads=True, change=change)
     return limit
+
+
+def names_of_bases(number: int) -> tuple[str, str]:
+    """The constants that hold A and B of a site."""
+    return f"distr_basis_q_{number}", f"distr_basis_k_{number}"
 
 
 def _records(node: fx.Node | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from distr_compile.reporting.rows import GraphReport, NotAttention, Reason, SiteRow
 
-_LIVE = ("calls", "failures")
+_LIVE = ("calls", "failures", "called")
 
 
 def to_plain(item: Any) -> Any:
@@ -22,6 +22,7 @@ def to_plain(item: Any) -> Any:
         }
         if isinstance(item, SiteRow):
             data["runtime_exact_calls"] = item.runtime_exact_calls
+            data["runtime_calls"] = item.runtime_calls
             data["runtime_reason"] = to_plain(item.runtime_reason)
         return data
     if isinstance(item, (tuple, list)):
@@ -46,6 +47,7 @@ def read_graph(data: Mapping[str, Any]) -> GraphReport:
             ),
             **{name: tuple(data[name]) for name in ("matched", "unmatched", "notes")},
             "calls": {row.site: row.runtime_exact_calls for row in rows},
+            "called": {row.site: n for row in rows if (n := row.runtime_calls) is not None},
             "failures": {row.site: row.runtime_reason for row in rows if row.runtime_reason},
         }
     )
@@ -54,11 +56,13 @@ def read_graph(data: Mapping[str, Any]) -> GraphReport:
 def _read_row(data: Mapping[str, Any]) -> SiteRow:
     rest = dict(data)
     calls = {rest["site"]: rest.pop("runtime_exact_calls")}
+    number = rest.pop("runtime_calls")
+    called = {} if number is None else {rest["site"]: number}
     failure = rest.pop("runtime_reason")
     failures = {} if failure is None else {rest["site"]: Reason(**failure)}
     rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
     rest["reasons"] = tuple(Reason(**reason) for reason in rest["reasons"])
-    return SiteRow(**rest, calls=calls, failures=failures)
+    return SiteRow(**rest, calls=calls, failures=failures, called=called)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ and ``NotAttention`` (a softmax that is none).
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -82,6 +82,7 @@ class SiteRow:
             of the ratios that decided.
         calls: the live counter of the graph, filled in by ``GraphReport``.
         failures: the live record of kernels that failed, likewise.
+        called: the live counter of all calls, likewise; empty where they are not counted.
 
     Raises:
         ValueError: unknown decision, or an exact site without a reason.
@@ -112,6 +113,7 @@ class SiteRow:
     measured: Mapping[str, float] | None = field(default=None, hash=False)
     calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
     failures: Mapping[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+    called: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.decision not in ("distr", "exact"):
@@ -131,6 +133,14 @@ class SiteRow:
         Because the input was short or the kernel failed. Replays of a CUDA graph are not seen.
         """
         return self.calls.get(self.site, 0)
+
+    @property
+    def runtime_calls(self) -> int | None:
+        """Calls of this layer in this graph up to now; None where they are not counted.
+
+        They are for the blocks of ``compile_blocks``, where one graph serves several layers.
+        """
+        return self.called.get(self.site)
 
     @property
     def runtime_reason(self) -> Reason | None:
@@ -172,6 +182,8 @@ class GraphReport:
             without a module "grad" or "no grad". Given to every row.
         calls: live counter, site -> calls that ran exactly; shared with the rows.
         failures: live record, site -> why its kernel failed; shared with the rows.
+        called: live counter, site -> all its calls, shared with the rows; empty where they are not
+            counted.
 
     Raises:
         ValueError: two rows with the same site number.
@@ -187,6 +199,7 @@ class GraphReport:
     mode: str = ""
     calls: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
     failures: dict[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+    called: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sites = [row.site for row in self.rows]
@@ -194,8 +207,9 @@ class GraphReport:
             raise ValueError(f"graph {self.index}: site numbers must be unique, got {sites}")
         for site in sites:
             self.calls.setdefault(site, 0)
+        live = {"calls": self.calls, "failures": self.failures, "called": self.called}
         bound = tuple(
-            replace(row, graph=self.index, mode=self.mode, calls=self.calls, failures=self.failures)
+            replace(row, graph=self.index, mode=self.mode, **live)  # type: ignore[arg-type]
             for row in self.rows
         )
         object.__setattr__(self, "rows", bound)
@@ -221,6 +235,12 @@ class GraphReport:
             self.calls[site] += 1
             if failure is not None:
                 self.failures[site] = Reason("kernel-failed", failure)
+
+    def count_calls(self, sites: Iterable[int]) -> None:
+        """Count a call of each of ``sites``; seen by their rows at once."""
+        with LOCK:
+            for site in sites:
+                self.called[site] = self.called.get(site, 0) + 1
 
     def placed(self, index: int, prefix: str) -> GraphReport:
         """The same graph as number ``index`` of a parent that calls its root ``prefix``."""

@@ -41,6 +41,7 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
     with_graph = not fold and len({row.graph for row in rows}) > 1
     with_mode = len({row.mode for row in rows}) > 1
     with_times = any(row.measured for row in rows)
+    with_calls = any(row.runtime_calls is not None for row in rows)
     lines = []
     for layer, members in _fold([(row.layer, _said(row)) for row in rows], fold):
         row = rows[members[0]]
@@ -55,6 +56,8 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
             "estimator": _estimator_text(row),
             "reasons": "\n".join(notes.cite(reason, len(members)) for reason in _reasons(row)),
         }
+        if with_calls:
+            line["calls"] = "-" if row.runtime_calls is None else str(row.runtime_calls)
         if with_times:
             line["measured"] = _times_text(row)
         if with_mode:
@@ -113,7 +116,7 @@ def _width_text(row: SiteRow, name: str) -> str:
 def _said(row: SiteRow) -> Hashable:
     """Everything the table says of a row besides its layer; equal rows fold into one line."""
     return (
-        *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask),
+        *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask, row.runtime_calls),
         *(row.decision, row.kernel, row.backward, row.sharding, _times_text(row)),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )

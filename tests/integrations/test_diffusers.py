@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import distr_compile
+from distr_compile import Policy
 
 POLICY: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
 EAGER = {"policy": POLICY, "compiler": "eager"}
@@ -97,6 +99,25 @@ def test_the_transformer_whole_and_by_its_blocks() -> None:
     assert (found[whole] - exact).abs().max() > 1e-4, "nothing was approximated"
     assert graphs[plain] == 5  # one for each block
     assert graphs[by_kind] < graphs[plain]
+
+
+@torch.no_grad()
+def test_calibrated_blocks_of_one_kind_are_one_graph(tmp_path: Path) -> None:
+    """Each with its own bases, as where the model is compiled whole."""
+    model, inputs = flux(), flux_inputs()
+    made = distr_compile.calibrate(model, [inputs], path=tmp_path / "bases", progress=False)
+    fields = {"estimator": "calibrated", "group_size": 2, "min_seq_len": 0}
+    policy = Policy(fields).with_bases(made.path, made.sha256)
+    options = {"policy": policy, "compiler": "eager"}
+    wanted = torch.compile(flux(), backend="distr", options=options)(**inputs).sample
+    distr_compile.compile_blocks(model, policy, options={"compiler": "eager"})
+    counters.clear()
+    torch.testing.assert_close(model(**inputs).sample, wanted, rtol=0, atol=1e-5)
+    rows = distr_compile.report(model).rows
+    assert {(row.layer, row.estimator) for row in rows} == {(n, "calibrated") for n in LAYERS}
+    calls = {name: sum(r.runtime_calls or 0 for r in rows if r.layer == name) for name in LAYERS}
+    assert calls == dict.fromkeys(LAYERS, 1)
+    assert int(counters["stats"]["unique_graphs"]) < len(LAYERS)
 
 
 def test_rules_of_plain_repeated_blocks_go_by_names_within_a_block() -> None:

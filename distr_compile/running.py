@@ -1,0 +1,126 @@
+"""Several modules of one model that run one graph: which of them runs it, and what that changes.
+
+Dynamo hands a module's weights to a graph, which may so serve any module of that kind. What is not
+the module's own, its bases and its rows of the report, hangs on who is running. That is known where
+the module is called, outside of all graphs: :func:`entered` notes it for as long as the call lasts,
+in the thread that calls, and :func:`serving` looks it up when the graph runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from distr_compile import identity
+from distr_compile.lowering.told import count_exact_calls
+from distr_compile.reporting import GraphReport, Reason
+
+_running: ContextVar[str] = ContextVar("distr_running_block", default="")
+
+
+@dataclass(frozen=True)
+class Live:
+    """Live counters of a ``GraphReport``, under the names that they have there."""
+
+    calls: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, Reason] = field(default_factory=dict)
+    called: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Modules of one model that run one graph, each with its own weights.
+
+    Attributes:
+        model: gives layers their names.
+        blocks: names of the modules, which have equal plans; one of them is being compiled.
+        is_all: whether the model has no other such modules.
+        live: the counters of each graph that they run, by its key. Graphs of one key have the same
+            rows: where Dynamo captures one anew, for other strides say, both go on running.
+    """
+
+    model: nn.Module
+    blocks: tuple[str, ...]
+    is_all: bool
+    live: dict[object, Live] = field(default_factory=dict, repr=False, compare=False)
+
+    def root(self) -> identity.Root:
+        """The model, in the place of the module that is being compiled."""
+        return identity.root_of(self.model)
+
+    def block_of(self, name: str) -> str | None:
+        """The block that a layer stands in; None where it is in none of them."""
+        return next((b for b in self.blocks if name == b or name.startswith(f"{b}.")), None)
+
+    def layers(self, name: str) -> dict[str, str]:
+        """By block: the layer that stands in it where ``name`` stands in its own.
+
+        Empty where ``name`` is in none of the blocks.
+        """
+        own = self.block_of(name)
+        return {} if own is None else {block: block + name[len(own) :] for block in self.blocks}
+
+    def count(self, graph: GraphReport, key: object) -> GraphReport:
+        """A graph with all calls counted, on from those of the last graph of this key."""
+        live = self.live.setdefault(key, Live())
+        live.called.update({row.site: live.called.get(row.site, 0) for row in graph.rows})
+        return replace(graph, calls=live.calls, failures=live.failures, called=live.called)
+
+
+def entered(block: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable that calls ``call`` as the module ``block``; calls nest, also in each other."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _running.set(block)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _running.reset(token)
+
+    return run
+
+
+def serving(
+    compiled: Callable[..., Any],
+    graph: GraphReport,
+    rows: Mapping[str, Mapping[int, int]],
+    inputs: Mapping[str, Mapping[str, Tensor]],
+) -> Callable[..., Any]:
+    """A graph of several modules, for Dynamo to call.
+
+    Args:
+        compiled: takes the inputs that Dynamo knows, and after them those of ``inputs``.
+        graph: its report, which counts the calls of each row, and those that ran exactly.
+        rows: by module: the number of a site -> that of the module's row of it.
+        inputs: by module and name: what the graph takes after Dynamo's inputs, in one order; empty
+            where that is nothing.
+
+    Raises:
+        RuntimeError: when called: none of the modules is running, and there are ``inputs``.
+    """
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        block = _running.get()
+        own = rows.get(block)
+        if own is None:
+            if not inputs:
+                return compiled(*args)
+            raise RuntimeError(
+                f"compile_blocks: the graph of {', '.join(rows)} was run while "
+                f"{block or 'no block'} was called; accepted: calls of these modules themselves"
+            )
+        graph.count_calls(own.values())
+
+        def tell(site: int, failure: str | None) -> None:
+            graph.count_exact(own[site], failure)
+
+        with count_exact_calls(tell):
+            return compiled(*args, *inputs.get(block, {}).values())
+
+    return run
