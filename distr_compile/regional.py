@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from distr_compile import naming
@@ -16,6 +18,7 @@ from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.policy import LayerPlan, Policy
 from distr_compile.policy.errors import sentence
+from distr_compile.reporting.breaks import passed_over
 from distr_compile.running import Shared, entered
 
 
@@ -85,7 +88,8 @@ def compile_blocks(
         for name in names:
             member: Any = found[name]
             member.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-            member._compiled_call_impl = entered(name, member._compiled_call_impl)
+            run = entered(name, member._compiled_call_impl)
+            member._compiled_call_impl = _watched(run, backend, member)
     return list(groups.values())
 
 
@@ -96,10 +100,29 @@ class _Backend:
     options: Options
     shared: Shared
     graphs: list[None] = field(default_factory=list)
+    warned: list[None] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(None)
         return compile_graph(gm, example_inputs, self.options, shared=self.shared)
+
+
+def _watched(run: Callable[..., Any], backend: _Backend, block: nn.Module) -> Callable[..., Any]:
+    """A block's compiled call, which warns once of a group where nothing was compiled."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = run(*args, **kwargs)
+        if not backend.graphs and not backend.warned and not torch.compiler.is_compiling():
+            backend.warned.append(None)
+            said = "".join(f"\n{line}" for line in passed_over(block))
+            warnings.warn(
+                f"compile_blocks: nothing was compiled of {', '.join(backend.shared.blocks)}: they "
+                f"ran as they are{said}",
+                stacklevel=2,
+            )
+        return result
+
+    return call
 
 
 def _blocks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -182,6 +183,23 @@ def test_one_body_of_two_layers_of_a_block(differ: bool) -> None:
         for i in range(2)
         for name in ("first", "second")
     ]
+
+
+def test_blocks_of_which_nothing_was_compiled_are_warned_of_once() -> None:
+    """torch 2.11 compiles no module in place whose class is of ``torch.nn``."""
+    layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    distr_compile.compile_blocks(model, POLICY, options=EAGER)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch._dynamo.config.patch(disable=True):
+            model(torch.randn(1, 40, 64))
+            model(torch.randn(1, 40, 64))
+    said = [str(each.message) for each in caught if "compile_blocks" in str(each.message)]
+    assert len(said) == 1
+    assert "nothing was compiled of layers.0, layers.1, layers.2" in said[0]
+    assert "TORCH_COMPILE_DISABLE" in said[0]
+    assert "TransformerEncoderLayer is a class of torch.nn" in said[0]
 
 
 def test_what_is_wrong() -> None:
