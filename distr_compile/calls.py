@@ -21,7 +21,9 @@ ATTRIBUTE = "_distr_outcomes"
 """Where a module keeps which outcomes it has a row for, and its id: a copy begins anew."""
 
 
-def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
+def note(
+    module: torch.nn.Module, shape: Shape, decision: Decision, *, mask_grad: bool = False
+) -> None:
     """Keep what became of a call, unless the module had a call with this outcome before.
 
     An outcome is a decision with its reasons' codes; lengths do not make another one, so that a
@@ -31,11 +33,12 @@ def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
         module: that makes the call.
         shape: of the call.
         decision: what was made of it.
+        mask_grad: whether a gradient is recorded of its mask, which not every backward gives.
     """
     if torch.compiler.is_compiling():
         return
     codes = tuple(reason.code for reason in decision.reasons)
-    outcome = (decision.plan, shape.trained, codes)
+    outcome = (decision.plan, shape.trained, mask_grad, codes)
     owner, kept = module.__dict__.get(ATTRIBUTE, (0, set()))
     if owner != id(module):
         owner, kept = module.__dict__[ATTRIBUTE] = (id(module), set())
@@ -43,15 +46,16 @@ def note(module: torch.nn.Module, shape: Shape, decision: Decision) -> None:
         return
     kept.add(outcome)
     mode = ("train" if module.training else "eval") + (", grad" if shape.trained else "")
-    graph = GraphReport(0, type(module).__name__, (_row(shape, decision),), mode=mode)
+    row = _row(shape, decision, mask_grad)
+    graph = GraphReport(0, type(module).__name__, (row,), mode=mode)
     record(module, graph, key=outcome, policy=decision.plan)
 
 
-def _row(shape: Shape, decision: Decision) -> SiteRow:
+def _row(shape: Shape, decision: Decision, mask_grad: bool) -> SiteRow:
     keys = (shape.batch, shape.num_key_heads, shape.num_keys)
     names: tuple[str, str | None, Mapping[str, str]] = "sdpa", None, {}
     if decision.is_distr:
-        names = training.who_computes(shape, decision.approximation)
+        names = training.who_computes(shape, decision.approximation, mask_grad=mask_grad)
     kernel, backward, refused = names
     mask = "causal" if shape.is_causal else "none"
     if shape.mask is not None:

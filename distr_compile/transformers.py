@@ -225,7 +225,7 @@ def _attend(
     # Such a call is exact unless the plan says training = "approximate", as with the backend.
     shape = shape._replace(trained=_needs_gradient(q, k, v, mask, sinks))
     decision = _decided(shape, assigned.plan)
-    calls.note(module, shape, decision)
+    calls.note(module, shape, decision, mask_grad=_needs_gradient(mask))
     if not decision.is_distr:
         return _exactly(q, k, v, mask, sinks, scores)
     bases = _bases(assigned, decision.approximation, k)

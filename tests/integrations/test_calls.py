@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import transformers
 
 import distr_compile
 from distr_compile import calls
+from distr_compile.lowering import cpu_backward, cpu_fused
 from distr_compile.reporting import SiteRow
 from tests.integrations.classifier import trainer_losses
+from tests.kernels.cpu_kernel import require_kernel
 
 SIZES = {
     "vocab_size": 100,
@@ -94,6 +97,34 @@ def test_rows_say_what_those_of_the_backend_say(tokens: int) -> None:
     )
     assert first == second
     assert first[0][1] == ("distr" if tokens == 70 else "exact")
+
+
+def test_a_row_names_the_backward_of_a_mask_that_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A mask that heads share gets its gradient from products, and the row says so."""
+    require_kernel()
+    path = tmp_path / "distr.toml"
+    path.write_text('[default]\ngroup_size = 2\nmin_seq_len = 0\ntraining = "approximate"\n')
+    monkeypatch.setenv("DISTR_POLICY", str(path))
+    ran: list[str] = []
+    for module, name in ((cpu_backward, "run"), (cpu_fused, "backward")):
+        own = getattr(module, name)
+        label = module.__name__.rpartition(".")[2]
+        spy = partial(lambda label, own, *given: (ran.append(label), own(*given)), label, own)
+        monkeypatch.setattr(module, name, spy)
+    module = torch.nn.Module()
+    q, k, v = (torch.randn(2, heads, 40, 64, requires_grad=True) for heads in (4, 2, 2))
+    for is_trained in (False, True, True):
+        mask = torch.randn(2, 1, 40, 40, requires_grad=is_trained)
+        out, _ = distr_compile.transformers.attend(module, q, k, v, mask)
+        out.sum().backward()
+        assert (mask.grad is not None) == is_trained
+    assert ran == ["cpu_fused", "cpu_backward", "cpu_backward"]
+    first, second = distr_compile.report(module).rows
+    assert (first.backward, dict(first.refused)) == ("distr-cpu", {})
+    assert second.backward == "torch-products"
+    assert second.refused["distr-cpu, backward"].endswith("no gradient to a mask that heads share")
 
 
 def test_a_second_plan_begins_anew() -> None:
