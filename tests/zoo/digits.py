@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from distr_compile.accuracy.batch import Batch
-from tests.zoo.recipe import Recipe
+from tests.zoo.recipe import Recipe, load_weights
 
 HELD_OUT = 320  # of 1797 digits
 PIECES = 3
@@ -127,6 +127,23 @@ SIZES = {
 }
 
 
+def _vit_577() -> nn.Module:
+    """The trained ViT of 197 tokens for pictures of 72 pixels: its positions are resampled."""
+    from timm.layers import resample_abs_pos_embed
+    from timm.models.vision_transformer import VisionTransformer
+
+    (short,) = (recipe for recipe in RECIPES if recipe.name == "digits-vit")
+    trained = _vit()
+    load_weights(trained, short.weights)
+    model = VisionTransformer(img_size=72, patch_size=3, **SIZES)
+    state = trained.state_dict()
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], [24, 24], num_prefix_tokens=model.num_prefix_tokens
+    )
+    model.load_state_dict(state)
+    return model
+
+
 def _vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -191,3 +208,15 @@ RECIPES = (
         rate=3e-3,
     ),
 )
+
+FINE_TUNED = _recipe(
+    "digits-vit-577",
+    72,
+    build=_vit_577,
+    description=f"the ViT of 197 tokens, fine-tuned exactly for 577, {TASK}",
+    num_layers=3,
+    floor=0.95,
+    steps=300,
+    rate=1e-3,
+)
+"""For the paper's Table 8; the accuracy gate does without, its ViT of 197 tokens is like it."""

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import distr_compile
 from distr_compile.accuracy.metrics import as_metric
-from tests.zoo import RECIPES, ZOO, digits, load, minilm, rank, tagger, texts
+from tests.zoo import RECIPES, TRAINED, ZOO, digits, load, minilm, rank, tagger, texts
 from tests.zoo.train import skill
 
 LARGEST_FILE = 2_000_000  # bytes
@@ -21,13 +21,13 @@ ATTENTIONS = {"t5": 7}  # two in each layer of a decoder
 zoo = cache(load)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", {**ZOO, **TRAINED})
 def test_the_model_reaches_its_floor(name: str) -> None:
     value, metric = skill(zoo(name)), as_metric(zoo(name).metrics[0])
     at_least = metric.better == "higher"
     assert value >= zoo(name).floor if at_least else value <= zoo(name).floor, value
-    if name in RECIPES:
-        with safe_open(RECIPES[name].weights, "pt") as file:
+    if name in TRAINED:
+        with safe_open(TRAINED[name].weights, "pt") as file:
             recorded = file.metadata()
         assert recorded["metric"] == metric.name
         if recorded["data_digest"] == zoo(name).data_digest:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Generator, nn
 
 from distr_compile.accuracy.metrics import as_metric, main_output
-from tests.zoo import RECIPES
+from tests.zoo import TRAINED
 from tests.zoo.recipe import Recipe, ZooModel, stored_weights
 
 SEED = 0
@@ -112,9 +112,9 @@ def write(recipe: Recipe, model: nn.Module, seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="train models of the zoo, write their weights")
-    parser.add_argument("names", nargs="+", choices=RECIPES, metavar="NAME", help="of a model")
+    parser.add_argument("names", nargs="+", choices=TRAINED, metavar="NAME", help="of a model")
     for name in parser.parse_args().names:
-        recipe = RECIPES[name]
+        recipe = TRAINED[name]
         model, seconds = train(recipe)
         print(f"{name}: {write(recipe, model, seconds):.4f} after {seconds:.0f} s", flush=True)
 
