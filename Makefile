@@ -91,10 +91,11 @@ gpu: $(VENV)/stamp ## everything that wants a GPU, unattended and resumable; gre
 gpu-wheel: $(VENV)/stamp ## wheels for a GPU machine without a network, into dist/gpu; the line that runs there
 	@$(BIN)/python -m benchmarks.wheels
 
-plots: $(VENV)/stamp ## docs/cpu_speed.png, docs/paper_time.png, docs/pictures; plots of what `make gpu` measured
+plots: $(VENV)/stamp ## docs/cpu_speed.png, paper_time.png, finetuned.png, docs/pictures; plots of what `make gpu` measured
 	$(BIN)/python -m benchmarks.first_page
 	$(BIN)/python -m benchmarks.cpu_plot
 	$(BIN)/python -m benchmarks.paper.figures
+	$(BIN)/python -m benchmarks.finetune_plot
 	@for results in $(wildcard benchmarks/results/*/attention.json); do \
 		folder=$$(dirname $$results); \
 		$(BIN)/python -m benchmarks.plot $$folder; \

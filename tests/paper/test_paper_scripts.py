@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks import error_metrics
+from benchmarks import error_metrics, finetune_plot
 from benchmarks.error_inputs import Inputs, uniform
 from benchmarks.paper import (
     attention_time,
@@ -166,6 +166,19 @@ def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
         path = figures.draw_times({"d=64, N=1024": cell}, tmp_path)
     assert shown == [("exact", [1.2]), ("Hydra", [4.0])]
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_training_shows_what_was_measured(tmp_path: Path) -> None:
+    arm = "lsh-sample, G=2"
+    found = {
+        "tagger: untouched": {"less exact": {arm: {"difference": -9.0}}},
+        "tagger, seed 0: exact": {"less exact": {arm: {"difference": -5.0}}},
+        "tagger, seed 1: exact": {"less exact": {arm: {"difference": -7.0}}},
+        f"tagger, seed 1: {arm}": {"less exact": {"difference": -1.0}},
+    }
+    values = [finetune_plot.differences(found, "tagger", arm, s) for s in finetune_plot.STYLES]
+    assert values == [[-9.0], [-5.0, -7.0], [-1.0]]
+    assert finetune_plot.draw(found, tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
 # --- what is measured --------------------------------------------------------------------------
