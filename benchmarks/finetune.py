@@ -190,9 +190,22 @@ def rows_of(of: Subject, model: nn.Module, arms: list[str]) -> dict[str, Tensor]
     policies = {arm: None if arm == EXACT else Policy(default=POLICIES[arm]) for arm in arms}
     found = evaluate(model, of.held_out, [of.metric], policies)
     rows = {arm: each.rows[of.metric] for arm, each in found.items()}
-    if of.scenes > 1:  # the share of hits among the scenes of each digit
-        rows = {arm: x.view(of.scenes, -1).mean(0)[:, None] for arm, x in rows.items()}
-    return rows
+    return {arm: by_unit(x, of.scenes) for arm, x in rows.items()} if of.scenes > 1 else rows
+
+
+def by_unit(rows: Tensor, scenes: int) -> Tensor:
+    """The share of hits among the scenes of each unit.
+
+    Args:
+        rows: hits and labels of each scene, ``(scenes * units, 2)``, the units of one scene after
+            those of the other.
+        scenes: of each unit.
+
+    Returns:
+        ``(units, 1)``.
+    """
+    hits, labels = rows.unbind(-1)
+    return (hits / labels).view(scenes, -1).mean(0)[:, None]
 
 
 # --- cells -------------------------------------------------------------------------------------

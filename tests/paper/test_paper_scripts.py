@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks import error_metrics, finetune_plot
+from benchmarks import error_metrics, finetune, finetune_plot
 from benchmarks.error_inputs import Inputs, uniform
 from benchmarks.paper import (
     attention_time,
@@ -32,6 +32,7 @@ from benchmarks.paper.bootstrap import paired
 from benchmarks.paper.page import PAGE, filled, table_of
 from benchmarks.paper.script import NOT_MEASURED, Cells, Script, UnavailableError
 from benchmarks.store import ROOT, Cell
+from distr_compile.accuracy.batch import Batch
 from tests.zoo.minilm import RETRIEVAL
 
 EVERY = (*SCRIPTS, *TRAINED)
@@ -179,6 +180,22 @@ def test_the_picture_of_training_shows_what_was_measured(tmp_path: Path) -> None
     values = [finetune_plot.differences(found, "tagger", arm, s) for s in finetune_plot.STYLES]
     assert values == [[-9.0], [-5.0, -7.0], [-1.0]]
     assert finetune_plot.draw(found, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_hits_of_each_digit_over_its_scenes() -> None:
+    """Three digits in two scenes each, through the whole evaluation: 2, 1 and 0 are named."""
+
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(x, 5).float()
+
+    labels = torch.tensor([0, 1, 2])
+    guesses = [torch.tensor([0, 1, 4]), torch.tensor([0, 3, 4])]
+    batches = [Batch((x,), labels=labels) for x in guesses]
+    subject = finetune.Subject(Named().eval(), lambda g: batches[0], batches, "top1", scenes=2)
+    rows = finetune.rows_of(subject, subject.model, [finetune.EXACT])[finetune.EXACT]
+    assert rows.tolist() == [[1.0], [0.5], [0.0]]
+    assert subject.value(rows) == 0.5
 
 
 # --- what is measured --------------------------------------------------------------------------
