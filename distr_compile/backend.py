@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from distr_compile import identity, naming
+from distr_compile import exported, identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import stored
@@ -250,7 +250,8 @@ def run_pass(
     if root is not None and root.module is not None:
         if begin:
             root = replace(root, shown=naming.canonical(root.module, begin))
-        modules = sorted({*root.shown, *root.shown.values()})
+        of_programs = set(exported.layers(gm.graph, root.module))
+        modules = sorted({*root.shown, *root.shown.values(), *of_programs})
         policy.check_ambiguous(naming.ambiguous(root.module, root.shown))
     audit = policy.audit(modules)
     audit.check_names()
@@ -397,10 +398,13 @@ def _attended(rows: tuple[SiteRow, ...], root: identity.Root | None) -> Iterator
 def _modules_of(gm: fx.GraphModule, root: identity.Root | None) -> Iterator[str]:
     """Names of the modules whose code is in a graph, as far as they are known."""
     names = {} if root is None else root.names
+    if root is not None and root.module is not None:
+        for layer in set(exported.layers(gm.graph, root.module)):
+            yield from {layer, root.show(layer)}
     for node in gm.graph.nodes:
         for key in node.meta.get("nn_module_stack") or ():
             module = str(key).partition("@")[0]
-            if root is not None and module.isdecimal():  # an exported program has names here
+            if root is not None and module.isdecimal():  # not so in an exported program
                 for name in names.get(int(module), ()):
                     yield from {name, root.show(name)}
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from distr_compile import naming
+from distr_compile import exported, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.lowering import op
 from distr_compile.lowering.judge import Judge
@@ -129,7 +129,7 @@ class _Chooser:
         self._policy, self._names = policy, names
 
     def __call__(self, place: Placed) -> LayerChoice:
-        layer = _common([_path(node) for node in place.nodes])
+        layer = exported.innermost([exported.paths_of(node) for node in place.nodes])
         while layer and layer not in self._names:  # a call of a function that is no module
             layer = layer.rpartition(".")[0]
         short = self._names.get(layer, layer)
@@ -137,24 +137,9 @@ class _Chooser:
         return LayerChoice(short, plan if plan.rule else self._policy.resolve(layer))
 
 
-def _path(node: fx.Node) -> list[str]:
-    """Names of the modules a node was traced in, outermost first."""
-    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def _common(paths: Sequence[list[str]]) -> str:
-    """The innermost module that all of them are in."""
-    common = ""
-    for level in zip(*paths, strict=False):
-        if len(set(level)) > 1:
-            break
-        common = level[0]
-    return common
-
-
 def _modules_of(module: fx.GraphModule, names: Mapping[str, str]) -> Iterator[str]:
     for node in module.graph.nodes:
-        for path in _path(node):
+        for path in exported.paths_of(node):
             yield from {path, names.get(path, path)}
 
 

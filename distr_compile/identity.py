@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from distr_compile import naming
+from distr_compile import exported, naming
 
 
 @dataclass(frozen=True)
@@ -432,13 +432,15 @@ def common_layer(
     nodes: Iterable[fx.Node], root: Root, frame: FrameModule | None = None
 ) -> Layer | None:
     """The innermost layer that all ``nodes`` belong to. Arguments as for ``layer_of``."""
+    nodes, frame = list(nodes), frame or FrameModule()
+    if root.module is not None and (name := exported.layer(nodes, root.module)) is not None:
+        return Layer(name, (name,), 0, id(frame.module), frame.local)
     stacks = [_stack(node) for node in nodes]
     stack: list[_Entry] = []
     for level in zip(*stacks, strict=False):
         if any(entry.key != level[0].key for entry in level):
             break
         stack.append(level[0])
-    frame = frame or FrameModule()
     local = _local(stack[0].path) if stack else frame.local
     if frame.module is not None and (not stack or (local is not None and local == frame.local)):
         # The path begins at the frame's own module, which Dynamo lists only if it saw the call.
@@ -512,7 +514,9 @@ class _Entry(NamedTuple):
 
 def _stack(node: fx.Node) -> list[_Entry]:
     """The modules a node was traced in, outermost first. Keys are "id" or, called again, "id@k"."""
-    entries = []
+    entries: list[_Entry] = []
+    if exported.is_exported(node):  # what stands there are no modules of now
+        return entries
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
         module, _, call = str(key).partition("@")
         if module.isdecimal():

@@ -194,6 +194,87 @@ def test_the_backend_compiles_a_module_of_a_program() -> None:
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+class Attend(nn.Module):
+    """Without parameters: nothing of it is left in a program but its name."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / 8).softmax(-1) @ v
+
+
+class Deep(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Attend()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.core(q, k, v)
+
+
+class Outer(nn.Module):
+    """A model with programs in it, beside a layer of its own."""
+
+    def __init__(self, *programs: nn.Module) -> None:
+        super().__init__()
+        self.own, self.programs = Block(), nn.ModuleList(programs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x)
+        for program in self.programs:
+            x = program(x)
+        return x
+
+
+def decisions(model: nn.Module, x: Tensor, policy: Any) -> dict[str, str]:
+    torch._dynamo.reset()
+    options = {"policy": policy, "compiler": "eager"}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="distr", options=options)
+        compiled(x)
+    return {row.layer: row.decision for row in distr_compile.report(compiled).rows}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_layers_of_a_program_that_is_compiled_have_their_names(
+    strict: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, (x,) = nn.Sequential(Block(), Deep(), Block()).eval(), inputs()
+    program = torch.export.export(model, (x,), strict=strict)
+    policy = {**POLICY, "rule": [{"layers": "1.core", "group_size": 1}]}
+    wanted = {"0": "distr", "1.core": "exact", "2": "distr"}
+    assert decisions(model, x, policy) == wanted
+    assert decisions(program.module(), x, policy) == wanted
+    torch.export.save(program, tmp_path / "program.pt2")
+    assert decisions(torch.export.load(tmp_path / "program.pt2").module(), x, policy) == wanted
+    with pytest.raises(Exception, match="names no module of the model"):
+        decisions(program.module(), x, {**POLICY, "rule": [{"layers": "3.core", "rank": 16}]})
+
+
+def test_programs_within_a_model() -> None:
+    torch.manual_seed(0)
+    (x,) = inputs()
+    first = torch.export.export(nn.Sequential(Block(), Deep()).eval(), (x,))
+    second = torch.export.export(Block().eval(), (x,), strict=True)
+    policy = {**POLICY, "rule": [{"layers": "programs.0.*.core", "group_size": 1}]}
+    found = decisions(Outer(first.module(), second.module()), x, policy)
+    names = ["own", "programs.0.0", "programs.0.1.core", "programs.1"]
+    assert found == dict(zip(names, ["distr", "distr", "exact", "distr"], strict=True))
+    twice = decisions(Outer(second.module(), second.module()), x, {"default": POLICY["default"]})
+    assert twice == {"own": "distr", "": "distr"}, "one program's modules are not told apart"
+
+
+def test_bases_of_a_model_are_those_of_its_program(tmp_path: Path) -> None:
+    model, path = Model().eval(), tmp_path / "bases.safetensors"
+    batches = [distr_compile.Batch(inputs())]
+    made = distr_compile.calibrate(model, batches, path=path, progress=False)
+    plan = {"estimator": "calibrated", "min_seq_len": 0, "rank": 20}
+    policy = distr_compile.Policy(plan).with_bases(path, made.sha256)
+    module = torch.export.export(model, inputs()).module()
+    assert decisions(module, *inputs(), policy) == {"blocks.0": "distr", "blocks.1": "distr"}
+    got = by_backend(module, *inputs(), policy)
+    torch.testing.assert_close(got, by_backend(model, *inputs(), policy), atol=1e-5, rtol=1e-5)
+
+
 # --- other processes -----------------------------------------------------------------------------
 
 LOAD = """
