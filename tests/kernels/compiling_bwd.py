@@ -23,10 +23,6 @@ from tests.kernels.compiling import ROOT, SHARED_LIMIT, _read_amd, _read_nvidia,
 
 COMPILED = Path(__file__).with_name("compiled_bwd.csv")
 
-# Bytes a thread may spill where there is no better tile: three tf32 products keep each operand of a
-# product twice, and a row of dO of 128 numbers is one.
-SPILLS = {("float32", 128): 350}
-
 
 class Row(NamedTuple):
     """One compiled kernel: what of, and what came out; see ``compiling.Row``."""
@@ -47,7 +43,7 @@ class Row(NamedTuple):
     def problems(self) -> list[str]:
         """What is wrong with it; nothing if all is well."""
         found = []
-        if self.rank <= 64 and self.spill_bytes > SPILLS.get((self.dtype, self.head_dim), 0):
+        if self.rank <= 64 and self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes a thread")
         if self.shared_bytes > SHARED_LIMIT[self.architecture]:
             found.append(f"takes {self.shared_bytes} bytes of shared memory")
@@ -73,10 +69,12 @@ class Case:
 
 PLAN = (
     ("float16", "plain causal bias softcap dropout", "128/64"),
-    ("float16", "plain causal", "64/32"),
-    ("float16", "causal", "64/64 128/32 128/128"),
+    ("float16", "plain causal dropout", "64/32"),
+    ("float16", "causal dropout", "128/32"),
+    ("float16", "causal", "64/16 64/64 128/128"),
     ("bfloat16", "causal", "128/64"),
-    ("float32", "causal", "64/32 128/64"),
+    ("float32", "plain causal dropout", "64/32 128/64"),
+    ("float32", "plain", "64/64 128/16 128/32"),
 )
 
 
@@ -177,7 +175,7 @@ def in_a_process(architecture: str, few: bool) -> list[Row]:
     return [_row(line.split(",")) for line in done.stdout.splitlines() if "_bwd," in line]
 
 
-FEW = (Case("float16", 128, 64, "causal"),)
+FEW = (Case("float16", 128, 64, "causal"), Case("float32", 128, 64, "dropout"))
 """What ``make test`` compiles."""
 
 

@@ -28,7 +28,9 @@ from distr_compile.kernels.padding import cdiv
 from distr_compile.kernels.plan import launch
 
 COLUMNS = 32
-"""Columns of dQ that are made at a time: more of A would take too many registers."""
+"""Columns of dQ that are made at a time: more of A would take too many registers. In fp32 also the
+columns of both factors that scores and dP are summed over at a time: of more than that the two
+halves which three tf32 products want would."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def attention_bwd(
                 (cdiv(num_keys, cut["BLOCK_N"]), dk.shape[0] * key_heads),
                 **inputs,
                 B=B,
+                BLOCK_C=COLUMNS,
                 DK=dk,
                 DV=dv,
                 key_heads=key_heads,
@@ -162,7 +165,7 @@ def attention_bwd(
                 **strides("b", "bhl", B),
                 **strides("dk", "bhm", dk),
                 **strides("dv", "bhm", dv),
-                **options,
+                **options | {"BLOCK_R": _padded_rank(options["BLOCK_R"], cut["BLOCK_N"])},
                 **cut,
             )
         if num_queries and batch * heads:
@@ -183,6 +186,15 @@ def attention_bwd(
                 **options,
                 **cut,
             )
+
+
+def _padded_rank(rank: int, num_keys: int) -> int:
+    """Columns of dKhat: more than a tile has keys.
+
+    Triton shares dKhat among the warps by columns then. Where it is no wider than long each warp
+    gets all columns of some keys, in dV too, and more registers than there are.
+    """
+    return rank if torch.version.hip else max(rank, 2 * num_keys)
 
 
 def _launch_delta(out: Tensor, grad: Tensor, delta: Tensor) -> None:
@@ -233,6 +245,7 @@ def _described(
         "BLOCK_R": power_of_two(r),
         "BLOCK_D": power_of_two(head_dim),
         "BLOCK_V": power_of_two(d_v),
+        "BY_COLUMNS": not (half or is_amd),
         "PRECISION": "ieee" if is_amd else "tf32x3",
         "BASIS_PRECISION": "ieee" if is_amd else "tf32" if half else "tf32x3",
         "enable_fp_fusion": True,

@@ -25,6 +25,21 @@ def _rows(pointers, is_row, in_columns, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _product_by_columns(
+    X, Y, is_x, is_y,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X Y^T from memory, some columns at a time; X and Y point to the first number of each row."""
+    xy = tl.zeros([X.shape[0], Y.shape[0]], tl.float32)
+    for first in range(0, WIDTH, COLUMNS):  # a loop: unrolled it takes as many registers as whole
+        columns = first + tl.arange(0, COLUMNS)
+        x = _rows(X[:, None] + columns[None, :], is_x, columns < WIDTH, WIDTH % COLUMNS == 0)
+        y = _rows(Y[:, None] + columns[None, :], is_y, columns < WIDTH, WIDTH % COLUMNS == 0)
+        xy = tl.dot(x, tl.trans(y), xy, input_precision=PRECISION)
+    return xy
+
+
+@triton.jit
 def _weights(
     s,
     lse,
@@ -158,9 +173,11 @@ def _keys_bwd(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     BASIS_PRECISION: tl.constexpr,
 ):
@@ -216,7 +233,22 @@ def _keys_bwd(
             is_seen = is_key[:, None] & is_row[None, :]
             if IS_CAUSAL:
                 is_seen = is_seen & (keys[:, None] <= rows[None, :] + causal_offset)
-            s = tl.dot(khat, tl.trans(q), input_precision=PRECISION)
+            if BY_COLUMNS:
+                s = _product_by_columns(
+                    Khat
+                    + b * stride_kb
+                    + key_h * stride_kh
+                    + block * stride_kl
+                    + wide_keys * stride_km,
+                    Qhat + b * stride_qb + h * stride_qh + wide_rows * stride_qn,
+                    is_key,
+                    is_row,
+                    R,
+                    BLOCK_C,
+                    PRECISION,
+                )
+            else:
+                s = tl.dot(khat, tl.trans(q), input_precision=PRECISION)
             mask_offsets = is_seen
             if Mask is not None:
                 mask_offsets = (
@@ -226,7 +258,18 @@ def _keys_bwd(
             p, slope = _weights(
                 s, lse[None, :], Mask, mask_offsets, is_seen, scale, SOFTCAP, IS_CAUSAL
             )
-            dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            if BY_COLUMNS:
+                dp = _product_by_columns(
+                    V + key_b * stride_vb + key_h * stride_vh + wide_keys * stride_vm,
+                    Grad + b * stride_gb + h * stride_gh + wide_rows * stride_gn,
+                    is_key,
+                    is_row,
+                    D_V,
+                    BLOCK_C,
+                    PRECISION,
+                )
+            else:
+                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             kept_p = p
             if Seed is not None:
                 number = drop_head + b * drop_heads + h
@@ -338,6 +381,7 @@ def _queries_bwd(
     IS_CAUSAL: tl.constexpr,
     KEYS_FIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     BASIS_PRECISION: tl.constexpr,
 ):
@@ -384,7 +428,18 @@ def _queries_bwd(
         is_seen = is_row[:, None] & is_key[None, :]
         if IS_CAUSAL:
             is_seen = is_seen & (keys[None, :] <= rows[:, None] + causal_offset)
-        s = tl.dot(q, tl.trans(khat), input_precision=PRECISION)
+        if BY_COLUMNS:
+            s = _product_by_columns(
+                Qhat + b * stride_qb + h * stride_qh + wide_rows * stride_qn,
+                Khat + wide_keys * stride_km,
+                is_row,
+                is_key,
+                R,
+                BLOCK_C,
+                PRECISION,
+            )
+        else:
+            s = tl.dot(q, tl.trans(khat), input_precision=PRECISION)
         mask_offsets = is_seen
         if Mask is not None:
             mask_offsets = (
@@ -396,7 +451,18 @@ def _queries_bwd(
             s, lse[:, None], Mask, mask_offsets, is_seen, scale, SOFTCAP,
             IS_CAUSAL or not KEYS_FIT,
         )  # fmt: skip
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if BY_COLUMNS:
+            dp = _product_by_columns(
+                Grad + b * stride_gb + h * stride_gh + wide_rows * stride_gn,
+                V + wide_keys * stride_vm,
+                is_row,
+                is_key,
+                D_V,
+                BLOCK_C,
+                PRECISION,
+            )
+        else:
+            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if Seed is not None:
             number = drop_head + b * drop_heads + h
             kept = is_kept(
