@@ -248,9 +248,9 @@ def run_pass(
     root = identity.find_root() if shared is None else shared.root()
     modules = None
     if root is not None and root.module is not None:
+        of_programs = set(exported.layers(gm.graph, root.module))
         if begin:
             root = replace(root, shown=naming.canonical(root.module, begin))
-        of_programs = set(exported.layers(gm.graph, root.module))
         modules = sorted({*root.shown, *root.shown.values(), *of_programs})
         policy.check_ambiguous(naming.ambiguous(root.module, root.shown))
     audit = policy.audit(modules)
