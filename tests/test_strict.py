@@ -7,6 +7,7 @@ The definition is held against NumPy in fp64, which takes everything apart; the 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -52,21 +53,32 @@ def qkv(
 # --- the definition ------------------------------------------------------------------------------
 
 
+def naive_first(sees: Array, offset: int) -> int:
+    """The first row of (H, N, M) that sees a key which is no later, by any head."""
+    for i in range(sees.shape[1]):
+        if sees[:, i, : max(i + offset + 1, 0)].any():
+            return i
+    return 0
+
+
 def naive_counts(
-    sees: Array, start: int, edge: int, *, block: int, offset: int
+    sees: Array, start: int, edge: int, *, block: int, offset: int, first: int
 ) -> tuple[Array, Array]:
     """Rows and keys before a block that count, from what each row (rep, N) sees, one by one."""
     num_queries, num_keys = sees.shape[1:]
 
+    def stop_of(row: int) -> int:
+        return first + ((row - first) // block + 1) * block
+
     def edge_after(row: int) -> int:
-        return min(max(min((row // block + 1) * block, num_queries) + offset, 0), num_keys)
+        return min(max(min(stop_of(row), num_queries) + offset, 0), num_keys)
 
     keys = np.zeros(num_keys, bool)
     for j in range(edge):
-        row = next(i for i in range(num_queries) if edge_after(i) > j)
-        keys[j] = sees[:, : (row // block + 1) * block, j].any()
+        row = next(i for i in range(first, num_queries) if edge_after(i) > j)
+        keys[j] = sees[:, first : stop_of(row), j].any()
     rows = np.zeros(sees.shape[:2], bool)
-    for h, i in np.ndindex(len(sees), start):
+    for h, i in itertools.product(range(len(sees)), range(first, start)):
         rows[h, i] = sees[h, i, : edge_after(i)].any()
         if num_queries == num_keys and offset >= 0:
             rows[h, i] &= keys[i]
@@ -122,12 +134,13 @@ def naive_attention(
         g = h // rep
         heads = slice(g * rep, (g + 1) * rep)
         S = Q[b, h] @ K[b, g].T
-        for start in range(block, N, block):
+        first = 0 if mask is None else naive_first(bias[b] > -1e30, offset)
+        for start in range(first + block, N, block):
             edge = min(max(start + offset, 0), M)
             if edge == 0:
                 continue
             rows, keys = naive_counts(
-                bias[b, heads] > -1e30, start, edge, block=block, offset=offset
+                bias[b, heads] > -1e30, start, edge, block=block, offset=offset, first=first
             )
             place = slice(start, min(start + block, N))
             S[place, :edge] = naive_scores(

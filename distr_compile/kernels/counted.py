@@ -16,6 +16,9 @@ from torch import Tensor
 
 from distr_compile.kernels.roles import prefix_edge
 
+ROWS_AT_ONCE = 128
+"""Rows of a mask that are read at a time, where the first that counts is looked for."""
+
 
 class Span(NamedTuple):
     """Batch entries whose grouping blocks lie alike.
@@ -91,6 +94,71 @@ def spans(
     if len(found) == 1:  # the mask is the same for all
         together = [span._replace(entries=slice(0, batch)) for span in together]
     return together
+
+
+def strict_spans(
+    mask: Tensor | None,
+    sizes: tuple[int, int, int],
+    block_of: Callable[[int], int],
+    causal_offset: int,
+) -> list[Span]:
+    """``spans`` of the strict form: blocks begin with the first row that sees a key before it.
+
+    Where the first block holds all rows from there on, every score is exact, wherever it begins.
+
+    Args:
+        mask: of four dimensions, or None.
+        sizes: B, N and M.
+        block_of: the query rows of a block, of a number of rows.
+        causal_offset: the keys before row i are ``j <= i + causal_offset``.
+    """
+    batch, num_queries, num_keys = sizes
+    firsts = [0]
+    if mask is not None and mask.numel():
+        firsts = first_rows(mask, num_queries, num_keys, causal_offset)
+    found = []
+    for first in firsts:
+        block = max(1, block_of(num_queries - first))
+        alone = (0, max(1, num_queries)) if num_queries - first <= block else (first, block)
+        found.append(alone)
+    place, together = 0, []
+    for (first, block), some in itertools.groupby(found):
+        entries = slice(place, place + len(list(some)))
+        place = entries.stop
+        together.append(Span(entries, first, num_queries, block))
+    if len(found) == 1:  # the mask is the same for all
+        together = [together[0]._replace(entries=slice(0, batch))]
+    return together
+
+
+def first_rows(mask: Tensor, num_queries: int, num_keys: int, causal_offset: int) -> list[int]:
+    """By entry of the mask: the first row i that sees a key ``j <= i + causal_offset``, or 0.
+
+    That hangs on no part of the mask later than the row itself. Read some rows at a time, until
+    each entry has its row.
+
+    Args:
+        mask: of four dimensions, not empty.
+        num_queries: N.
+        num_keys: M.
+        causal_offset: see above.
+    """
+    found = torch.full(mask.shape[:1], num_queries, device=mask.device)
+    for start in range(0, num_queries, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, num_queries)
+        known = min(num_keys, stop + causal_offset)
+        if known <= 0:
+            continue
+        part = _narrowed(_narrowed(mask, -2, start, stop), -1, 0, known)
+        if part.dtype != torch.bool:
+            part = part > torch.finfo(part.dtype).min / 2
+        seen = part.any(1).expand(-1, stop - start, known).tril(start + causal_offset).any(-1)
+        row = torch.where(seen, torch.arange(start, stop, device=mask.device), num_queries)
+        found = torch.minimum(found, row.amin(-1))
+        if bool((found < num_queries).all()):
+            break
+    firsts: list[int] = torch.where(found < num_queries, found, 0).tolist()
+    return firsts
 
 
 def _seen(
@@ -176,6 +244,7 @@ def counted_before(
     *,
     block: int,
     causal_offset: int,
+    first: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``counted_rows`` for the strict form: what counts in later blocks, told by earlier ones only.
 
@@ -193,6 +262,7 @@ def counted_before(
         rep: query heads per key head.
         block: query rows per grouping block, at least 1.
         causal_offset: see ``prefix_edge``.
+        first: the row with which the first block begins; those before it do not count.
 
     Returns:
         As ``counted_rows``; keys that are in no basis do not count.
@@ -201,11 +271,14 @@ def counted_before(
         return None, None
     mask = _split_heads(mask, key_heads, rep)
     query_parts, key_parts, edge = [], [], 0
-    for start in range(0, num_queries, block):
+    if first:
+        none = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=mask.device)
+        query_parts.append(none.expand(*mask.shape[:2], rep, first))
+    for start in range(first, num_queries, block):
         stop = min(start + block, num_queries)
         before, edge = edge, prefix_edge(stop, num_keys, causal_offset)
         queries = _any_seen(_narrowed(_narrowed(mask, -2, start, stop), -1, 0, edge), -1)
-        keys = _any_seen(_narrowed(_narrowed(mask, -2, 0, stop), -1, before, edge), -2).any(2)
+        keys = _any_seen(_narrowed(_narrowed(mask, -2, first, stop), -1, before, edge), -2).any(2)
         query_parts.append(queries.expand(-1, -1, rep, stop - start))
         key_parts.append(keys.expand(-1, -1, edge - before))
     key_parts.append(key_parts[0].new_zeros(*key_parts[0].shape[:2], num_keys - edge))

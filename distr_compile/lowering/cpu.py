@@ -25,7 +25,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,12 +33,12 @@ from torch import Tensor
 from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.kernels.counted import Span, counted_rows, spans
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack, working
 from distr_compile.lowering import cpu_fused
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.lowering.placing import FUNCTIONS, Placing, four_dimensions
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
@@ -52,10 +51,6 @@ KEY_ROWS = 4096
 
 WORKSPACE_MIB = 24
 """Most MiB of tensors alive beside inputs and output, for 4-byte arithmetic and d, d_v <= 256."""
-
-
-FUNCTIONS = ("ONE_BLOCK", "BY_PLACE", "READS_PANELS", "elements", "counted", "bases", "groups")
-"""What ``attention`` asks of the module of an estimator; ``kernels/roles.py`` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +152,9 @@ def attention(
         causal_offset=causal_offset if is_causal or strict else None,
         strict=strict,
     )
-    counts = module.counted(mask, num_queries, num_keys, key_heads, rep, asked)
+    found, counts = Placing(q, k, mask, module, block_of).of(asked)
     matrices = module.elements(head_dim, rank)
-    for span in _spans(call, module, counts, block_of):
+    for span in found:
         block = span.block
         pieces = _pieces(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
         if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
@@ -181,48 +176,6 @@ def attention(
             by = None if fused else pieces
             _attend_some(call, some, counts, make, asked, by, keep, only_bases=only_bases)
     return out
-
-
-def _spans(
-    call: _Call,
-    module: ModuleType,
-    counts: tuple[Tensor | None, Tensor | None],
-    block_of: Callable[[int], int],
-) -> list[Span]:
-    """Where the grouping blocks lie.
-
-    The host looks at the mask for that, and where it cannot, as a CUDA graph is recorded, they
-    begin with row 0 as if there were no padding.
-    """
-    q, num_queries = call.q, call.q.shape[2]
-    if module.ONE_BLOCK:
-        return [Span(slice(0, q.shape[0]), 0, num_queries, max(1, num_queries))]
-    if call.strict or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        counts = None, None
-    found = spans(
-        None if call.mask is None else _four_dimensions(call.mask),
-        counts,
-        (q.shape[0], num_queries, call.k.shape[2]),
-        block_of,
-        causal_offset=call.causal_offset if call.is_causal else None,
-        by_place=module.BY_PLACE,
-    )
-    return [span._replace(block=max(1, min(span.block, num_queries))) for span in found]
-
-
-def spans_of(call: Call, is_approximated: bool) -> list[Span]:
-    """Where the grouping blocks of a call lie that ``run`` computed; not what they saw."""
-    q, k, mask, how = call.q, call.k, call.mask, call.approximation
-    batch, _, num_queries, _ = q.shape
-    if not is_approximated:
-        return [Span(slice(0, batch), 0, num_queries, max(1, num_queries))]
-    module = arithmetic(how.estimator, "cpu", *FUNCTIONS)
-    queries = None
-    if not (how.strict or module.ONE_BLOCK):
-        rep = q.shape[1] // k.shape[1]
-        queries, _ = counted_rows(mask, num_queries, k.shape[2], k.shape[1], rep)
-    own = _Call(q, k, k, mask, None, q, 1.0, False, 0, 0.0, how.strict)
-    return _spans(own, module, (queries, None), how.block_of)
 
 
 def _attend_some(
@@ -372,7 +325,7 @@ def _attend_fused(
         call.q[wide],
         part.K,
         part.V,
-        None if call.mask is None else sliced(_four_dimensions(call.mask), *wide),
+        None if call.mask is None else sliced(four_dimensions(call.mask), *wide),
         None if call.sinks is None else call.sinks[wide[1]],
         groups,
         asked=asked,
@@ -445,13 +398,9 @@ def _drop(dropout: Dropout | None, weights: Tensor, row: int, key: int) -> None:
     weights.mul_(stays).mul_(dropout.scale)
 
 
-def _four_dimensions(mask: Tensor) -> Tensor:
-    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-
-
 def _split_mask_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
     """The mask as ``(B, H_k, N, rep, M)``, size 1 kept where it is broadcast."""
-    mask = _four_dimensions(mask)
+    mask = four_dimensions(mask)
     split = (key_heads, rep) if mask.shape[1] > 1 else (1, 1)
     split_mask: Tensor = mask.unflatten(1, split)
     return split_mask.transpose(2, 3)

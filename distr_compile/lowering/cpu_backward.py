@@ -32,6 +32,7 @@ from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack
 from distr_compile.lowering import cpu
 from distr_compile.lowering.choose import Call
+from distr_compile.lowering.placing import spans_of
 from distr_compile.lowering.saved import Gradients, Saved
 
 NAME = "torch-products"
@@ -146,7 +147,7 @@ class _Blocks:
         is_prefix = how.strict and ESTIMATORS[how.estimator].strict == "prefix"
         offset = (call.scores.offset or 0) if is_prefix else None
         num_queries, num_keys = call.q.shape[2], call.k.shape[2]
-        for span in cpu.spans_of(call, saved.bases is not None):
+        for span in spans_of(call, saved.bases is not None):
             yield cls(span, num_queries, num_keys, offset, saved.bases)
 
     def each(

@@ -19,6 +19,7 @@ from distr_compile.kernels.roles import Asked
 from distr_compile.kernels.rows import sliced
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.lowering.placing import spans_of
 from distr_compile.lowering.saved import Gradients, Saved
 
 
@@ -157,8 +158,6 @@ def attend(
 
 def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     """Fill ``wanted``; see ``training.backward``."""
-    from distr_compile.lowering import cpu  # which calls this module for every other estimator
-
     batch, k, v = call.q.shape[0], call.k, call.v
     if k.shape[0] != v.shape[0]:  # one of them is broadcast
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
@@ -175,7 +174,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         sizes = (*(1,) * (4 - wanted.mask.dim()), *wanted.mask.shape)
         dmask = torch.empty(sizes, dtype=torch.float32)
     found = _Found(wanted.q, dk, dv, delta, dmask)
-    spans = cpu.spans_of(call, saved.bases is not None)
+    spans = spans_of(call, saved.bases is not None)
     parts = [part for span in spans for part in _parts(span, call.q.shape[2])]
     if len(parts) > 1:
         for sums in (dk, dv, *([] if dmask is None else [dmask])):

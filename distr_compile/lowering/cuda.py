@@ -5,7 +5,8 @@ form of ``projection``, two of the latter for each of its grouping blocks). Qhat
 in between, and Khat has a copy per grouping block, N / l * M * r elements a head: the walk keeps
 them within a workspace of a stated size, whatever the length.
 
-Nothing here waits for the device, keeps memory after the call or depends on earlier calls.
+Nothing here waits for the device, but the strict form where a mask may say which rows are padding;
+nothing keeps memory after the call or depends on earlier calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.blocks import Places
+from distr_compile.kernels.counted import strict_spans
 from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import sliced
@@ -111,14 +114,56 @@ def attention(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        prologue = module.prologue(q, k, mask, asked) if module else None
-        if strict and prologue:
+        if strict and module:
             options |= {"is_causal": is_causal, "causal_offset": causal_offset}
-            _attend_strictly(q, k, v, mask, sinks, prologue, **options)
+            _attend_spans(q, k, v, mask, sinks, module, asked, **options)
         else:
+            prologue = module.prologue(q, k, mask, asked) if module else None
             options |= {"causal_offset": causal_offset if is_causal else None}
             _attend(q, k, v, mask, sinks, prologue, **options)
     return out
+
+
+def _attend_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    module: ModuleType,
+    asked: Asked,
+    **options: Any,
+) -> None:
+    """The strict form: entries whose blocks begin with the same row together.
+
+    The host looks at the mask for that; while a CUDA graph is recorded it cannot, and the blocks
+    begin with row 0. The rows before the first block are exact, as that is.
+    """
+    is_hidden = mask is None or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+    sizes, block = (q.shape[0], q.shape[2], k.shape[2]), options["block"]
+    offset, out, dropout = options["causal_offset"], options["out"], options["dropout"]
+    for span in strict_spans(None if is_hidden else mask, sizes, lambda _: block, offset):
+        Q, K, V, O = (t if t.shape[0] == 1 else t[span.entries] for t in (q, k, v, out))  # noqa: E741
+        some = mask if mask is None or mask.shape[0] == 1 else mask[span.entries]
+        first, part = span.first, dropout and dropout.part(batch=span.entries.start)
+        prologue = module.prologue(Q, K, some, replace(asked, first=first, block=span.block))
+        if first:
+            queries, keys = prologue.counted
+            later = None if queries is None else queries[..., first:]
+            prologue = replace(prologue, counted=(later, keys))
+            own = options | {"out": O[:, :, :first], "dropout": part, "block": first}
+            own |= {"causal_offset": offset if own.pop("is_causal") else None, "rank": q.shape[3]}
+            _attend(Q[:, :, :first], K, V, _of_rows(some, slice(0, first)), sinks, None, **own)
+            part = part and part.part(row=first)
+        own = options | {"out": O[:, :, first:], "dropout": part, "block": span.block}
+        own["causal_offset"] = offset + first
+        rest = _of_rows(some, slice(first, None))
+        _attend_strictly(Q[:, :, first:], K, V, rest, sinks, prologue, **own)
+
+
+def _of_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """A mask of four dimensions for some query rows."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
 
 
 def _attend(

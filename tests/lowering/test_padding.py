@@ -15,7 +15,13 @@ from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS, MOST_AUTO_BLOCKS, auto_grouping_block, most_blocks
 from distr_compile.kernels.attention import reference
-from distr_compile.kernels.counted import Span, counted_rows, spans
+from distr_compile.kernels.counted import (
+    Span,
+    counted_rows,
+    first_rows,
+    spans,
+    strict_spans,
+)
 from distr_compile.kernels.places import places
 from distr_compile.kernels.roles import Asked
 from distr_compile.lowering import cpu, cuda
@@ -75,6 +81,17 @@ ESTIMATOR = {
     "lsh-mean, block": {"estimator": "lsh-mean", "grouping_block": 50},
 }
 CAUSAL = ("", "by the call", "by the mask", "by a bias")
+STRICT = {
+    "strict": {"estimator": "projection", "strict": True},
+    "strict, block": {"estimator": "projection", "strict": True, "grouping_block": 24},
+    "strict, two rounds": {
+        "estimator": "projection",
+        "strict": True,
+        "grouping_block": 40,
+        "rounds": 2,
+    },
+}
+"""Options of the forms in which a row depends on no later one."""
 
 
 def padded_inputs(
@@ -143,6 +160,90 @@ def test_lengths_to_4096_and_their_own_blocks(estimator: str, causal: str) -> No
     lengths = (20, 512, 1000) if causal else (20, 513, 3000, 4096, 2048)
     tokens = 4096 if not causal else 2048
     check(run, 1e-5, lengths, tokens, causal, heads=(2, 2), **ESTIMATOR[estimator])
+
+
+@pytest.mark.parametrize("causal", ["by the call", "by the mask", "by a bias"])
+@pytest.mark.parametrize("form", STRICT)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_padded_sequence_in_the_strict_form(name: str, form: str, causal: str) -> None:
+    if name == "fused":
+        require_kernel()
+    run, tolerance = RUNS[name]
+    check(run, tolerance, (20, 61, 130, 197), 200, causal, **STRICT[form])
+
+
+@pytest.mark.parametrize("causal", ["by the call", "by the mask"])
+def test_lengths_to_4096_in_the_strict_form(causal: str) -> None:
+    """The op, fp32: blocks of 512 rows from the first real one on."""
+    require_kernel()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        out: Tensor = op(*(t.float() for t in (q, k, v)), mask, **options)
+        return out
+
+    lengths, tokens = ((20, 513, 3000, 4096, 2048), 4096)
+    if causal == "by the mask":
+        lengths, tokens = (20, 1100, 1500), 2048
+    check(run, 1e-5, lengths, tokens, causal, heads=(2, 2), **STRICT["strict"])
+
+
+@pytest.mark.parametrize(
+    ("causal", "workspace"), [("by the call", 1 << 28), ("by the mask", 1), ("by a bias", 30_000)]
+)
+def test_kernels_in_the_strict_form(causal: str, workspace: int) -> None:
+    def run(*tensors: Any, **more: Any) -> Tensor:
+        return by_kernels(*tensors, workspace=workspace, **more)
+
+    options = {"estimator": "projection", "strict": True, "grouping_block": 16}
+    check(run, 1e-5, (40, 33), 50, causal, heads=(2, 1), **options)
+    # The kernels alone are so far from the definition: 32 rows make a basis of rank 16.
+    check(run, 5e-5, (40, 33), 50, causal, heads=(2, 1), alone=by_definition, **options)
+
+
+@pytest.mark.parametrize("form", [*STRICT, "projection, block", "lsh-mean, block"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_gradients_of_real_rows(form: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Beside those of each sequence alone: by products in fp64, by the fused kernel in fp32."""
+    require_kernel()
+    options = {"rank": RANK, "scale": 0.2, **(STRICT | ESTIMATOR)[form]}
+    options = {"grouping_block": 0, **options}
+    tensors, keep, real = padded_inputs((61, 130, 77), 150)
+    mask = keep & torch.ones(150, 150, dtype=torch.bool).tril()
+    weights = draw(3, 4, 150, VALUES, seed=5).to(dtype)
+    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    out = op(*leaves, mask, **options)
+    (out * weights).masked_fill(~keep[:, 0, 0, None, :, None], 0).sum().backward()
+    for i, rows in enumerate(real):
+        own = [t[i : i + 1, :, rows].to(dtype).detach().requires_grad_() for t in tensors]
+        alone = op(*own, None, is_causal=True, **options)
+        (alone * weights[i : i + 1, :, rows]).sum().backward()
+        for mine, theirs in zip(leaves, own, strict=True):
+            assert mine.grad is not None
+            got = mine.grad[i : i + 1, :, rows]
+            torch.testing.assert_close(got, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_first_row_that_counts_hangs_on_no_later_part_of_the_mask() -> None:
+    """Of a mask of keys and of one of rows and keys; what is later changes nothing."""
+    keep = of_lengths((0, 30), (7, 40), (13, 50), tokens=300)
+    keep[2, ..., 200:] = True
+    for mask in (keep, keep & torch.ones(300, 300, dtype=torch.bool).tril()):
+        bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        for each in (mask, bias):
+            assert first_rows(each, 300, 300, 0) == [0, 7, 13]
+            assert first_rows(each, 300, 300, 5) == [0, 2, 8] or mask.shape[2] > 1
+    late = of_lengths((290, 300), (0, 0), tokens=300)
+    assert first_rows(late, 300, 300, 0) == [290, 0], "an entry without any row begins with row 0"
+    found = strict_spans(keep, (3, 300, 300), lambda n: 64, 0)
+    assert found == [
+        Span(slice(0, 1), 0, 300, 64),
+        Span(slice(1, 2), 7, 300, 64),
+        Span(slice(2, 3), 13, 300, 64),
+    ]
+    assert strict_spans(late, (2, 300, 300), lambda n: 64, 0) == [
+        Span(slice(0, 1), 0, 300, 300),
+        Span(slice(1, 2), 0, 300, 64),
+    ]
 
 
 CHANGES = [

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_named
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.kernels.counted import counted_rows, spans
+from distr_compile.kernels.counted import counted_rows, spans, strict_spans
 from distr_compile.kernels.roles import Asked, Block
 
 
@@ -105,7 +105,11 @@ def estimate(
         return grouping_block or auto_grouping_block(rows, estimator, strict)
 
     sizes = (batch, num_queries, num_keys)
-    for span in spans(mask, counts, sizes, block_of, causal_offset=offset, by_place=True):
+    if strict and bases is None:
+        found = strict_spans(mask, sizes, block_of, causal_offset)
+    else:
+        found = spans(mask, counts, sizes, block_of, causal_offset=offset, by_place=True)
+    for span in found:
         asked = Asked(
             estimator=estimator,
             rank=rank,

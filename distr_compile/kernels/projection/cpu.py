@@ -41,7 +41,8 @@ def counted(
     if not asked.strict:
         return counted_rows(mask, *sizes)
     offset = asked.causal_offset or 0
-    return counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
+    where = {"block": asked.block, "causal_offset": offset, "first": asked.first}
+    return counted_before(mask, *sizes, **where)
 
 
 def bases(

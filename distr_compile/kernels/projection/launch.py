@@ -75,7 +75,8 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
     sizes, where = (num_queries, num_keys, key_heads, rep), None
     if asked.strict:
         blocks, offset = cdiv(num_queries, block), asked.causal_offset or 0
-        counted = counted_before(mask, *sizes, block=block, causal_offset=offset)
+        about = {"block": block, "causal_offset": offset, "first": asked.first}
+        counted = counted_before(mask, *sizes, **about)
     else:
         blocks, counted = 0, counted_rows(mask, *sizes)
         if mask is not None and counted[0] is not None:

@@ -43,7 +43,8 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     num_keys, offset = K.shape[2], asked.causal_offset or 0
     sizes = (num_queries, num_keys, key_heads, rep)
     if asked.strict:
-        queries, keys = counted_before(mask, *sizes, block=asked.block, causal_offset=offset)
+        where = {"block": asked.block, "causal_offset": offset, "first": asked.first}
+        queries, keys = counted_before(mask, *sizes, **where)
     else:
         queries, keys = counted_rows(mask, *sizes)
     first_columns = start_columns(head_dim, asked.rank, seed=asked.seed)
@@ -51,8 +52,8 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     for number, (counted, rows) in enumerate(asked.blocks(num_queries)):
         seen = keys_of_block(asked, number, counted.stop, num_keys)
         if asked.strict:
-            seen = prefix_edge(counted.start, num_keys, offset)
-            counted = slice(0, counted.start)
+            seen = prefix_edge(rows.start, num_keys, offset)
+            counted = slice(asked.first, counted.start)
         A, B = _bases(
             Q[..., counted, :],
             K[:, :, :seen],
