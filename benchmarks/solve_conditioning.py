@@ -35,7 +35,7 @@ from benchmarks.error_inputs import DRAWS, draw
 from benchmarks.error_models import layers_of_zoo
 from benchmarks.store import commit
 from distr_compile.kernels.projection import reference
-from distr_compile.kernels.projection.launch import SHIFT, TINY
+from distr_compile.kernels.projection.launch import LOST, SHIFT, TINY
 from distr_compile.kernels.random import start_columns
 from tests.zoo import ZOO
 
@@ -120,12 +120,13 @@ def gram_schmidt_in_gram(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def inverse_factor(W: Tensor, shift: float) -> Tensor:
-    """L^-1 of W, scaled to a diagonal of 1, and the shift."""
+    """L^-1 of W, scaled to a diagonal of 1, and the shift; rows of 0 where rounding ate a pivot."""
     scale = W.diagonal(dim1=-2, dim2=-1).clamp(min=TINY).rsqrt()
     W = W * scale[..., None] * scale[..., None, :] + shift * torch.eye(W.shape[-1])
     E, row = torch.diag_embed(scale), torch.arange(W.shape[-1])
     for j in range(W.shape[-1]):
-        root = W[..., j, j].clamp(min=shift / 4).rsqrt()[..., None]
+        pivot = W[..., j, j]
+        root = torch.where(pivot > shift / 4, pivot.clamp(min=shift / 4).rsqrt(), 0)[..., None]
         column = torch.where(row > j, W[..., :, j] * root, 0)
         e = E[..., j, :] * root
         below = E - column[..., :, None] * e[..., None, :]
@@ -140,10 +141,13 @@ def cholesky(X: Tensor, shift: float, C: Tensor | None = None) -> tuple[Tensor, 
     for first in range(0, X.shape[-1], BLOCK):
         block = slice(first, first + BLOCK)
         x = X[..., block]
+        square = x.square().sum(-2, keepdim=True)
         for before in range(0, first, BLOCK):
             e = slice(before, before + BLOCK)
             w = product((X if C is None else Y)[..., e].mT, x)
             x = x - product(X[..., e], w)
+        if first:
+            x = torch.where(x.square().sum(-2, keepdim=True) > LOST * square, x, 0)
         y = x if C is None else product(C, x)
         E = inverse_factor(product(x.mT, y), shift)
         X[..., block], Y[..., block] = product(x, E.mT), product(y, E.mT)
@@ -228,6 +232,7 @@ def edge_inputs(d: int, trials: int) -> Iterator[Case]:
     yield Case("directions, both", Q * decay @ turned, K * decay @ turned)
     yield Case("constant Q", Q[:, :1].expand_as(Q), K)
     yield Case("constant K", Q, K[:, :1].expand_as(K))
+    yield Case("all numbers alike", torch.full_like(Q, 3.0), torch.full_like(K, 3.0))
     yield Case("zero Q", Q * 0, K)
     yield Case("zero K", Q, K * 0)
     yield Case("both zero", Q * 0, K * 0)

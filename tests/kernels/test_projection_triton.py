@@ -287,9 +287,21 @@ def test_constant_rows(where: str, dtype: torch.dtype) -> None:
     assert (got - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max() + 1e-4
 
 
-def test_what_overflows_the_dtype_is_saturated() -> None:
-    Q, K = (torch.full((1, 1, 32, 32), 65504.0, dtype=torch.float16, device=DEVICE),) * 2
-    Qhat, Khat = factors(Q, K, rank=16, grouping_block=32, seed=0)
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+def test_numbers_that_are_all_equal(d: int) -> None:
+    """One direction has everything: nothing is divided by what rounding left of the others."""
+    Q, K = torch.full((1, 1, 20, d), 3.0, device=DEVICE), torch.full((1, 1, 24, d), 0.7)
+    K = K.to(DEVICE)
+    Qhat, Khat = factors(Q, K, rank=d // 2, grouping_block=20, seed=0)
+    torch.testing.assert_close(
+        scores(Qhat, Khat, 20), Q.double() @ K.double().mT, rtol=1e-5, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("d", [32, 128])
+def test_what_overflows_the_dtype_is_saturated(d: int) -> None:
+    Q, K = (torch.full((1, 1, 32, d), 65504.0, dtype=torch.float16, device=DEVICE),) * 2
+    Qhat, Khat = factors(Q, K, rank=d // 2, grouping_block=32, seed=0)
     assert Qhat.isfinite().all()
     assert Khat.isfinite().all()
     assert (scores(Qhat, Khat, 32) > 1e8).all()

@@ -48,10 +48,11 @@ def test_inverse_factor(size: int) -> None:
     assert ((E - want).norm(dim=1) <= 2e-5 * want.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("numbers", ["drawn", "equal"])
 @pytest.mark.parametrize("size", [16, 64])
-def test_where_columns_are_alike_the_factor_stays_within_its_bound(size: int) -> None:
+def test_where_columns_are_alike_the_factor_stays_within_its_bound(size: int, numbers: str) -> None:
     """W of rank 1: rounding is all there is beside the shift."""
-    column = drawn(1, size)
+    column = drawn(1, size) if numbers == "drawn" else torch.full((1, size), 3.0).double()
     W = (column.T @ column).float().to(DEVICE)
     E = inverse_factor(W).double()
     wrong = E @ shifted(W) @ E.T - torch.eye(size, device=DEVICE)

@@ -61,6 +61,9 @@ SHIFT = 2.0**-18
 """Added to a diagonal of 1 before Cholesky. A fourth of it is too little against rounding, more
 costs accuracy: ``python -m benchmarks.solve_conditioning``."""
 
+LOST = 2.0**-38
+"""Of a column's square: with no more left of it beside earlier ones it is nothing but rounding."""
+
 TINY = 2.0**-126
 
 LEAST_WIDTH = 32
@@ -376,6 +379,7 @@ def _solve(
         STRICT=call.earlier > 0,
         RIDGE=RIDGE,
         SHIFT=SHIFT,
+        LOST=LOST,
         TINY=TINY,
         PRECISION=call.precision,
         num_warps=4,

@@ -116,12 +116,20 @@ def _inner_products(
 
 
 @triton.jit
+def _inverse_root(pivot, LEAST: tl.constexpr):
+    """pivot^-1/2, and 0 for one that is no more than ``LEAST``."""
+    return tl.where(pivot > LEAST, tl.rsqrt(tl.maximum(pivot, LEAST)), 0.0)
+
+
+@triton.jit
 def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.constexpr):
     """L^-1 of W + a shift = L L^T; ``S`` has room for W.
 
     W is scaled to a diagonal of 1, and that becomes 1 + SHIFT: no direction is left with less than
-    rounding explains, and L^-1 stays below SHIFT^-1/2. Cholesky and the inverse of its factor are
-    one sweep, four columns a step. What has been eliminated from W makes room for the inverse.
+    rounding explains, and L^-1 stays below SHIFT^-1/2. No pivot is below SHIFT then, but for
+    rounding: where one is, its column was nothing else, and becomes 0. Cholesky and the inverse of
+    its factor are one sweep, four columns a step. What has been eliminated from W makes room for
+    the inverse.
     """
     STRIDE: tl.constexpr = COLUMNS
     row, column = tl.arange(0, COLUMNS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -147,13 +155,13 @@ def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.c
         w11, w22 = tl.load(D + STRIDE + 1), tl.load(D + 2 * STRIDE + 2)
         w21, w31 = tl.load(D + STRIDE + 2), tl.load(D + STRIDE + 3)
         w32, w33 = tl.load(D + 2 * STRIDE + 3), tl.load(D + 3 * STRIDE + 3)
-        r0 = tl.rsqrt(tl.maximum(w00, SHIFT / 4))
+        r0 = _inverse_root(w00, SHIFT / 4)
         w10, w20, w30 = w10 * r0, w20 * r0, w30 * r0
-        r1 = tl.rsqrt(tl.maximum(w11 - w10 * w10, SHIFT / 4))
+        r1 = _inverse_root(w11 - w10 * w10, SHIFT / 4)
         w21, w31 = (w21 - w10 * w20) * r1, (w31 - w10 * w30) * r1
-        r2 = tl.rsqrt(tl.maximum(w22 - w20 * w20 - w21 * w21, SHIFT / 4))
+        r2 = _inverse_root(w22 - w20 * w20 - w21 * w21, SHIFT / 4)
         w32 = (w32 - w20 * w30 - w21 * w31) * r2
-        r3 = tl.rsqrt(tl.maximum(w33 - w30 * w30 - w31 * w31 - w32 * w32, SHIFT / 4))
+        r3 = _inverse_root(w33 - w30 * w30 - w31 * w31 - w32 * w32, SHIFT / 4)
         # Four columns of L along the rows: what they are above the pivots is not used.
         m0 *= r0
         m1 = (m1 - w10 * m0) * r1
@@ -185,25 +193,36 @@ def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.c
 def _orthonormalise(
     X, Y, C, factor, ridge, in_gram,
     WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
-    SHIFT: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFT: tl.constexpr, LOST: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Replace X by orthonormal columns with its span; columns of 0 stay 0. Y is overwritten.
 
     With ``in_gram`` X^T G X becomes I, G = factor C + ridge I, and Y becomes G X. Up to
     ``COLUMNS`` columns are orthonormalised by Cholesky of their inner products, after the
-    earlier ones are taken off. Columns that are nearly in the span of others are right only after a
-    second call. Y lies behind X.
+    earlier ones are taken off; of which then no more than rounding is left becomes 0. Columns that
+    are nearly in the span of others are right only after a second call. Y lies behind X.
     """
     other = X + tl.where(in_gram, WIDTH * RANKS, 0)
     PART: tl.constexpr = 64 if SLICE > 64 else SLICE
     for first in range(0, RANKS, COLUMNS):
+        before = tl.zeros([COLUMNS], tl.float32)
+        after = tl.zeros([COLUMNS], tl.float32)
         for earlier in range(0, first, COLUMNS):
             w = _inner_products(other, earlier, X, first, WIDTH, RANKS, COLUMNS, PRECISION)
+            after *= 0
             for rows in range(0, WIDTH, SLICE):
                 e = tl.load(block_of(X, rows, earlier, RANKS, SLICE, COLUMNS))
                 x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
+                before += tl.where(earlier == 0, tl.sum(x * x, 0), 0.0)
                 x = _add_product(x, e, -w, PRECISION)
+                after += tl.sum(x * x, 0)
                 tl.store(block_of(X, rows, first, RANKS, SLICE, COLUMNS), x)
+            tl.debug_barrier()
+        if first > 0:
+            is_left = (after > before * LOST)[None, :]
+            for rows in range(0, WIDTH, SLICE):
+                place = block_of(X, rows, first, RANKS, SLICE, COLUMNS)
+                tl.store(place, tl.where(is_left, tl.load(place), 0.0))
             tl.debug_barrier()
         if in_gram:
             _apply_gram(C, factor, ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
@@ -285,6 +304,7 @@ def _solve_kernel(
     STRICT: tl.constexpr,
     RIDGE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LOST: tl.constexpr,
     TINY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -324,7 +344,7 @@ def _solve_kernel(
         for time in range(3 if turn + 1 == ROUNDS else 2):
             _orthonormalise(
                 X, Y, Cq, q_factor, q_ridge, time == 2,
-                WIDTH, RANKS, COLUMNS, SLICE, SHIFT, TINY, PRECISION,
+                WIDTH, RANKS, COLUMNS, SLICE, SHIFT, LOST, TINY, PRECISION,
             )  # fmt: skip
     x_largest = _largest(X, WIDTH, RANKS, COLUMNS)
     y_largest = _largest(Y, WIDTH, RANKS, COLUMNS)
