@@ -40,8 +40,8 @@ def test_the_code_of_a_page_runs(
     torch._dynamo.reset()
     found = snippets(page.read_text(encoding="utf-8"))
     assert found
-    module = types.ModuleType(page.stem)
-    monkeypatch.setitem(sys.modules, page.stem, module)  # where Dynamo looks for its globals
+    module = types.ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # Dynamo looks there for its globals
     for number, code in enumerate(found, 1):
         exec(compile(code, f"{page.name}, snippet {number}", "exec"), vars(module))
 
