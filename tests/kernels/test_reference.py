@@ -224,7 +224,11 @@ def test_full_rank_is_exact_attention() -> None:
 
 @pytest.mark.parametrize("estimator", ["lsh-sample", "lsh-mean", "lsh-signed"])
 def test_equal_columns_lose_nothing(estimator: str) -> None:
-    """Eq. 1: where the columns of a group are equal, the approximation is exact."""
+    """Eq. 1: where the columns of a group are equal, the approximation is exact.
+
+    They are in a group unless other columns have the same hash, which two seeds in a hundred show.
+    """
+    torch.manual_seed(0)
     half = torch.randn(1, 2, 50, 16, dtype=torch.float64)
     q = half.repeat_interleave(2, dim=-1)[..., torch.randperm(32)]
     k, v = (torch.randn(1, 2, 40, 32, dtype=torch.float64) for _ in range(2))
@@ -234,6 +238,7 @@ def test_equal_columns_lose_nothing(estimator: str) -> None:
 
 
 def test_opposite_columns_lose_nothing_once_they_are_turned() -> None:
+    torch.manual_seed(0)
     half = torch.randn(1, 2, 50, 16, dtype=torch.float64)
     q = torch.cat([half, -half], dim=-1)[..., torch.randperm(32)]
     k, v = (torch.randn(1, 2, 40, 32, dtype=torch.float64) for _ in range(2))
