@@ -1,6 +1,6 @@
 """Teach an approximated model to answer as the exact one does: distillation, without labels.
 
-    python examples/distill.py
+    python -m examples.distill
 
 Teacher and student are the BERT of ``tests/zoo`` that says of every byte of Python source what it
 is part of. The student's attention goes through the paper's estimator at G = 2, which costs it a
@@ -96,4 +96,6 @@ def main(steps: int = 200, compiler: str = "inductor") -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    main(parser.parse_args().steps)
+    parser.add_argument("--compiler", default="inductor", help="of the backend (default: inductor)")
+    options = parser.parse_args()
+    main(options.steps, options.compiler)

@@ -1,6 +1,6 @@
 """Fine-tune a Llama through the approximation with the Trainer of Hugging Face.
 
-    python examples/finetune_llama.py
+    python -m examples.finetune_llama
 
 The model of ``tests/zoo`` writes Python source, byte by byte, and was trained exactly. At G = 4,
 with 32 of 128 columns, ``projection`` costs it perplexity. The Trainer does not know the backend,
@@ -97,4 +97,6 @@ def main(steps: int = 60, compiler: str = "inductor") -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    main(parser.parse_args().steps)
+    parser.add_argument("--compiler", default="inductor", help="of the backend (default: inductor)")
+    options = parser.parse_args()
+    main(options.steps, options.compiler)

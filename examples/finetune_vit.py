@@ -1,6 +1,6 @@
 """Fine-tune a trained ViT through the approximation, so that it loses less to it.
 
-python examples/finetune_vit.py
+python -m examples.finetune_vit
 
 The model of ``tests/zoo`` reads digits in cluttered scenes and was trained exactly. The paper's
 estimator at G = 4 costs it accuracy; a short fine-tuning through that very approximation wins some
@@ -85,4 +85,6 @@ def main(steps: int = 40, compiler: str = "inductor") -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
-    main(parser.parse_args().steps)
+    parser.add_argument("--compiler", default="inductor", help="of the backend (default: inductor)")
+    options = parser.parse_args()
+    main(options.steps, options.compiler)

@@ -85,8 +85,7 @@ def test_speed() -> None:
 
 def run_training(name: str, steps: int) -> tuple[str, float, float]:
     """The output of a recipe, and what the approximated model was worth before and after."""
-    code = f"import runpy; runpy.run_path('examples/{name}.py')['main']({steps}, 'eager')"
-    out = run("-c", code)
+    out = run("-m", f"examples.{name}", "--steps", str(steps), "--compiler", "eager")
     assert " distr, 0 exact; 100.0 %" in out
     assert "backward distr-cpu" in out
     (line,) = (line for line in out.splitlines() if line.startswith("distr "))
