@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.finetune import EXACT, MODELS, POLICIES, SCRIPT, SEEDS, key
+from benchmarks.paper.figures import bars
 from benchmarks.store import ROOT, Cell, Store
 
 NAME = "finetuned.png"
@@ -39,13 +40,7 @@ def draw(found: dict[str, Cell], folder: Path) -> Path:
                 if (values := differences(found, name, arm, label))
             ]
             if points:
-                middle = [statistics.fmean(values) for _, values in points]
-                spread = [
-                    [m - min(v) for m, (_, v) in zip(middle, points, strict=True)],
-                    [max(v) - m for m, (_, v) in zip(middle, points, strict=True)],
-                ]
-                at = [x for x, _ in points]
-                ax.errorbar(at, middle, spread, fmt=marker, capsize=2, label=label, color=color)
+                bars(ax, points, statistics.fmean, marker, label=label, color=color)
         ax.axhline(0, color="k", linewidth=0.8)
         unit = "points"
         if "perplexity" in title:  # less is better: upside down

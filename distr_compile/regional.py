@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -93,17 +93,17 @@ def compile_blocks(
     return list(groups.values())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Backend:
     """What compiles the blocks of one group; Dynamo keeps the graphs of each backend apart."""
 
     options: Options
     shared: Shared
-    graphs: list[None] = field(default_factory=list)
-    warned: list[None] = field(default_factory=list)
+    was_called: bool = False
+    has_warned: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.graphs.append(None)
+        self.was_called = True
         return compile_graph(gm, example_inputs, self.options, shared=self.shared)
 
 
@@ -112,8 +112,8 @@ def _watched(run: Callable[..., Any], backend: _Backend, block: nn.Module) -> Ca
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
-        if not backend.graphs and not backend.warned and not torch.compiler.is_compiling():
-            backend.warned.append(None)
+        if not (backend.was_called or backend.has_warned or torch.compiler.is_compiling()):
+            backend.has_warned = True
             said = "".join(f"\n{line}" for line in passed_over(block))
             warnings.warn(
                 f"compile_blocks: nothing was compiled of {', '.join(backend.shared.blocks)}: they "

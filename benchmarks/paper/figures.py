@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.paper.attention_time import ARMS, LENGTHS, SCRIPT, WIDTHS
 from benchmarks.paper.rivals import RIVALS
@@ -30,17 +33,9 @@ def draw_times(found: dict[str, Cell], folder: Path) -> Path:
         for number, arm in enumerate(ARMS[1:]):
             points = [(n, ratios) for n in LENGTHS if (ratios := _ratios(found, d, n, arm))]
             if points:
-                middle = [statistics.median(ratios) for _, ratios in points]
-                spread = [
-                    [m - min(r) for m, (_, r) in zip(middle, points, strict=True)],
-                    [max(r) - m for m, (_, r) in zip(middle, points, strict=True)],
-                ]
                 style = "o--" if arm in RIVALS else "s-"
-                at = [n for n, _ in points]
                 color = matplotlib.colormaps["tab20"](number)
-                ax.errorbar(
-                    at, middle, spread, fmt=style, markersize=3, capsize=2, label=arm, color=color
-                )
+                bars(ax, points, statistics.median, style, markersize=3, label=arm, color=color)
         ax.axhline(1, color="k", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=f"d = {d}", xlabel="N")
         ax.set_xticks(LENGTHS, map(str, LENGTHS))
@@ -53,6 +48,22 @@ def draw_times(found: dict[str, Cell], folder: Path) -> Path:
     figure.savefig(folder / NAME, dpi=110)
     plt.close(figure)
     return folder / NAME
+
+
+def bars(
+    ax: Axes,
+    points: Sequence[tuple[float, Sequence[float]]],
+    middle: Callable[[Sequence[float]], float],
+    style: str,
+    **options: Any,
+) -> None:
+    """A marker at the middle of each point's values, with bars to the least and the greatest."""
+    at, found = [x for x, _ in points], [middle(values) for _, values in points]
+    spread = [
+        [m - min(values) for m, (_, values) in zip(found, points, strict=True)],
+        [max(values) - m for m, (_, values) in zip(found, points, strict=True)],
+    ]
+    ax.errorbar(at, found, spread, fmt=style, capsize=2, **options)
 
 
 def _ratios(found: dict[str, Cell], d: int, n: int, arm: str) -> list[float]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.roles import prefix_edge
+from distr_compile.kernels.roles import Asked, prefix_edge
+from distr_compile.kernels.rows import four_dimensions
 
 ROWS_AT_ONCE = 128
 """Rows of a mask that are read at a time, where the first that counts is looked for."""
@@ -235,6 +236,22 @@ def counted_rows(
     return queries.expand(-1, -1, rep, num_queries), keys.expand(-1, -1, num_keys)
 
 
+def counted_for(
+    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
+) -> tuple[Tensor | None, Tensor | None]:
+    """``counted_rows``, or ``counted_before`` where the form that is asked for is strict."""
+    sizes = (num_queries, num_keys, key_heads, rep)
+    if not asked.strict:
+        return counted_rows(mask, *sizes)
+    return counted_before(
+        mask,
+        *sizes,
+        block=asked.block,
+        causal_offset=asked.causal_offset or 0,
+        first=asked.first,
+    )
+
+
 def counted_before(
     mask: Tensor | None,
     num_queries: int,
@@ -290,7 +307,7 @@ def counted_before(
 
 def _split_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
     """The mask as ``(B, H_k, rep, N, M)``, sizes of 1 kept."""
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = four_dimensions(mask)
     split: Tensor = mask.unflatten(1, (key_heads, rep) if mask.shape[1] > 1 else (1, 1))
     return split
 

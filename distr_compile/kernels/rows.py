@@ -17,6 +17,11 @@ def sliced(mask: Tensor, *ranges: slice) -> Tensor:
     return mask[tuple(r if n > 1 else whole for r, n in zip(ranges, mask.shape, strict=False))]
 
 
+def four_dimensions(mask: Tensor) -> Tensor:
+    """A mask with axes of size 1 in front, where it has fewer than four."""
+    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+
 def working(t: Tensor) -> Tensor:
     """In the dtype of all arithmetic: fp64 stays, and what is narrower becomes fp32."""
     return t if t.dtype == torch.float64 else t.float()

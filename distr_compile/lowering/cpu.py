@@ -34,11 +34,11 @@ from distr_compile.estimators import arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.roles import Asked, prefix_edge
-from distr_compile.kernels.rows import sliced, stack, working
+from distr_compile.kernels.rows import four_dimensions, sliced, stack, working
 from distr_compile.lowering import cpu_fused
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
-from distr_compile.lowering.placing import FUNCTIONS, Placing, four_dimensions
+from distr_compile.lowering.placing import FUNCTIONS, Placing
 
 CHUNK = 1 << 20
 """Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""

@@ -16,7 +16,7 @@ from distr_compile.kernels.attention.cpu import Group
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.counted import Span
 from distr_compile.kernels.roles import Asked
-from distr_compile.kernels.rows import sliced
+from distr_compile.kernels.rows import four_dimensions, sliced
 from distr_compile.lowering.call import Approximation, Shape
 from distr_compile.lowering.choose import Call, Implementation
 from distr_compile.lowering.placing import spans_of
@@ -243,7 +243,7 @@ def _backward_of_part(
     if dropout is not None:
         dropout = dropout.part(batch=part.entries.start, row=part.rows.start)
     if mask is not None:
-        mask = sliced(mask.reshape((1,) * (4 - mask.dim()) + mask.shape), *of_rows)
+        mask = sliced(four_dimensions(mask), *of_rows)
     if bases is not None:
         few = slice(None) if bases[0].shape[0] == 1 else part.entries
         bases = (bases[0][few, :, part.blocks], bases[1][few, :, part.blocks])

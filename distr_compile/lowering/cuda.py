@@ -27,7 +27,7 @@ from distr_compile.kernels.blocks import Places
 from distr_compile.kernels.counted import strict_spans
 from distr_compile.kernels.plan import Plan, do_not_repeat, recording
 from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
-from distr_compile.kernels.rows import sliced
+from distr_compile.kernels.rows import four_dimensions, sliced
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.beside import one_ahead
 from distr_compile.lowering.call import Approximation, Shape
@@ -112,7 +112,7 @@ def attention(
         "by_pointers": by_pointers,
     }
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        mask = four_dimensions(mask)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         if strict and module:
             options |= {"is_causal": is_causal, "causal_offset": causal_offset}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.kernels.rows import sliced
+from distr_compile.kernels.rows import four_dimensions, sliced
 from distr_compile.lowering import cpu, cuda
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.call import Approximation, Shape
@@ -201,7 +201,7 @@ def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
         size = _bytes(q.shape[2] * rep, k.shape[2], blocks, rank, q.dtype)
         at_once = max(1, WORKSPACE_BYTES // size)
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        mask = four_dimensions(mask)
     if not is_shared and k.shape[0] != v.shape[0]:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
     counted = max(1, at_once // batch) if is_shared else at_once

@@ -16,6 +16,7 @@ from torch import Tensor
 from distr_compile.estimators import ESTIMATORS, arithmetic
 from distr_compile.kernels.counted import Span, counted_rows, spans, strict_spans
 from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.rows import four_dimensions
 from distr_compile.lowering.choose import Call
 
 FUNCTIONS = ("ONE_BLOCK", "BY_PLACE", "READS_PANELS", "elements", "counted", "bases", "groups")
@@ -118,8 +119,3 @@ def spans_of(call: Call, is_approximated: bool) -> list[Span]:
         rep = q.shape[1] // k.shape[1]
         queries, _ = counted_rows(mask, num_queries, k.shape[2], k.shape[1], rep)
     return places.by_counts((queries, None), None)
-
-
-def four_dimensions(mask: Tensor) -> Tensor:
-    """A mask with axes of size 1 in front, where it has fewer than four."""
-    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)

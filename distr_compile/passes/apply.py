@@ -155,6 +155,7 @@ def apply(
     served: dict[str, dict[int, int]] = {}
     for place, choice in choices:
         found, names = place.found, choice.layers
+        served_by = enumerate(choice.of_blocks, start=len(rows))
         if isinstance(found, AttentionSite):
             count = layers[: len(sites)].count(choice.name), layers.count(choice.name)
             decision = decide(found, choice.plan, choice.extra)
@@ -164,10 +165,8 @@ def apply(
                 site.bases = [site.look_up(bases, site_name(each, *count)) for each in owners]
                 site.blocks = tuple(choice.of_blocks)
             sites.append(site)
-            served_by = enumerate(choice.of_blocks, start=len(rows))
             rows += [partial(site.row, layer) for layer in names]
         elif found.attention:
-            served_by = enumerate(choice.of_blocks, start=len(rows))
             rows += [partial(_unmatched_row, found, choice.extra, layer) for layer in names]
         else:
             others += [_not_attention(found, layer) for layer in names]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import reference
-from distr_compile.kernels.projection import reference as projection
+from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.random import start_columns
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -256,23 +256,21 @@ def test_counted_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (7, 5), (2, 1, 1, 5), (1, 4, 7, 1), (2, 4, 7, 5), (1, 1, 1, 1), (4, 1, 5)):
         mask = torch.rand(shape, generator=generator) < 0.3
-        queries, keys = projection.counted_rows(mask, 7, 5, key_heads=2, rep=2)
+        queries, keys = counted_rows(mask, 7, 5, key_heads=2, rep=2)
         assert queries is not None
         assert keys is not None
         whole = mask.expand(2, 4, 7, 5).unflatten(1, (2, 2))
         assert torch.equal(queries.expand(2, 2, 2, 7), whole.any(-1))
         assert torch.equal(keys.expand(2, 2, 5), whole.any(-2).any(2))
         bias = torch.zeros(shape).masked_fill(~mask, -torch.inf)
-        torch.testing.assert_close(
-            projection.counted_rows(bias, 7, 5, key_heads=2, rep=2), (queries, keys)
-        )
-    assert projection.counted_rows(None, 7, 5, key_heads=2, rep=2) == (None, None)
+        torch.testing.assert_close(counted_rows(bias, 7, 5, key_heads=2, rep=2), (queries, keys))
+    assert counted_rows(None, 7, 5, key_heads=2, rep=2) == (None, None)
 
 
 def test_query_i_is_left_out_with_key_i_in_self_attention() -> None:
     mask = torch.tensor([True, True, False, True])
     for num_queries, wanted in ((4, [True, True, False, True]), (3, [True] * 3)):
-        queries, _ = projection.counted_rows(mask, num_queries, 4, key_heads=1, rep=1)
+        queries, _ = counted_rows(mask, num_queries, 4, key_heads=1, rep=1)
         assert queries is not None
         assert queries.flatten().tolist() == wanted
 

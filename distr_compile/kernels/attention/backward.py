@@ -10,6 +10,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import build
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.rows import four_dimensions
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -121,7 +122,7 @@ def backward(
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
     if mask is not None:
         call.mask_kind = kernel.MASK_DTYPES[mask.dtype]
-        tensors["mask"] = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        tensors["mask"] = four_dimensions(mask)
     keep = [kernel.point(call, name, t) for name, t in tensors.items()]
     if dmask is not None:
         keep.append(kernel.point(call, "dmask", dmask.zero_()))

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from distr_compile.kernels.attention import build, reference
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.rows import four_dimensions
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of Q, K, V and the output, as the library numbers them."""
@@ -265,7 +266,7 @@ def attention(
         keep += [point(call, "q_exact", exact[0]), point(call, "k_exact", exact[1])]
     if mask is not None:
         call.mask_kind = MASK_DTYPES[mask.dtype]
-        keep.append(point(call, "mask", mask.reshape((1,) * (4 - mask.dim()) + mask.shape)))
+        keep.append(point(call, "mask", four_dimensions(mask)))
     if sinks is not None:
         keep.append(sinks := sinks.float().contiguous())
         call.sinks = sinks.data_ptr()

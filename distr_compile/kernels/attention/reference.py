@@ -33,6 +33,7 @@ from distr_compile.estimators import arithmetic, auto_grouping_block, estimator_
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.counted import counted_rows, spans, strict_spans
 from distr_compile.kernels.roles import Asked, Block
+from distr_compile.kernels.rows import four_dimensions
 
 
 def estimate(
@@ -95,7 +96,7 @@ def estimate(
     module = arithmetic(estimator, "definition", "factors")
     counts: tuple[Tensor | None, Tensor | None] = None, None
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        mask = four_dimensions(mask)
         if bases is None and not strict:
             counts = counted_rows(mask, num_queries, num_keys, key_heads, heads // key_heads)
     offset = causal_offset if is_causal or strict else None

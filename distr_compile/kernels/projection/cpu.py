@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention import cpu as attention
-from distr_compile.kernels.counted import counted_before, counted_rows
+from distr_compile.kernels.counted import counted_for
 from distr_compile.kernels.projection import library
 from distr_compile.kernels.projection import reference as projection
 from distr_compile.kernels.random import start_columns
@@ -24,6 +24,8 @@ ONE_BLOCK = False
 BY_PLACE = False
 READS_PANELS = False
 
+counted = counted_for  # the name that its role has
+
 SUMS = 2 << 20
 """Elements of the Gram matrices that are alive at a time, unless those of one block are more."""
 
@@ -31,18 +33,6 @@ SUMS = 2 << 20
 def elements(head_dim: int, rank: int) -> int:
     """What half a dozen matrices of d x d that live at a time come to; see ``kernels/roles.py``."""
     return 4 * head_dim**2
-
-
-def counted(
-    mask: Tensor | None, num_queries: int, num_keys: int, key_heads: int, rep: int, asked: Asked
-) -> tuple[Tensor | None, Tensor | None]:
-    """``counted_rows`` of the definition, or its ``counted_before`` where the form is strict."""
-    sizes = (num_queries, num_keys, key_heads, rep)
-    if not asked.strict:
-        return counted_rows(mask, *sizes)
-    offset = asked.causal_offset or 0
-    where = {"block": asked.block, "causal_offset": offset, "first": asked.first}
-    return counted_before(mask, *sizes, **where)
 
 
 def bases(

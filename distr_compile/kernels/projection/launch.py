@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.blocks import Places
-from distr_compile.kernels.counted import counted_before, counted_rows
+from distr_compile.kernels.counted import counted_for
 from distr_compile.kernels.padding import BLOCKS_PER_PROGRAM, cdiv, padded
 from distr_compile.kernels.places import places
 from distr_compile.kernels.plan import launch, new
@@ -76,15 +76,11 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
     key_heads, num_keys = K.shape[1:3]
     rep, block = heads // key_heads, asked.block
     sizes, where = (num_queries, num_keys, key_heads, rep), None
-    if asked.strict:
-        blocks, offset = cdiv(num_queries, block), asked.causal_offset or 0
-        about = {"block": block, "causal_offset": offset, "first": asked.first}
-        counted = counted_before(mask, *sizes, **about)
-    else:
-        blocks, counted = 0, counted_rows(mask, *sizes)
-        if mask is not None and counted[0] is not None:
-            where = places(mask, counted[0], Q.shape[0], num_keys, asked, keys_count=True)
-            block = where.rows
+    counted = counted_for(mask, *sizes, asked)
+    if not asked.strict and mask is not None and counted[0] is not None:
+        where = places(mask, counted[0], Q.shape[0], num_keys, asked, keys_count=True)
+        block = where.rows
+    blocks = cdiv(num_queries, block) if asked.strict else 0
     return Prologue(
         partial(
             projection_factors,
@@ -124,7 +120,7 @@ def projection_factors(
             last block may be short.
         K: ``(B or 1, H_k, M, d)`` of Q's dtype, H_k divides H. The query heads of a key head share
             A and B.
-        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``reference.counted_rows``: the
+        queries: bool ``(B or 1, H_k or 1, rep, N)``, of ``counted.counted_rows``: the
             rows of Q that influence A and B. None, for both this and ``keys``: all.
         keys: bool ``(B or 1, H_k or 1, M)``, the rows of K that do.
         rank: r, from 1 to d.

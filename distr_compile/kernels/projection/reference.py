@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distr_compile.kernels.counted import counted_before, counted_rows
+from distr_compile.kernels.counted import counted_for
 from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import Asked, Block, keys_of_block, prefix_edge
 from distr_compile.kernels.rows import saturate
@@ -42,11 +42,7 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     key_heads, rep, num_queries, head_dim = Q.shape[1:]
     num_keys, offset = K.shape[2], asked.causal_offset or 0
     sizes = (num_queries, num_keys, key_heads, rep)
-    if asked.strict:
-        where = {"block": asked.block, "causal_offset": offset, "first": asked.first}
-        queries, keys = counted_before(mask, *sizes, **where)
-    else:
-        queries, keys = counted_rows(mask, *sizes)
+    queries, keys = counted_for(mask, *sizes, asked)
     first_columns = start_columns(head_dim, asked.rank, seed=asked.seed)
     blocks = []
     for number, (counted, rows) in enumerate(asked.blocks(num_queries)):
