@@ -8,8 +8,8 @@ to do that, each in fp32 with the products that ``tf32x3`` makes of it: numbers 
 known to do. Compared is the error of the scores Q A B^T K^T, relative to Q K^T in fp64.
 
 - ``Gram-Schmidt``: panels of 16 columns, twice, and once in the product of Cq (until this script).
-- ``Cholesky``: Cholesky-QR of 64 columns, twice, and once in the product of Cq; a shift of 2^-18.
-  What the kernel does. Others are this with another shift, or but once (``one``).
+- ``Cholesky``: Cholesky-QR of 64 columns, twice, and once in the product of Cq; shifts of 2^-18,
+  2^-20, 2^-20. What the kernel does. Others are this with other shifts, or but once (``one``).
 - ``Newton-Schulz``: X (1.5 I - 0.5 X^T X), 16 times, and Cholesky in the product of Cq.
 
 ``in fp16`` has Q A and K B rounded to fp16 as they are for fp16 inputs. On inputs whose scores have
@@ -35,7 +35,7 @@ from benchmarks.error_inputs import DRAWS, draw
 from benchmarks.error_models import layers_of_zoo
 from benchmarks.store import commit
 from distr_compile.kernels.projection import reference
-from distr_compile.kernels.projection.launch import LOST, SHIFT, TINY
+from distr_compile.kernels.projection.launch import LATER_SHIFT, LEAST, LOST, SHIFT, TINY
 from distr_compile.kernels.random import start_columns
 from tests.zoo import ZOO
 
@@ -126,7 +126,7 @@ def inverse_factor(W: Tensor, shift: float) -> Tensor:
     E, row = torch.diag_embed(scale), torch.arange(W.shape[-1])
     for j in range(W.shape[-1]):
         pivot = W[..., j, j]
-        root = torch.where(pivot > shift / 4, pivot.clamp(min=shift / 4).rsqrt(), 0)[..., None]
+        root = torch.where(pivot > LEAST, pivot.clamp(min=LEAST).rsqrt(), 0)[..., None]
         column = torch.where(row > j, W[..., :, j] * root, 0)
         e = E[..., j, :] * root
         below = E - column[..., :, None] * e[..., None, :]
@@ -173,12 +173,16 @@ def by_gram_schmidt(Cq: Tensor, Ck: Tensor, X0: Tensor) -> tuple[Tensor, Tensor]
 
 
 def by_cholesky(
-    Cq: Tensor, Ck: Tensor, X0: Tensor, shift: float = SHIFT, times: int = 2
+    Cq: Tensor,
+    Ck: Tensor,
+    X0: Tensor,
+    shifts: tuple[float, ...] = (SHIFT, LATER_SHIFT, 0.0),
 ) -> tuple[Tensor, Tensor]:
+    """One shift a time, the last of them in the product of Cq."""
     X = start(Cq, Ck, X0)
-    for _ in range(times):
+    for shift in shifts[:-1]:
         X, _ = cholesky(X, shift)
-    return polished(*cholesky(X, shift, Cq))
+    return polished(*cholesky(X, shifts[-1], Cq))
 
 
 def by_newton_schulz(Cq: Tensor, Ck: Tensor, X0: Tensor, steps: int = 16) -> tuple[Tensor, Tensor]:
@@ -186,16 +190,18 @@ def by_newton_schulz(Cq: Tensor, Ck: Tensor, X0: Tensor, steps: int = 16) -> tup
     X = X / X.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=TINY)
     for _ in range(steps):
         X = product(X, 1.5 * torch.eye(X.shape[-1]) - 0.5 * product(X.mT, X))
-    return polished(*cholesky(X, SHIFT, Cq))
+    return polished(*cholesky(X, 0.0, Cq))
 
 
 BEFORE, CHOSEN = "Gram-Schmidt", "Cholesky"
 WAYS: dict[str, Bases] = {
     BEFORE: by_gram_schmidt,
     CHOSEN: by_cholesky,
-    "2^-20": partial(by_cholesky, shift=2.0**-20),
-    "2^-16": partial(by_cholesky, shift=2.0**-16),
-    "one": partial(by_cholesky, times=1),
+    "18 20 20": partial(by_cholesky, shifts=(2.0**-18, 2.0**-20, 2.0**-20)),
+    "18 18 18": partial(by_cholesky, shifts=(2.0**-18,) * 3),
+    "20 20 0": partial(by_cholesky, shifts=(2.0**-20, 2.0**-20, 0.0)),
+    "16 20 0": partial(by_cholesky, shifts=(2.0**-16, 2.0**-20, 0.0)),
+    "one": partial(by_cholesky, shifts=(SHIFT, 0.0)),
     "Newton-Schulz": by_newton_schulz,
 }
 

@@ -58,8 +58,14 @@ PANEL = 16
 """The least width of a matrix product."""
 
 SHIFT = 2.0**-18
-"""Added to a diagonal of 1 before Cholesky. A fourth of it is too little against rounding, more
-costs accuracy: ``python -m benchmarks.solve_conditioning``."""
+"""Added to a diagonal of 1 before the first Cholesky. A fourth of it is too little against
+rounding, more costs accuracy: ``python -m benchmarks.solve_conditioning``."""
+
+LATER_SHIFT = 2.0**-20
+"""Likewise before the second, whose columns are nearly orthonormal; the last has none."""
+
+LEAST = 2.0**-22
+"""Of a pivot: what is no more is nothing but rounding."""
 
 LOST = 2.0**-38
 """Of a column's square: with no more left of it beside earlier ones it is nothing but rounding."""
@@ -368,13 +374,14 @@ def _solve(
         WIDTH=call.width,
         RANKS=call.ranks,
         COLUMNS=_columns(call.ranks),
-        SLICE=128 if call.width == 128 else min(call.width, 64),
         PARTS=num_parts,
         ROUNDS=rounds,
         CAUSAL=call.is_limited,
         STRICT=call.earlier > 0,
         RIDGE=RIDGE,
         SHIFT=SHIFT,
+        LATER_SHIFT=LATER_SHIFT,
+        LEAST=LEAST,
         LOST=LOST,
         TINY=TINY,
         PRECISION=call.precision,

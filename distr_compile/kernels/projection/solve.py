@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from distr_compile.kernels.projection.gram import exponent_of, keys_seen, power_of_two
 from distr_compile.kernels.triton_random import random_numbers
@@ -106,7 +107,7 @@ def _inner_products(
     WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of X times some of Y, ``(COLUMNS, COLUMNS)``."""
-    DEPTH: tl.constexpr = 64 if WIDTH > 64 else WIDTH
+    DEPTH: tl.constexpr = 32
     w = tl.zeros([COLUMNS, COLUMNS], tl.float32)
     for rows in range(0, WIDTH, DEPTH):
         x = tl.load(block_of(X, rows, x_first, RANKS, DEPTH, COLUMNS))
@@ -116,20 +117,38 @@ def _inner_products(
 
 
 @triton.jit
+def _add_times(
+    sums, X, rows, first, W, TRANSPOSED: tl.constexpr,
+    RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + some rows and columns of X times W or W^T, ``(COLUMNS, COLUMNS)``, from memory."""
+    DEPTH: tl.constexpr = 32 if COLUMNS > 32 else COLUMNS
+    for k in range(0, COLUMNS, DEPTH):
+        x = tl.load(block_of(X, rows, first + k, RANKS, SLICE, DEPTH))
+        if TRANSPOSED:
+            w = tl.trans(tl.load(block_of(W, 0, k, COLUMNS, COLUMNS, DEPTH)))
+        else:
+            w = tl.load(block_of(W, k, 0, COLUMNS, DEPTH, COLUMNS))
+        sums = _add_product(sums, x, w, PRECISION)
+    return sums
+
+
+@triton.jit
 def _inverse_root(pivot, LEAST: tl.constexpr):
     """pivot^-1/2, and 0 for one that is no more than ``LEAST``."""
     return tl.where(pivot > LEAST, tl.rsqrt(tl.maximum(pivot, LEAST)), 0.0)
 
 
 @triton.jit
-def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.constexpr):
+def _inverse_factor(
+    W, S, shift, COLUMNS: tl.constexpr, LEAST: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
     """L^-1 of W + a shift = L L^T; ``S`` has room for W.
 
-    W is scaled to a diagonal of 1, and that becomes 1 + SHIFT: no direction is left with less than
-    rounding explains, and L^-1 stays below SHIFT^-1/2. No pivot is below SHIFT then, but for
-    rounding: where one is, its column was nothing else, and becomes 0. Cholesky and the inverse of
-    its factor are one sweep, four columns a step. What has been eliminated from W makes room for
-    the inverse.
+    W is scaled to a diagonal of 1, and that becomes 1 + shift: no direction is left with less than
+    rounding explains, and L^-1 stays below shift^-1/2. Where a pivot is no more than ``LEAST`` its
+    column was nothing but rounding, and becomes 0. Cholesky and the inverse of its factor are one
+    sweep, four columns a step. What has been eliminated from W makes room for the inverse.
     """
     STRIDE: tl.constexpr = COLUMNS
     row, column = tl.arange(0, COLUMNS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -139,7 +158,7 @@ def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.c
     row_scale = tl.rsqrt(tl.maximum(tl.load(S + row * (STRIDE + 1)), TINY))
     column_scale = tl.rsqrt(tl.maximum(tl.load(S + column * (STRIDE + 1)), TINY))
     T = tl.load(place) * row_scale * column_scale  # no longer in the layout of a product
-    T += tl.where(row == column, SHIFT, 0.0)
+    T += tl.where(row == column, shift, 0.0)
     tl.debug_barrier()
     D = S  # of the next pivot
     across, along = S + column, S + row  # of its row
@@ -155,13 +174,13 @@ def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.c
         w11, w22 = tl.load(D + STRIDE + 1), tl.load(D + 2 * STRIDE + 2)
         w21, w31 = tl.load(D + STRIDE + 2), tl.load(D + STRIDE + 3)
         w32, w33 = tl.load(D + 2 * STRIDE + 3), tl.load(D + 3 * STRIDE + 3)
-        r0 = _inverse_root(w00, SHIFT / 4)
+        r0 = _inverse_root(w00, LEAST)
         w10, w20, w30 = w10 * r0, w20 * r0, w30 * r0
-        r1 = _inverse_root(w11 - w10 * w10, SHIFT / 4)
+        r1 = _inverse_root(w11 - w10 * w10, LEAST)
         w21, w31 = (w21 - w10 * w20) * r1, (w31 - w10 * w30) * r1
-        r2 = _inverse_root(w22 - w20 * w20 - w21 * w21, SHIFT / 4)
+        r2 = _inverse_root(w22 - w20 * w20 - w21 * w21, LEAST)
         w32 = (w32 - w20 * w30 - w21 * w31) * r2
-        r3 = _inverse_root(w33 - w30 * w30 - w31 * w31 - w32 * w32, SHIFT / 4)
+        r3 = _inverse_root(w33 - w30 * w30 - w31 * w31 - w32 * w32, LEAST)
         # Four columns of L along the rows: what they are above the pivots is not used.
         m0 *= r0
         m1 = (m1 - w10 * m0) * r1
@@ -191,9 +210,9 @@ def _inverse_factor(W, S, SHIFT: tl.constexpr, COLUMNS: tl.constexpr, TINY: tl.c
 
 @triton.jit
 def _orthonormalise(
-    X, Y, C, factor, ridge, in_gram,
+    X, Y, C, factor, ridge, in_gram, shift,
     WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
-    SHIFT: tl.constexpr, LOST: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    LEAST: tl.constexpr, LOST: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Replace X by orthonormal columns with its span; columns of 0 stay 0. Y is overwritten.
 
@@ -203,18 +222,19 @@ def _orthonormalise(
     are nearly in the span of others are right only after a second call. Y lies behind X.
     """
     other = X + tl.where(in_gram, WIDTH * RANKS, 0)
-    PART: tl.constexpr = 64 if SLICE > 64 else SLICE
+    room = Y + WIDTH * RANKS
     for first in range(0, RANKS, COLUMNS):
         before = tl.zeros([COLUMNS], tl.float32)
         after = tl.zeros([COLUMNS], tl.float32)
         for earlier in range(0, first, COLUMNS):
             w = _inner_products(other, earlier, X, first, WIDTH, RANKS, COLUMNS, PRECISION)
+            tl.store(block_of(room, 0, 0, COLUMNS, COLUMNS, COLUMNS), -w)
+            tl.debug_barrier()
             after *= 0
             for rows in range(0, WIDTH, SLICE):
-                e = tl.load(block_of(X, rows, earlier, RANKS, SLICE, COLUMNS))
                 x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
                 before += tl.where(earlier == 0, tl.sum(x * x, 0), 0.0)
-                x = _add_product(x, e, -w, PRECISION)
+                x = _add_times(x, X, rows, earlier, room, False, RANKS, COLUMNS, SLICE, PRECISION)
                 after += tl.sum(x * x, 0)
                 tl.store(block_of(X, rows, first, RANKS, SLICE, COLUMNS), x)
             tl.debug_barrier()
@@ -228,15 +248,18 @@ def _orthonormalise(
             _apply_gram(C, factor, ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
         w = _inner_products(X, first, other, first, WIDTH, RANKS, COLUMNS, PRECISION)
         tl.debug_barrier()
-        w = _inverse_factor(w, Y + WIDTH * RANKS, SHIFT, COLUMNS, TINY)
+        w = _inverse_factor(w, room, shift, COLUMNS, LEAST, TINY)
+        tl.debug_barrier()
+        tl.store(block_of(room, 0, 0, COLUMNS, COLUMNS, COLUMNS), w)
         tl.debug_barrier()
         # X L^-T, and with it G X L^-T where Y is G X.
         for side in range(2 if in_gram else 1):
             place = X + side * (WIDTH * RANKS)
-            for rows in range(0, WIDTH, PART):
-                x = tl.load(block_of(place, rows, first, RANKS, PART, COLUMNS))
-                x = _add_product(tl.zeros_like(x), x, tl.trans(w), PRECISION)
-                tl.store(block_of(place, rows, first, RANKS, PART, COLUMNS), x)
+            for rows in range(0, WIDTH, SLICE):
+                x = tl.zeros([SLICE, COLUMNS], tl.float32)
+                x = _add_times(x, place, rows, first, room, True, RANKS, COLUMNS, SLICE, PRECISION)
+                tl.debug_barrier()
+                tl.store(block_of(place, rows, first, RANKS, SLICE, COLUMNS), x)
         tl.debug_barrier()
 
 
@@ -297,13 +320,14 @@ def _solve_kernel(
     WIDTH: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     ROUNDS: tl.constexpr,
     CAUSAL: tl.constexpr,
     STRICT: tl.constexpr,
     RIDGE: tl.constexpr,
     SHIFT: tl.constexpr,
+    LATER_SHIFT: tl.constexpr,
+    LEAST: tl.constexpr,
     LOST: tl.constexpr,
     TINY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -312,6 +336,9 @@ def _solve_kernel(
 
     Matrices are padded with zeros to ``WIDTH`` rows and ``RANKS`` columns, which stay 0.
     """
+    # Rows that pass through registers together: tensor cores of sm_90 and later read one factor
+    # from shared memory, those before it take both from registers.
+    SLICE: tl.constexpr = WIDTH if WIDTH <= 64 or (WIDTH == 128 and cuda_capability_geq(9)) else 64
     pid = tl.program_id(0).to(tl.int64)
     unit = pid // num_blocks
     i = tl.program_id(0) % num_blocks
@@ -329,22 +356,24 @@ def _solve_kernel(
 
     X = bases + pid * (3 * WIDTH * RANKS)
     Y = X + WIDTH * RANKS
-    row = tl.arange(0, WIDTH)[:, None]
-    for first in range(0, RANKS, COLUMNS):
-        column = (first + tl.arange(0, COLUMNS))[None, :]
-        x = random_numbers(row * 256 + column, offset).to(tl.float32) / 64
-        x = tl.where((row < HEAD_DIM) & (column < RANK), x, 0.0)
-        tl.store(block_of(X, 0, first, RANKS, WIDTH, COLUMNS), x)
+    for rows in range(0, WIDTH, SLICE):
+        row = (rows + tl.arange(0, SLICE))[:, None]
+        for first in range(0, RANKS, COLUMNS):
+            column = (first + tl.arange(0, COLUMNS))[None, :]
+            x = random_numbers(row * 256 + column, offset).to(tl.float32) / 64
+            x = tl.where((row < HEAD_DIM) & (column < RANK), x, 0.0)
+            tl.store(block_of(X, rows, first, RANKS, SLICE, COLUMNS), x)
     tl.debug_barrier()
     for turn in tl.static_range(ROUNDS):
         for first in range(0, RANKS, COLUMNS):
             _apply_gram(Cq, q_factor, q_ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
             _apply_gram(Ck, k_factor, k_ridge, Y, X, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
-        # Twice, and at the very end once more in the product of Cq.
+        # Twice, and at the very end in the product of Cq, where a shift would be an error.
         for time in range(3 if turn + 1 == ROUNDS else 2):
+            shift = tl.where(time == 0, SHIFT, tl.where(time == 1, LATER_SHIFT, 0.0))
             _orthonormalise(
-                X, Y, Cq, q_factor, q_ridge, time == 2,
-                WIDTH, RANKS, COLUMNS, SLICE, SHIFT, LOST, TINY, PRECISION,
+                X, Y, Cq, q_factor, q_ridge, time == 2, shift,
+                WIDTH, RANKS, COLUMNS, SLICE, LEAST, LOST, TINY, PRECISION,
             )  # fmt: skip
     x_largest = _largest(X, WIDTH, RANKS, COLUMNS)
     y_largest = _largest(Y, WIDTH, RANKS, COLUMNS)
@@ -370,8 +399,11 @@ def _solve_kernel(
     A, B = X, Y
     # A P and then B P, with P = 1.5 I - 0.5 A^T B.
     parts += pid * (2 * PARTS * WIDTH * RANKS)
+    room = Y + WIDTH * RANKS
     if RANKS == COLUMNS:
         w = _inner_products(A, 0, B, 0, WIDTH, RANKS, COLUMNS, PRECISION)
+        tl.store(block_of(room, 0, 0, COLUMNS, COLUMNS, COLUMNS), w)
+        tl.debug_barrier()
     for side in range(2):
         scale = -0.5 * power_of_two(tl.where(side == 0, a_unit, b_unit))
         for first in range(0, RANKS, COLUMNS):
@@ -380,8 +412,12 @@ def _solve_kernel(
                 for k in range(0, RANKS, COLUMNS):
                     if RANKS > COLUMNS:
                         w = _inner_products(A, k, B, first, WIDTH, RANKS, COLUMNS, PRECISION)
-                    x = tl.load(block_of(X, rows, k, RANKS, SLICE, COLUMNS))
-                    sums = _add_product(sums, x, w, PRECISION)
+                        tl.debug_barrier()
+                        tl.store(block_of(room, 0, 0, COLUMNS, COLUMNS, COLUMNS), w)
+                        tl.debug_barrier()
+                    sums = _add_times(
+                        sums, X, rows, k, room, False, RANKS, COLUMNS, SLICE, PRECISION
+                    )
                 sums *= scale
                 _store_parts(parts, sums, rows, first, WIDTH, RANKS, COLUMNS, SLICE)
         X += WIDTH * RANKS
