@@ -194,7 +194,7 @@ def _attend(
         value_dim=value_dim,
         rank=rank,
         is_causal=causal_offset is not None,
-        has_mask=mask is not None,
+        has_mask=mask is not None or dropout is not None,
     )
     chunks = _cut(q, k, prologue, block, rank, workspace)
 
@@ -292,7 +292,8 @@ def _attend_strictly(
     They share a softmax, whose two halves are put together by their denominators.
     """
     value_dim = v.shape[3]
-    tile_of_width = partial(_tile, q, by_pointers, value_dim=value_dim, has_mask=mask is not None)
+    has_mask = mask is not None or dropout is not None
+    tile_of_width = partial(_tile, q, by_pointers, value_dim=value_dim, has_mask=has_mask)
     known_tile = tile_of_width(rank=rank, is_causal=False)
     exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
     softmax = {"scale": scale, "softcap": softcap}

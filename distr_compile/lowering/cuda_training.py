@@ -93,7 +93,7 @@ def forward(call: Call, saved: Saved, *, by_pointers: bool = False) -> None:
         value_dim=call.v.shape[3],
         rank=call.approximation.rank,
         is_causal=call.scores.is_causal,
-        has_mask=call.mask is not None,
+        has_mask=call.mask is not None or call.dropout is not None,
     )
     with _device(call.q):
         for part in _parts(call, bases, block):

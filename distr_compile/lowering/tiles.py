@@ -141,7 +141,7 @@ def tile_for(
         rank: r.
         is_causal: with a causal mask.
         dtype: of the inputs, fp16, bf16 or fp32.
-        has_mask: with a mask or a bias; it decides before ``is_causal``.
+        has_mask: with a mask, a bias or dropout; it decides before ``is_causal``.
 
     Raises:
         ValueError: the widths are beyond the table.
