@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,8 +83,8 @@ def apply(model: nn.Module, policy: Any = None) -> None:
 
     Raises:
         PolicyError: the policy is wrong, or a rule names no module.
-        ValueError: no model in it asks for ``attn_implementation="distr"``, or one that asks has
-            attention that transformers cannot exchange.
+        ValueError: no model in it asks for ``attn_implementation="distr"``, or all that ask have
+            attention that transformers cannot exchange; of some of them a warning tells.
     """
     asked = Policy.from_any(policy)
     shown = naming.canonical(model)
@@ -103,22 +104,32 @@ def apply(model: nn.Module, policy: Any = None) -> None:
 
 
 def _check_asked(model: nn.Module) -> None:
-    found: dict[str, nn.Module] = {}
+    found: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
-            found.setdefault(str(config._attn_implementation), module)
+            found.setdefault(str(config._attn_implementation), []).append(module)
     if NAME not in found:
         got = f"a model with {', '.join(map(repr, found)) or 'no config of transformers'}"
         advice = f'load it with attn_implementation="{NAME}", or model.set_attn_implementation'
         accepted = f"{NAME!r}"
         raise ValueError(sentence("attn_implementation", got, accepted, f'{advice}("{NAME}")'))
-    can_set = getattr(found[NAME], "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        got = f"{NAME!r} for {type(found[NAME]).__name__}, whose code does not look at it"
-        accepted = "models whose attention goes through transformers' AttentionInterface"
-        advice = 'compile this one: model.compile(backend="distr", options={"policy": ...})'
-        raise ValueError(sentence("attn_implementation", got, accepted, advice))
+    asking = [
+        (type(module).__name__, can_set())
+        for module in found[NAME]
+        if callable(can_set := getattr(module, "_can_set_attn_implementation", None))
+    ]
+    deaf = [name for name, can in asking if not can]
+    if not deaf:
+        return
+    names = ", ".join(dict.fromkeys(deaf))
+    got = f"{NAME!r} for {names}, whose code does not look at it"
+    accepted = "models whose attention goes through transformers' AttentionInterface"
+    advice = 'compile this one: model.compile(backend="distr", options={"policy": ...})'
+    told = sentence("attn_implementation", got, accepted, advice)
+    if len(deaf) == len(asking):
+        raise ValueError(told)
+    warnings.warn(f"{told}; until then it stays exact", stacklevel=3)
 
 
 def attend(
@@ -173,13 +184,9 @@ def attend(
     q, k, v = four_axes(query, key, value, mask, enable_gqa=True)
     scale = q.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, is_causal, softcap=softcap, dropout_p=dropout)
-    if bounds := _packed(mask, options.get("position_ids")):
-        each = replace(scores, is_causal=True)
-        parts = [
-            _attend(module, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, sinks, each)
-            for a, b in itertools.pairwise(bounds)
-        ]
-        out = torch.cat(parts, 2)
+    bounds = _packed(mask, options.get("position_ids"))
+    if mask is not None and bounds:
+        out = _attend_packed(module, q, k, v, mask, sinks, scores, bounds)
     else:
         out = _attend(module, q, k, v, mask, sinks, scores)
     return out.transpose(1, 2).contiguous(), None
@@ -189,7 +196,8 @@ def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
     """Where the sequences of a packed batch begin, and its end; empty for any other call.
 
     Packed is what transformers takes for it: one row of positions that begin anew, and a mask that
-    shows each token the earlier ones of its own sequence. Not looked for in a trace.
+    shows each token itself and earlier ones of its own sequence, all of them or those of a window.
+    Not looked for in a trace.
     """
     if mask is None or position_ids is None or torch.compiler.is_compiling():
         return []
@@ -201,9 +209,30 @@ def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
     begins = position_ids[0].diff(prepend=position_ids[0, :1] - 2) != 1
     number = begins.cumsum(0)
     own = (number[:, None] == number).tril()
-    if number[-1] == 1 or not torch.equal(mask[0, 0], own):
+    if number[-1] == 1 or not mask[0, 0].diagonal().all() or (mask[0, 0] & ~own).any():
         return []
     return [*begins.nonzero().flatten().tolist(), tokens]
+
+
+def _attend_packed(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scores: Scores,
+    bounds: list[int],
+) -> Tensor:
+    """Each sequence as it is alone: its part of the mask, or causal where that says no more."""
+    parts = []
+    for a, b in itertools.pairwise(bounds):
+        own = mask[:, :, a:b, a:b]
+        is_causal = torch.equal(own[0, 0], torch.ones_like(own[0, 0]).tril())
+        Q, K, V = (x[:, :, a:b] for x in (q, k, v))
+        each = replace(scores, is_causal=is_causal)
+        parts.append(_attend(module, Q, K, V, None if is_causal else own, sinks, each))
+    return torch.cat(parts, 2)
 
 
 def _attend(

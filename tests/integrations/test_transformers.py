@@ -82,6 +82,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
         WIDTHS | {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16},
         lambda: {"input_ids": ids()},
     ),
+    "mistral, window": (
+        "MistralForCausalLM",
+        WIDTHS | {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16},
+        lambda: {"input_ids": ids()},
+    ),
     "gpt-oss, sinks": (
         "GptOssForCausalLM",
         WIDTHS
@@ -319,16 +324,23 @@ def test_compiled_with_auto_the_backend_decides() -> None:
     assert (got - exact).abs().max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, key heads, left padding"])
+PACKED = ("llama", "llama, key heads, left padding", "mistral, window", "gemma2, soft cap")
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_each_sequence_of_a_packed_batch_is_what_it_is_alone(name: str) -> None:
-    ours = built(name, "distr")
+    """Layers of the last two see a window of 16 tokens."""
+    usual, ours = both(name)
     distr_compile.transformers.apply(ours, POLICY)
     lengths, row = (40, 17, 1, 70), ids(5).flatten()[:128]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    batch = transformers.DataCollatorWithFlattening(return_position_ids=True)(
+        [{"input_ids": part.tolist()} for part in row.split(lengths)]
+    )
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     with torch.no_grad():
-        got = ours(row[None], position_ids=positions, use_cache=False).logits[0]
+        got = ours(**given, use_cache=False).logits[0]
         alone = [ours(each[None], use_cache=False).logits[0] for each in row.split(lengths)]
-        exact = built(name, "sdpa")(row[None], position_ids=positions, use_cache=False).logits[0]
+        exact = usual(**given, use_cache=False).logits[0]
     torch.testing.assert_close(got, torch.cat(alone), atol=TOLERANCE, rtol=TOLERANCE)
     assert (got - exact).abs().max() > 10 * TOLERANCE, "nothing was approximated"
     assert (got[57:58] - exact[57:58]).abs().max() < TOLERANCE, "one token sees itself"
@@ -412,6 +424,14 @@ def test_a_model_whose_attention_cannot_be_exchanged() -> None:
     model = transformers.BloomModel._from_config(config, attn_implementation="distr")
     with pytest.raises(ValueError, match="BloomModel, whose code does not look at it; accepted"):
         distr_compile.transformers.apply(model, POLICY)
+
+
+def test_a_part_whose_attention_cannot_be_exchanged_is_told() -> None:
+    config = transformers.BloomConfig(vocab_size=100, hidden_size=64, n_layer=1, n_head=2)
+    bloom = transformers.BloomModel._from_config(config, attn_implementation="distr")
+    whole = nn.ModuleList([built("llama", "distr"), bloom])
+    with pytest.warns(UserWarning, match="BloomModel, whose code does not .* stays exact"):
+        distr_compile.transformers.apply(whole, POLICY)
 
 
 def test_weights_are_not_given() -> None:
