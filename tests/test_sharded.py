@@ -45,6 +45,18 @@ CALLS = (
     "plain", "mask per head", "mask of batches", "everything", "calibrated", "lsh", "short",
     "shared keys", "three heads",
 )  # fmt: skip
+WITH_OTHERS = {
+    ("mask per head", "heads"): [["S0"]],
+    ("mask of batches", "heads"): [["R"]],
+    ("everything", "heads"): [["S1"], ["S0"]],
+    ("calibrated", "heads"): [["S0"], ["S0"]],
+    ("mask per head", "batch"): [["R"]],
+    ("mask of batches", "batch"): [["S0"]],
+    ("everything", "batch"): [["S0"], ["R"]],
+    ("calibrated", "batch"): [["R"], ["R"]],
+}
+"""Calls and shardings of which masks, bases and sinks are DTensors too, and where these lie."""
+
 CAUSAL = {"scale": 0.125, "is_causal": True, "rank": 32, "estimator": "projection"}
 
 
@@ -86,6 +98,23 @@ def on(mesh: DeviceMesh, tensors: list[Tensor | None], sharding: list[Any]) -> l
     return [*first, *tensors[3:]]
 
 
+def all_on(mesh: DeviceMesh, tensors: list[Tensor | None], label: str) -> list[Any]:
+    """Every operand sharded by heads or by the batch, as far as it has that axis."""
+    axis = {"heads": 1, "batch": 0}[label]
+    size = 6 if label == "heads" else 2
+
+    def of(number: int, t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        own = axis if number < 3 else {4: 0, 5: 0, 6: 0}.get(number, t.ndim - 4 + axis)
+        divides = label == "heads" or number < 4
+        if number == 3:
+            divides = own >= 0 and t.shape[own] == size
+        return distribute_tensor(t, mesh, [Shard(own)] if divides else [Replicate()])
+
+    return [of(number, t) for number, t in enumerate(tensors)]
+
+
 def letters(t: Tensor) -> list[str]:
     assert isinstance(t, DTensor)
     return [f"S{p.dim}" if isinstance(p, Shard) else "R" for p in t.placements]
@@ -123,6 +152,14 @@ def calls() -> dict[str, Any]:
             )
             worst = max((a - b).abs().max().item() for a, b in pairs)
             found[f"{name}, {label}"] = [off, letters(out), worst]
+    for name, label in WITH_OTHERS:
+        tensors, options = operands(name)
+        wanted = torch.ops.distr.attention(*tensors, **options)
+        given = all_on(line, tensors, label)
+        out = torch.ops.distr.attention(*given, **options)
+        off = (out.full_tensor() - wanted).abs().max().item()
+        others = [letters(t) for t in given[3:] if t is not None]
+        found[f"{name}, all by {label}"] = [off, letters(out), others]
     return found
 
 
@@ -266,6 +303,15 @@ def test_a_sharded_call_is_the_whole_one(found: list[Any], name: str, sharding: 
         assert off < 1e-6
         assert places == own
         assert gradients_off < 1e-5
+
+
+@pytest.mark.parametrize(("name", "label"), WITH_OTHERS)
+def test_masks_bases_and_sinks_are_sharded_too(found: list[Any], name: str, label: str) -> None:
+    for process in found:
+        off, places, others = process["calls"][f"{name}, all by {label}"]
+        assert off < 1e-6
+        assert places == OUT[label]
+        assert others == WITH_OTHERS[name, label]
 
 
 def test_how_a_call_is_shared_is_said(found: list[Any]) -> None:
