@@ -177,7 +177,7 @@ class BasesOfModel:
         return found.basis_q[..., :rank], found.basis_k[..., :rank]
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """By the name of each attention in the file: H_k and d. The model is not looked at.
+        """H_k and d by the name of each attention in the file. The model is not looked at.
 
         Raises:
             PolicyError: no file, or a wrong one.

@@ -179,7 +179,7 @@ def _prefix_cost(
     rep: int = 1,
     element_bytes: int = 2,
 ) -> Cost:
-    """As ``_projection_cost``, of each block but the first: with the keys before it, not with all.
+    """Count as ``_projection_cost``, but each block after the first has only the keys before it.
 
     And what the scores of every block's own keys take at width d, beyond what they would at r.
     """
@@ -199,7 +199,7 @@ def _prefix_cost(
 
 
 def _solve_flops(head_dim: int, rank: int, rounds: int) -> int:
-    """From the Gram matrices to A and B.
+    """The operations from the Gram matrices to A and B.
 
     A further round is two products with the Gram matrices and what makes the columns orthonormal:
     one r x r Gram matrix, its inverse, and a product with that.

@@ -62,7 +62,7 @@ def explain_by(
     kwargs: Mapping[str, Any],
     policy: str | PathLike[str] | Policy | Mapping[str, Any] | None = None,
 ) -> Report:
-    """As :func:`explain`; for each graph ``judge`` makes who says what is faster."""
+    """Explain as :func:`explain` does; ``judge`` makes, for each graph, who says what is faster."""
     checked = Policy.from_any(policy)
     owner = identity.key_of(model)
     if isinstance(model, nn.Module):

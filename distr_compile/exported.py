@@ -67,7 +67,7 @@ def _joined(*names: str) -> str:
 
 
 def _places(root: nn.Module) -> dict[int | None, str]:
-    """By program: the name of its module below ``root``, where there is one."""
+    """The name of each program's module below ``root``, where there is one."""
     places: dict[int | None, list[str]] = {}
     for name, module in root.named_modules():
         if isinstance(module, fx.GraphModule):

@@ -66,7 +66,7 @@ class Measurements:
         return tabulate(lines, headers, disable_numparse=True, maxcolwidths=[70, *[None] * 4])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: times in seconds."""
+        """Return what JSON can hold: times in seconds."""
         return {
             text: {"not_measured": found}
             if isinstance(found, str)

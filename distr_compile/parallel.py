@@ -316,7 +316,7 @@ class _Team:
         return shares[place % self.size]
 
     def others(self, shares: Sequence[slice]) -> Iterator[tuple[int, slice]]:
-        """Those besides ``src`` that have something to do in a round, with their parts."""
+        """The processes besides ``src`` that have something to do in a round, with their parts."""
         for rank in self.ranks:
             part = self.part(shares, rank)
             if rank != self.src and part.start < part.stop:

@@ -30,7 +30,7 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        """As they stand."""
+        """Take the states as they stand."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
         return cls(torch.get_rng_state(), tuple(cuda), np.random.get_state(), random.getstate())
 
@@ -150,7 +150,7 @@ class Snapshot:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the floating tensors."""
+        """The dtypes of the floating tensors."""
         return {t.dtype for _, t in self._tensors.values() if t.is_floating_point()}
 
     def written(self) -> dict[str, Tensor]:

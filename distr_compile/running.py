@@ -58,7 +58,7 @@ class Shared:
         return next((b for b in self.blocks if name == b or name.startswith(f"{b}.")), None)
 
     def layers(self, name: str) -> dict[str, str]:
-        """By block: the layer that stands in it where ``name`` stands in its own.
+        """The layer of each block that stands in it where ``name`` stands in its own.
 
         Empty where ``name`` is in none of the blocks.
         """

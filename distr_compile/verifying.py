@@ -325,7 +325,7 @@ class _Watch:
         return [graph for graph in self.graphs if graph.calls]
 
     def checks(self) -> tuple[SiteCheck, ...]:
-        """Of all rows, graph by graph."""
+        """The checks of all rows, graph by graph."""
         return tuple(
             check for i, graph in enumerate(self.called) for check in graph.checks(number=i)
         )

@@ -15,10 +15,24 @@ README_LINES, COLUMNS = 150, 120
 WRAPPED = """
 index backend numbers tuning training faq estimators estimator-tables matching kernels extending
 using/README using/data-parallel using/export using/packed using/peft using/profilers
-using/sentence-transformers using/training-loops using/parallel
+using/sentence-transformers using/training-loops using/parallel using/transformers
 """
 NARROW = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in WRAPPED.split())]
 """No line of these is wider than ``COLUMNS``; tables and code outside of the README may be."""
+
+
+NO_SUBJECT = "As At By For From In Into Of On Those To With Without".split()
+"""How a docstring begins that says of what, and not what."""
+
+
+def summaries() -> Iterator[tuple[str, str]]:
+    """First lines of the package's docstrings, and where they stand."""
+    for path in (ROOT / "distr_compile").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
+                yield f"{path.name}: {node.name}", text.partition("\n")[0]
 
 
 def codes_raised() -> Iterator[str]:
@@ -34,6 +48,11 @@ def codes_raised() -> Iterator[str]:
             first = node.args[0]
             if node.func.id in {"Reason", "RefusedError"} and isinstance(first, ast.Constant):
                 yield str(first.value)
+
+
+def test_docstrings_say_what() -> None:
+    found = {place: line for place, line in summaries() if line.split()[0] in NO_SUBJECT}
+    assert found == {}
 
 
 def test_every_reason_is_documented_and_no_other() -> None:

@@ -68,7 +68,7 @@ class ModelResult:
     policies: Mapping[str, PolicyResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: NaN becomes None, the infinities "inf" and "-inf"."""
+        """Return what JSON can hold: NaN becomes None, the infinities "inf" and "-inf"."""
         content: dict[str, Any] = strict_json(asdict(self))
         return content
 

@@ -37,17 +37,17 @@ class _Lines(Progress):
     _told = time.monotonic()
 
     def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
-        """As of a bar; the time to the next line begins."""
+        """Add a task, as a bar does; the time to the next line begins."""
         self._told = time.monotonic()
         return super().add_task(*args, **kwargs)
 
     def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
-        """As of a bar."""
+        """Change a task, as a bar does."""
         super().update(task_id, **changes)
         self._tell(task_id)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As of a bar."""
+        """Advance a task, as a bar does."""
         super().advance(task_id, advance)
         self._tell(task_id)
 

@@ -28,7 +28,7 @@ class Places:
     rows: int
 
     def part(self, entries: slice, blocks: slice) -> Places:
-        """Those of some entries, and of some blocks, in which those are the first."""
+        """The places of some entries, and of some blocks, whose first is then block 0."""
         ends, seen = self.ends[entries], self.seen
         if seen is not None:
             seen = seen[entries, blocks].contiguous()

@@ -133,7 +133,7 @@ def strict_spans(
 
 
 def first_rows(mask: Tensor, num_queries: int, num_keys: int, causal_offset: int) -> list[int]:
-    """By entry of the mask: the first row i that sees a key ``j <= i + causal_offset``, or 0.
+    """The first row i that sees a key ``j <= i + causal_offset``, or 0, for each entry of the mask.
 
     That hangs on no part of the mask later than the row itself. Read some rows at a time, until
     each entry has its row.

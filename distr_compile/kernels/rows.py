@@ -23,7 +23,7 @@ def four_dimensions(mask: Tensor) -> Tensor:
 
 
 def working(t: Tensor) -> Tensor:
-    """In the dtype of all arithmetic: fp64 stays, and what is narrower becomes fp32."""
+    """Cast to the dtype of all arithmetic: fp64 stays, and what is narrower becomes fp32."""
     return t if t.dtype == torch.float64 else t.float()
 
 

@@ -138,7 +138,7 @@ def implementations() -> tuple[Implementation, ...]:
 
 
 def willing(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:
-    """Those that do not refuse, in order."""
+    """The ones that do not refuse, in order."""
     return (each for each in implementations() if each.refuses(shape, approximation) is None)
 
 
@@ -213,7 +213,7 @@ def attempt(call: Call, runs: Iterable[tuple[str, Callable[[Call], object]]]) ->
 
 
 def _attempts(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:
-    """Those that do not refuse, each before its fallback."""
+    """The ones that do not refuse, each before its fallback."""
     for each in willing(shape, approximation):
         yield each
         other = each.fallback

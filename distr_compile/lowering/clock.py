@@ -26,7 +26,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For a device on which a call has ended when it returns."""
+    """A clock for a device on which a call has ended when it returns."""
 
     least_s = SAMPLE_S
 
@@ -39,7 +39,7 @@ class HostClock:
 
 
 class EventClock:
-    """For a GPU: from the call's first work to the end of its last, on the device.
+    """A clock for a GPU: from the call's first work to the end of its last, on the device.
 
     Before each call a buffer of twice the L2 cache is overwritten, so that no call finds what an
     earlier one has left there. The host queues the call meanwhile: only what it takes longer than

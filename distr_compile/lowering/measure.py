@@ -117,7 +117,7 @@ class Measured:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each candidate. That of ``DISTR`` is in proportion to what it was raced against."""
+        """Seconds of each candidate; ``DISTR``'s in proportion to what it was raced against."""
         known = dict(self.exact.seconds) if self.exact is not None else {}
         if self.distr is not None:
             (name, against), (_, ours) = self.distr.seconds.items()
@@ -277,7 +277,7 @@ def _units_at_once(shape: Shape, units: int, affordable: float, seconds: float) 
 
 
 def _bytes(shape: Shape, units: int) -> int:
-    """Of inputs, outputs and mask, also of the mask that SDPA needs for a causal offset."""
+    """Bytes of inputs, outputs and mask, and of the mask SDPA needs for a causal offset."""
     heads = units * (shape.num_heads // shape.num_key_heads)
     widths = shape.head_dim + shape.value_dim
     size = (heads * shape.num_queries + units * shape.num_keys) * widths * shape.dtype.itemsize

@@ -38,7 +38,7 @@ def register(
 
 
 def register_autocast(name: str, casts: bool = True) -> None:
-    """As for SDPA: floating inputs but fp64 go to the autocast dtype, a bool mask stays.
+    """Autocast as SDPA does: floating inputs but fp64 go to the autocast dtype, a bool mask stays.
 
     Args:
         name: of an op whose first four arguments are cast.

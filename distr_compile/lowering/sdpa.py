@@ -31,7 +31,7 @@ BACKENDS = {
 
 
 def switched_on() -> dict[str, SDPBackend]:
-    """Those of ``BACKENDS`` that nobody has switched off."""
+    """The ones of ``BACKENDS`` that nobody has switched off."""
     switches = torch.backends.cuda
     is_on = {
         "flash": switches.flash_sdp_enabled,

@@ -87,7 +87,7 @@ def _mesh(tensors: Sequence[Any]) -> Any:
 
 
 def _kinds(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, str]]:
-    """For each axis of the mesh what is divided along it; of ``WHOLE`` also why."""
+    """What is divided along each axis of the mesh; for ``WHOLE`` also why."""
     mesh, kinds = _mesh((q, k, v)), []
     left = {BATCH: q.shape[0], HEADS: k.shape[1]}
     for axis in range(mesh.ndim):

@@ -178,7 +178,7 @@ def _cpu_name() -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """Of all our code that computes attention: a change of it makes stored times void."""
+    """The digest of our code that computes attention: a change makes stored times void."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for folder in ("kernels", "lowering", "estimators.py"):

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int = 2) -> Tile:
-    """Of Hopper and later: by tensor descriptors, which hold no addresses in registers."""
+    """A tile for Hopper and later; tensor descriptors hold no addresses in registers."""
     return Tile(block_m, block_n, num_warps, num_stages, use_tma=True)
 
 

@@ -74,7 +74,7 @@ class _Kernels(NamedTuple):
 
 
 def _kernels(shape: Shape) -> _Kernels:
-    """Those for the device of a call."""
+    """The ones for the device of a call."""
     if cuda_training.is_for(shape):
         return _Kernels(
             cuda_training.NAME,

@@ -204,7 +204,7 @@ class ScaleStep(Step):
     divide: bool
 
     def write(self, call: Written) -> None:
-        """Into the scale, or into Q where it is a tensor; and into the bias before it."""
+        """Write it into the scale, or into Q where it is a tensor; and into the bias before it."""
         emit, name, factor = call.emit, "div" if self.divide else "mul", self.factor
         if self.tensor is None:
             call.times(Factor(factor, self.divide))
@@ -268,7 +268,7 @@ class AddStep(Step):
     alpha: Scalar
 
     def write(self, call: Written) -> None:
-        """Into the bias."""
+        """Write it into the bias."""
         emit, term = call.emit, call.term(self.tensor, self.level)
         if not dtype_of(self.tensor).is_floating_point:
             term = emit.method("to", term, torch.promote_types(call.dtype, torch.float32))
@@ -342,7 +342,7 @@ class FillStep(Step):
     dtype: torch.dtype
 
     def write(self, call: Written) -> None:
-        """Into what is seen, or, where the value is finite, into the bias."""
+        """Write it into what is seen, or, where the value is finite, into the bias."""
         emit, condition = call.emit, call.term(self.tensor, self.level)
         if self.value == voc.INFINITE:
             keep = condition if self.keep else emit.method("logical_not", condition)

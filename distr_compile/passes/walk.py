@@ -120,7 +120,7 @@ class Walk(Way):
     # -- back to QK^T ----------------------------------------------------------------------------
 
     def _back(self, softmax: voc.Softmax, anchor: fx.Node) -> tuple[fx.Node, voc.Product]:
-        """From the softmax to the product."""
+        """Walk from the softmax back to the product of Q and K."""
         flow = self.flow
         if softmax.sign < 0:
             self.events.append((voc.Scale(softmax.x, softmax.sign), anchor))
@@ -175,7 +175,7 @@ class Walk(Way):
         raise RefusedError("weights-reused", f"the scores are also read by: {names}")
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """Those who read a node's values and are read themselves."""
+        """The nodes that read a node's values and are read themselves."""
         dead = self.flow.memory.dead
         return [u for u in node.users if not voc.reads_shape_only(u, node) and u not in dead]
 
@@ -252,7 +252,7 @@ class Walk(Way):
     def _forward(
         self, softmax: fx.Node, axes: tuple[int, ...]
     ) -> tuple[fx.Node, Level, Operand, tuple[int, ...]]:
-        """From the softmax to the product with V: output node, its level, V, the output's axes."""
+        """Walk from the softmax to the product with V: its node, level, V, and its axes."""
         node, shape = softmax, shape_of(softmax)
         rank, sink = len(shape), self.sink
         while True:

@@ -39,7 +39,7 @@ class Clock:
     cost: Cost
 
     def of_sites(self, sites: Iterable[Site], plan: LayerPlan | None, label: str = "") -> float:
-        """Of all calls of some attentions.
+        """The cost of all calls of some attentions.
 
         Args:
             sites: with the calls that were made.
@@ -123,7 +123,7 @@ _WITHOUT_LIMIT = Judge(call_limit=None, limit=None)
 
 
 def seconds(shape: Shape, plan: LayerPlan | None) -> float:
-    """Of one call, as "auto" measures it and keeps it; exact attention is the faster of both.
+    """The time of one call, as "auto" measures and keeps it; exact attention is the faster of both.
 
     Raises:
         RuntimeError: it cannot be measured here.

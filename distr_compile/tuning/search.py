@@ -119,7 +119,7 @@ def frontier(options: Mapping[str, Sequence[Option]], points: int = POINTS) -> l
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:
-    """Without what another option beats or equals in both respects, by rising cost."""
+    """The options that no other beats or equals in both respects, by rising cost."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost, o.loss)):
         if not kept or option.loss < kept[-1].loss:

@@ -67,7 +67,7 @@ class Bench:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[Batch, Setting], Any]]:
-        """In this context: (batch on the model's device, setting) -> output.
+        """Give, in this context, a function (batch on the model's device, setting) -> output.
 
         A context within it compiles nothing anew.
         """
@@ -151,7 +151,7 @@ class Sensitivity:
         return gain * error if math.isfinite(gain * error) else math.inf
 
     def predicted(self, setting: Setting) -> float:
-        """Of a choice."""
+        """The loss that is predicted for a choice."""
         return math.fsum(self.loss(layer, label) for layer, label in setting.items())
 
 

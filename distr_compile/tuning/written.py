@@ -25,7 +25,7 @@ TUNED = tuple(name for name in OPTIONS if name not in AS_GIVEN)
 
 
 def versions() -> str:
-    """Of this package and of torch."""
+    """The versions of this package and of torch."""
     own = importlib.metadata.version("distr-compile")
     return f"distr-compile {own}, torch {torch.__version__}"
 

@@ -60,7 +60,7 @@ class Dropout:
         return 1 / (1 - self.p)
 
     def part(self, *, batch: int = 0, head: int = 0, row: int = 0, key: int = 0) -> Dropout:
-        """Of a part of this part, which begins at these places in it."""
+        """The dropout of a part of this part, which begins at these places in it."""
         first = self.head + batch * self.heads + head
         return replace(self, head=first, row=self.row + row, key=self.key + key)
 

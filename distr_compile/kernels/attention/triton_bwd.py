@@ -51,7 +51,7 @@ class Cut:
     num_stages: int = 2
 
     def fitted(self, block: int, num_keys: int) -> dict[str, int]:
-        """As arguments of a kernel; smaller for short blocks and few keys."""
+        """The arguments of a kernel; tiles are smaller for short blocks and few keys."""
         return {
             "BLOCK_M": min(self.rows, power_of_two(block)),
             "BLOCK_N": min(self.keys, power_of_two(num_keys)),

@@ -125,7 +125,7 @@ class _GramSum:
     """
 
     def __init__(self, like: Tensor) -> None:
-        """Of no rows yet, for rows with the batch size, heads, width and dtype of ``like``."""
+        """Begin with no rows, for rows with the batch size, heads, width and dtype of ``like``."""
         b, h, d = like.shape[0], like.shape[1], like.shape[-1]
         self._dtype = torch.promote_types(like.dtype, torch.float32)
         self._C = like.new_zeros(b, h, d, d, dtype=self._dtype)
