@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import distr_compile
 from distr_compile.policy import PolicyError
+from tests.zoo import minilm
 
 POLICY = {"default": {"group_size": 2, "min_seq_len": 0}}
 WIDTHS = {
@@ -344,6 +345,34 @@ def test_each_sequence_of_a_packed_batch_is_what_it_is_alone(name: str) -> None:
     torch.testing.assert_close(got, torch.cat(alone), atol=TOLERANCE, rtol=TOLERANCE)
     assert (got - exact).abs().max() > 10 * TOLERANCE, "nothing was approximated"
     assert (got[57:58] - exact[57:58]).abs().max() < TOLERANCE, "one token sees itself"
+
+
+@pytest.mark.parametrize("estimator", ["projection", "lsh-sample", "lsh-mean", "lsh-signed"])
+def test_an_embedding_is_the_same_beside_longer_texts(estimator: str) -> None:
+    """MiniLM's own weights; the mean over a text's tokens, alone and padded on the right."""
+    zoo = minilm.load()
+    model = zoo.model
+    model.set_attn_implementation("distr")
+    default = {"group_size": 2, "min_seq_len": 0, "estimator": estimator}
+    distr_compile.transformers.apply(model, {"default": default})
+    batch = zoo.batches[-1].kwargs
+    lengths = batch["attention_mask"].sum(1)
+    some = lengths.argsort()[::5]
+    tokens, mask, lengths = batch["input_ids"][some], batch["attention_mask"][some], lengths[some]
+    assert lengths.min() < 100 < 200 < lengths.max()
+
+    def embedded(tokens: Tensor, mask: Tensor) -> Tensor:
+        states = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    with torch.no_grad():
+        together = embedded(tokens, mask)
+        alone = [
+            embedded(row[None, :n], torch.ones(1, n))
+            for row, n in zip(tokens, lengths, strict=True)
+        ]
+    cosine = torch.cosine_similarity(together.double(), torch.cat(alone).double())
+    assert (1 - cosine).max() < 1e-6
 
 
 def test_positions_of_one_sequence_are_not_packed() -> None:
