@@ -240,19 +240,31 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "command", ["explain", "measure", "calibrate", "tune", "regress", "policy"]
-)
-def test_each_help_has_a_description_and_an_example(
+MODEL_AND_DATA = ("model and data:",)
+HELPS = {
+    "explain": MODEL_AND_DATA,
+    "measure": ("what is timed:", "model and inputs:", "what is written:"),
+    "calibrate": MODEL_AND_DATA,
+    "tune": (*MODEL_AND_DATA, "how it runs:"),
+    "regress": (*MODEL_AND_DATA, "how it runs:"),
+    "policy": (),
+    "policy check": (),
+    "policy schema": (),
+}
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_each_help_has_a_description_an_example_and_groups(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = said(capsys, command, "--help")
+    code, out, _ = said(capsys, *command.split(), "--help")
     assert code == OK
     paragraphs = out.split("\n\n")
+    assert paragraphs[0].startswith(f"usage: distr {command} ")
     assert paragraphs[1].endswith(".")
     assert f"example:\n  distr {command} " in out
-    if command in ("explain", "calibrate", "tune", "regress"):
-        assert "model and data:" in out
+    starts = [paragraph.splitlines()[0] for paragraph in paragraphs]
+    assert [group for group in HELPS[command] if group in starts] == list(HELPS[command])
 
 
 def test_the_form_of_fused_attention_is_a_short_word(capsys: pytest.CaptureFixture[str]) -> None:

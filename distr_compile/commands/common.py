@@ -94,8 +94,11 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how a target is built and looked at; ``build_model`` reads it."""
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add what says how a target is built and looked at, to a parser or one of its groups.
+
+    ``build_model`` reads it.
+    """
     parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model")
     parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
