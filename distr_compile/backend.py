@@ -168,6 +168,8 @@ def compile_graph(
     """
     judge = Judge(parsed.measure)
     result = run_pass(gm, parsed.policy, judge, change=True, begin=parsed.root, shared=shared)
+    if shared is not None:
+        shared.audits.append(result.audit)
     if result.inputs:
         names = list(next(iter(result.inputs.values())))
         gm = with_inputs(gm, names)
@@ -288,6 +290,7 @@ def run_pass(
         )
         graph = _with_break(graph, gm, frame)
         if (several := shared or alone) is not None:
+            graph = replace(graph, notes=(*graph.notes, *several.notes))
             served = served if alone is None else _by_block(outcome.rows, alone)
             key = (*key, *((row.form, row.mask, row.decision) for row in outcome.rows))
             graph = several.count(graph, key)
@@ -371,13 +374,19 @@ class Chooser:
         return LayerChoice(name, plan, (reason,), repeats)
 
     def _plan(self, names: tuple[str, ...]) -> LayerPlan:
-        """A module with several names takes the plan of the first name that a rule knows.
-
-        Names without wrappers come first.
-        """
         short = names if self.root is None else tuple(map(self.root.show, names))
-        plans = [self.policy.resolve(name) for name in dict.fromkeys((*short, *names))]
-        return next((plan for plan in plans if plan.rule), plans[0])
+        return plan_of(self.policy, (*short, *names))
+
+
+def plan_of(policy: Policy, names: Sequence[str]) -> LayerPlan:
+    """A module with several names takes the plan of the first name that a rule knows.
+
+    Args:
+        policy: has the rules.
+        names: at least one; those without wrappers come first.
+    """
+    plans = [policy.resolve(name) for name in dict.fromkeys(names)]
+    return next((plan for plan in plans if plan.rule), plans[0])
 
 
 def _is_whole(gm: fx.GraphModule, root: identity.Root | None, frame: identity.FrameModule) -> bool:

@@ -151,12 +151,16 @@ def find_root() -> Root | None:
     return replace(root_of(module), key=key, backend=backend)
 
 
-def root_of(module: nn.Module) -> Root:
-    """A module as a root, whatever is being compiled."""
+def root_of(module: nn.Module, begin: str = "") -> Root:
+    """A module as a root, whatever is being compiled; names of layers begin at ``begin``.
+
+    Raises:
+        ValueError: ``begin`` names no module.
+    """
     names: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_modules(remove_duplicate=False):
         names[id(child)] = (*names.get(id(child), ()), name)
-    return Root(module, names, module, shown=naming.canonical(module))
+    return Root(module, names, module, shown=naming.canonical(module, begin))
 
 
 def key_of(compiled: Any) -> object:

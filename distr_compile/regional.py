@@ -5,19 +5,19 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from distr_compile import naming
-from distr_compile.backend import Options, compile_graph
+from distr_compile import identity, naming, surroundings
+from distr_compile.backend import Options, compile_graph, plan_of
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.policy import LayerPlan, Policy
-from distr_compile.policy.errors import sentence
+from distr_compile.policy import LayerPlan, Policy, RuleAudit
+from distr_compile.policy.errors import collected, sentence
 from distr_compile.reporting.breaks import passed_over
 from distr_compile.running import Shared, entered
 
@@ -37,14 +37,17 @@ def compile_blocks(
     types, shapes and dtypes, the policy the same plans for them, and its file bases of the same
     sizes: Dynamo then captures and Inductor compiles the first that is called, and all others run
     that code with their own weights and bases, which are inputs of the graph. What they are given
-    may still need a graph of its own, as other shapes do. What stands between blocks runs in eager.
-    Seeds tell no blocks apart: a policy has none, and those of dropout are drawn by the graph.
+    may still need a graph of its own, as other shapes do. What stands outside of the blocks runs in
+    eager; its attention has rows, exact for the reason "outside-blocks", found in the first call.
+    Attention in the very code of a module that holds blocks has none: a note names such code. Seeds
+    tell no blocks apart: a policy has none, and those of dropout are drawn by the graph.
 
     Rules of the policy, and the rows of ``distr_compile.report(model)``, go by the names of layers
     in the whole model; ``runtime_calls`` of a row says how often its layer was called. What is
     decided for the block that is captured is decided for its group: plans and shapes are the same,
     and "auto" is measured once. Names in rules are held against the whole model here, before
-    anything is compiled.
+    anything is compiled; group sizes and ranks in the first call, as the widths of heads are known
+    then. That call, and every one after it, raises PolicyError for a rule that fits no layer.
 
     A block has a graph of its own where calibrated layers stand in the body of a higher-order op,
     as an activation checkpoint within the block is, which takes no further inputs; and where
@@ -56,7 +59,8 @@ def compile_blocks(
         blocks: names of the blocks' classes, or patterns of their names in the model. None takes
             the classes that the model names in ``_repeated_blocks``, as models of diffusers do, or
             what stands in its lists of modules of one class.
-        options: the other options of the backend, and Inductor's.
+        options: the other options of the backend, and Inductor's; with ``root`` the names of layers
+            and blocks begin there.
         dynamic: as for ``torch.compile``.
         fullgraph: as for ``torch.compile``.
 
@@ -65,31 +69,34 @@ def compile_blocks(
 
     Raises:
         ValueError: there are no such blocks, or an option is unknown.
-        PolicyError: the policy is wrong: for itself, or for this model; or it has no file of bases
-            where an estimator needs one. That bases are of this model is looked at when a block is
+        PolicyError: the policy is wrong: for itself, or for this model, as where a rule asks for
+            approximation of modules outside of the blocks only; or it has no file of bases where an
+            estimator needs one. That bases are of this model is looked at when a block is
             compiled.
     """
     checked = Options.parse({**(options or {}), "policy": policy}, None)
-    shown = naming.canonical(model)
-    checked.policy.check_ambiguous(naming.ambiguous(model, shown))
-    checked.policy.audit({*shown, *shown.values()}).check_names()
-    found = dict(_blocks(model, shown, blocks))
-    if not found:
-        accepted = "names of classes, or patterns of names, that some modules of the model have"
-        got = repr(blocks) if blocks else "no list of modules of one class"
-        raise ValueError(sentence("blocks", got, accepted, "name the blocks of the model"))
+    root = identity.root_of(model, checked.root)
+    checked.policy.check_ambiguous(naming.ambiguous(model, root.shown))
+    checked.policy.audit({*root.shown, *root.shown.values()}).check_names()
+    found = _named_blocks(model, root, blocks)
+    _check_places(checked.policy, root, found)
     bases = BasesOfModel(checked.policy, model)
     groups: dict[object, list[str]] = {}
     for name, block in found.items():
-        groups.setdefault(_kind(name, block, checked.policy, bases), []).append(name)
+        groups.setdefault(_kind(name, block, checked.policy, root, bases), []).append(name)
+    notes = surroundings.notes(model, list(found.values()))
+    rules = _Rules(checked.policy.audit())
     for names in groups.values():
         members = tuple(names)
-        backend = _Backend(checked, Shared(model, members, len(groups) == 1))
+        shared = Shared(model, members, len(groups) == 1, checked.root, notes)
+        backend = _Backend(checked, shared)
+        rules.groups.append((backend, _names_in([found[name] for name in names], root)))
         for name in names:
             member: Any = found[name]
             member.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
             run = entered(name, member._compiled_call_impl)
-            member._compiled_call_impl = _watched(run, backend, member)
+            member._compiled_call_impl = _watched(run, backend, member, rules)
+    surroundings.watch(model, list(found.values()), checked)
     return list(groups.values())
 
 
@@ -107,12 +114,46 @@ class _Backend:
         return compile_graph(gm, example_inputs, self.options, shared=self.shared)
 
 
-def _watched(run: Callable[..., Any], backend: _Backend, block: nn.Module) -> Callable[..., Any]:
+@dataclass(eq=False)
+class _Rules:
+    """Holds the rules of the policy against what was compiled up to now.
+
+    Attributes:
+        begin: the rules, and nothing that they met.
+        groups: what compiles each group, and the names of all modules in its blocks.
+        num_checked: graphs that were looked at.
+    """
+
+    begin: RuleAudit
+    groups: list[tuple[_Backend, frozenset[str]]] = field(default_factory=list)
+    num_checked: int = 0
+
+    def check(self) -> None:
+        """Refuse rules that fit no attention, once each block that they name was compiled.
+
+        Raises:
+            PolicyError: as where the model is compiled whole; in each call, as there.
+        """
+        audits = [audit for backend, _ in self.groups for audit in backend.shared.audits]
+        if len(audits) == self.num_checked:
+            return
+        later = {name for backend, names in self.groups if not backend.was_called for name in names}
+        rules = tuple(each for each in self.begin.rules if not any(map(each[1].matches, later)))
+        replace(sum(audits, self.begin), rules=rules).check_sizes()
+        self.num_checked = len(audits)
+
+
+def _watched(
+    run: Callable[..., Any], backend: _Backend, block: nn.Module, rules: _Rules
+) -> Callable[..., Any]:
     """A block's compiled call, which warns once of a group where nothing was compiled."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
-        if not (backend.was_called or backend.has_warned or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            return result
+        rules.check()
+        if not (backend.was_called or backend.has_warned):
             backend.has_warned = True
             said = "".join(f"\n{line}" for line in passed_over(block))
             warnings.warn(
@@ -125,6 +166,62 @@ def _watched(run: Callable[..., Any], backend: _Backend, block: nn.Module) -> Ca
     return call
 
 
+def _named_blocks(
+    model: nn.Module, root: identity.Root, wanted: str | Sequence[str] | None
+) -> dict[str, nn.Module]:
+    """The blocks by their names.
+
+    Raises:
+        ValueError: there are none, or two of one name.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, block in _blocks(model, root.shown, wanted):
+        if found.setdefault(name, block) is not block:
+            got = f"two blocks that are called {name}"
+            accepted = "blocks whose names differ without wrappers, and from the root on"
+            raise ValueError(sentence("blocks", got, accepted, "name one of them in blocks="))
+    if "" in _names_in(list(found.values()), root):
+        accepted = "a module that holds blocks"
+        message = sentence("root", "a module of a block", accepted, "name one above the blocks")
+        raise ValueError(message)
+    if not found:
+        accepted = "names of classes, or patterns of names, that some modules of the model have"
+        got = repr(wanted) if wanted else "no list of modules of one class"
+        raise ValueError(sentence("blocks", got, accepted, "name the blocks of the model"))
+    return found
+
+
+def _check_places(policy: Policy, root: identity.Root, blocks: Mapping[str, nn.Module]) -> None:
+    """Refuse rules that would approximate modules outside of the blocks, and none within.
+
+    Raises:
+        PolicyError: every such rule.
+    """
+    inside = _names_in(list(blocks.values()), root)
+    errors = []
+    for index, rule in enumerate(policy.rule):
+        if any(map(rule.matches, inside)):
+            continue
+        named = [n for n in {*root.shown, *root.shown.values()} if rule.matches(n)]
+        if all(policy.resolve(name).is_exact for name in named):
+            continue
+        got = f'"{rule.layers}", which names modules outside of the blocks only: they stay exact'
+        accepted = f"a pattern for modules within the blocks, such as {next(iter(blocks))}"
+        advice = (
+            'compile the whole model with backend="distr" to approximate them, give their class or '
+            "name in blocks=, or leave the rule out"
+        )
+        errors.append(f"{policy.where(index)}: {sentence('layers', got, accepted, advice)}")
+    if errors:
+        raise collected(errors)
+
+
+def _names_in(blocks: Sequence[nn.Module], root: identity.Root) -> frozenset[str]:
+    """All names, with wrappers and without, of the modules in some blocks."""
+    wholes = (name for b in blocks for m in b.modules() for name in root.names[id(m)])
+    return frozenset(each for name in wholes for each in (name, root.show(name)))
+
+
 def _blocks(
     model: nn.Module, shown: Mapping[str, str], wanted: str | Sequence[str] | None
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -133,19 +230,19 @@ def _blocks(
         wanted = getattr(model, "_repeated_blocks", None) or None
     patterns = [wanted] if isinstance(wanted, str) else wanted
     listed = {name for parent in _lists(model, shown) for name in parent}
-    last = None
-    for name, module in model.named_modules():
-        name = shown[name]
-        if last is not None and (not last or name.startswith(f"{last}.")):
+    last: str | None = None
+    for whole, module in model.named_modules():
+        name = shown[whole]
+        if last is not None and whole.startswith(f"{last}."):
             continue
         if patterns is None:
             is_block = name in listed
         else:
             is_block = type(module).__name__ in patterns or any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+                fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in (name, whole)
             )
-        if is_block and name:
-            last = name
+        if is_block and whole:
+            last = whole
             yield name, module
 
 
@@ -159,11 +256,14 @@ def _lists(model: nn.Module, shown: Mapping[str, str]) -> Iterator[list[str]]:
             yield [shown[f"{name}.{i}" if name else str(i)] for i in range(len(parent))]
 
 
-def _kind(name: str, block: nn.Module, policy: Policy, bases: BasesOfModel) -> object:
+def _kind(
+    name: str, block: nn.Module, policy: Policy, root: identity.Root, bases: BasesOfModel
+) -> object:
     """What blocks have in common that may run one graph."""
     plans: dict[str, LayerPlan] = {}
-    for own, _ in block.named_modules():
-        plan = policy.resolve(f"{name}.{own}" if own else name)
+    for own, module in block.named_modules():
+        wholes = root.names[id(module)]
+        plan = plan_of(policy, (*map(root.show, wholes), *wholes))
         plans[own] = replace(plan, rule=())
     needs_bases = any(
         ESTIMATORS[plan.estimator].needs == "bases" and not plan.is_exact for plan in plans.values()

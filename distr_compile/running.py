@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distr_compile import identity
 from distr_compile.lowering.told import count_exact_calls
+from distr_compile.policy import RuleAudit
 from distr_compile.reporting import GraphReport, Reason
 
 _running: ContextVar[str] = ContextVar("distr_running_block", default="")
@@ -40,6 +41,9 @@ class Shared:
         model: gives layers their names.
         blocks: names of the modules, which have equal plans; one of them is being compiled.
         is_all: whether the model has no other such modules.
+        begin: the module at which the names of layers begin, "" for the model.
+        notes: what the reports of their graphs say besides.
+        audits: what the rules of the policy met, graph by graph.
         live: the counters of each graph that they run, by its key. Graphs of one key have the same
             rows: where Dynamo captures one anew, for other strides say, both go on running.
     """
@@ -47,11 +51,14 @@ class Shared:
     model: nn.Module
     blocks: tuple[str, ...]
     is_all: bool
+    begin: str = ""
+    notes: tuple[str, ...] = ()
+    audits: list[RuleAudit] = field(default_factory=list, repr=False, compare=False)
     live: dict[object, Live] = field(default_factory=dict, repr=False, compare=False)
 
     def root(self) -> identity.Root:
         """The model, in the place of the module that is being compiled."""
-        return identity.root_of(self.model)
+        return identity.root_of(self.model, self.begin)
 
     def block_of(self, name: str) -> str | None:
         """The block that a layer stands in; None where it is in none of them."""

@@ -43,6 +43,11 @@ def data():
 
 def nothing():
     return []
+
+def wide_data():
+    for seed in range(4):
+        width = 65 if seed == 1 else 64
+        yield (torch.randn(2, 24, width, generator=torch.Generator().manual_seed(seed)),)
 """
 
 
@@ -101,15 +106,48 @@ def test_explain_refuses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_shape_is_told_in_the_models_own_words(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = said(capsys, "explain", "mine:wide")
+ON_DATA = ["mine:model", "--data", "mine:wide_data"]
+WIDE = {
+    "explain": ["mine:wide"],
+    "regress": [*ON_DATA, "--metric", "cosine"],
+    "calibrate": [*ON_DATA, "--out", "bases.safetensors"],
+    "tune": [
+        *ON_DATA,
+        "--time",
+        "products",
+        "--metric",
+        "cosine",
+        "--budget",
+        "1",
+        "--out",
+        "out.toml",
+    ],
+}
+
+
+@pytest.mark.parametrize("command", WIDE)
+def test_a_wrong_shape_is_told_in_the_models_own_words(
+    command: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And in no frames of Dynamo, neither in the message nor in a log."""
+    code, out, err = said(capfd, command, *WIDE[command])
     assert (code, out) == (FOUND_ERROR, "")
-    (line,) = err.splitlines()
-    assert line.startswith(
-        "distr: mine:wide: Model does not run on these inputs: RuntimeError: mat1"
-    )
+    line = err.splitlines()[-1]
+    target = WIDE[command][0]
+    inputs = "these inputs" if command == "explain" else "batch 1 (--data, --text)"
+    assert line.startswith(f"distr: {target}: Model does not run on {inputs}: RuntimeError: mat1")
     assert "48x65 and 64x192" in line
-    assert line.endswith("give other sizes (--shape), or another batch (--data)")
+    advice = {"explain": "give other sizes (--shape), or another batch (--data)"}
+    assert line.endswith(advice.get(command, "give other data, or another model"))
+    assert len(err.splitlines()) == 1
+    assert not [each for each in caplog.records if each.name.startswith("torch._subclasses")]
+
+
+def test_debug_shows_where_a_model_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exception, match="48x65 and 64x192") as caught:
+        main(["regress", *WIDE["regress"], "--debug"])
+    assert caught.value.__cause__ is not None
+    capsys.readouterr()
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -202,19 +240,31 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "command", ["explain", "measure", "calibrate", "tune", "regress", "policy"]
-)
-def test_each_help_has_a_description_and_an_example(
+MODEL_AND_DATA = ("model and data:",)
+HELPS = {
+    "explain": MODEL_AND_DATA,
+    "measure": ("what is timed:", "model and inputs:", "what is written:"),
+    "calibrate": MODEL_AND_DATA,
+    "tune": (*MODEL_AND_DATA, "how it runs:"),
+    "regress": (*MODEL_AND_DATA, "how it runs:"),
+    "policy": (),
+    "policy check": (),
+    "policy schema": (),
+}
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_each_help_has_a_description_an_example_and_groups(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = said(capsys, command, "--help")
+    code, out, _ = said(capsys, *command.split(), "--help")
     assert code == OK
     paragraphs = out.split("\n\n")
+    assert paragraphs[0].startswith(f"usage: distr {command} ")
     assert paragraphs[1].endswith(".")
     assert f"example:\n  distr {command} " in out
-    if command in ("explain", "calibrate", "tune", "regress"):
-        assert "model and data:" in out
+    starts = [paragraph.splitlines()[0] for paragraph in paragraphs]
+    assert [group for group in HELPS[command] if group in starts] == list(HELPS[command])
 
 
 def test_the_form_of_fused_attention_is_a_short_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,10 @@ def run(options: argparse.Namespace) -> int:
 
     from distr_compile.tuning.calibrate import calibrate
 
-    result = calibrate(
-        subject.model, subject.batches, policy, path=options.out, limit=options.limit
-    )
+    with data.in_its_own_words(subject, options):
+        result = calibrate(
+            subject.model, subject.batches, policy, path=options.out, limit=options.limit
+        )
     for name, layer in result.bases.layers.items():
         heads, width = layer.singular_values.shape
         print(f"{name or '(root)'}: {layer.rows} rows, {heads} key heads of width {width}")

@@ -6,11 +6,14 @@ Nothing here loads torch before a model is built: checking a policy does not nee
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from distr_compile.policy import PolicyError
 
 if TYPE_CHECKING:
     from distr_compile.targets import Target
@@ -91,8 +94,11 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how a target is built and looked at; ``build_model`` reads it."""
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add what says how a target is built and looked at, to a parser or one of its groups.
+
+    ``build_model`` reads it.
+    """
     parser.add_argument("--shape", type=shape, help="main input, batch first: 2,3,224,224")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model")
     parser.add_argument("--attn", choices=("eager", "sdpa"), help="how the model spells attention")
@@ -145,3 +151,65 @@ def check_inputs(target: Target) -> None:
     problem = target.input_problem()
     if problem:
         raise CommandError(problem)
+
+
+Call = tuple[str, Sequence[Any], Mapping[str, Any]]
+"""What a message calls the inputs, and the arguments."""
+
+
+@contextmanager
+def in_its_own_words(
+    name: str, model: Any, calls: Callable[[], Iterable[Call]], advice: str, *, debug: bool
+) -> Iterator[None]:
+    """Where the model itself cannot take its inputs, say what it says, and no more.
+
+    Nothing is run unless an error came out of PyTorch.
+
+    Args:
+        name: the target.
+        model: it is run on each call, until it fails, to see whether it does without us, too.
+        calls: gives the inputs that it had.
+        advice: what to do about wrong ones.
+        debug: show what PyTorch logs of a call that fails: frames of its own.
+
+    Raises:
+        CommandError: the model fails. Any other error stays as it is.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, log.disabled or not debug
+    try:
+        yield
+    except (CommandError, PolicyError):
+        raise
+    except Exception as error:
+        if _came_out_of_torch(error):
+            _check_runs(name, model, calls(), advice, error)
+        raise
+    finally:
+        log.disabled = before
+
+
+def _came_out_of_torch(error: BaseException) -> bool:
+    at = error.__traceback__
+    while at is not None:
+        if str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+            return True
+        at = at.tb_next
+    return False
+
+
+def _check_runs(
+    name: str, model: Any, calls: Iterable[Call], advice: str, error: Exception
+) -> None:
+    import torch
+
+    for inputs, args, kwargs in calls:
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        except Exception as own:
+            said = str(own).strip().splitlines() or ["no message"]
+            raise CommandError(
+                f"{name}: {type(model).__name__} does not run on {inputs}: {type(own).__name__}: "
+                f"{said[-1]}; accepted: inputs that it takes; {advice}"
+            ) from error

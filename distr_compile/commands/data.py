@@ -6,11 +6,22 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distr_compile.commands.common import DTYPES, TARGET_HELP, USAGE, CommandError, build, count
+from distr_compile.commands import common
+from distr_compile.commands.common import (
+    DTYPES,
+    TARGET_HELP,
+    USAGE,
+    Call,
+    CommandError,
+    build,
+    count,
+)
 
 BATCH_SIZE = 16
 
@@ -148,6 +159,20 @@ def load(options: argparse.Namespace) -> Subject:
     except TargetError as error:
         raise CommandError(str(error)) from error
     return Subject(options.target, model, batches, tuple(asked or natural))
+
+
+def in_its_own_words(subject: Subject, options: argparse.Namespace) -> AbstractContextManager[None]:
+    """As ``common.in_its_own_words``, for a model that runs over data."""
+
+    def calls() -> Iterator[Call]:
+        from distr_compile.accuracy.batch import walk
+
+        for index, batch in enumerate(walk(subject.batches, options.limit)):
+            moved = batch.to(options.device)
+            yield f"batch {index} (--data, --text)", moved.args, moved.kwargs
+
+    advice = "give other data, or another model"
+    return common.in_its_own_words(subject.name, subject.model, calls, advice, debug=options.debug)
 
 
 def _model(options: argparse.Namespace) -> Any:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from distr_compile.commands import data
@@ -18,6 +15,7 @@ from distr_compile.commands.common import (
     add_parser,
     build_model,
     check_inputs,
+    in_its_own_words,
     symbolic_sizes,
 )
 from distr_compile.policy import Policy
@@ -78,34 +76,6 @@ def _target(options: argparse.Namespace) -> Target:
     raise CommandError("--data: got no batch; accepted: at least one; check the loader")
 
 
-@contextlib.contextmanager
-def _quietly(debug: bool) -> Iterator[None]:
-    """What fake tensors log of a call that fails is frames of PyTorch, which ``--debug`` shows."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, log.disabled or not debug
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _check_runs(target: Target, error: Exception) -> None:
-    """Where the model itself cannot take its inputs, say what it says, and no more.
-
-    Raises:
-        CommandError: the model fails without us, too.
-    """
-    try:
-        target.model(*target.args, **target.kwargs)
-    except Exception as own:
-        said = str(own).strip().splitlines() or ["no message"]
-        raise CommandError(
-            f"{target.name}: {type(target.model).__name__} does not run on these inputs: "
-            f"{type(own).__name__}: {said[-1]}; accepted: inputs that it takes; give other sizes "
-            "(--shape), or another batch (--data)"
-        ) from error
-
-
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
     # A wrong policy is told at once, before a model is built.
@@ -117,12 +87,15 @@ def run(options: argparse.Namespace) -> int:
     from distr_compile.explaining import explain
 
     verification = None
-    with torch.no_grad(), symbolic_sizes(options), _quietly(options.debug):
-        try:
-            report = explain(target.model, *target.args, policy=policy, **target.kwargs)
-        except Exception as error:
-            _check_runs(target, error)
-            raise
+    own_words = in_its_own_words(
+        target.name,
+        target.model,
+        lambda: [("these inputs", target.args, target.kwargs)],
+        "give other sizes (--shape), or another batch (--data)",
+        debug=options.debug,
+    )
+    with own_words, torch.no_grad(), symbolic_sizes(options):
+        report = explain(target.model, *target.args, policy=policy, **target.kwargs)
         print(report.table(fold=not options.no_fold))
         if options.verify:
             from distr_compile.verifying import verify

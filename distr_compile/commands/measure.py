@@ -31,23 +31,26 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         example="distr measure timm:vit_base_patch16_224 --pin distr.toml",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP)
-    parser.add_argument(
+    what = parser.add_argument_group("what is timed")
+    what.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP)
+    what.add_argument(
         "--call",
         action="append",
         default=[],
         metavar="TEXT",
         help="a call as a report's not-measured reason spells it; may be repeated, needs no TARGET",
     )
-    add_model_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument(
+    model = parser.add_argument_group("model and inputs")
+    add_model_arguments(model)
+    model.add_argument("--device", default="cpu", help="default: cpu")
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
         "--pin",
         metavar="POLICY",
         help="write the answers into this policy file as min_seq_len; without --policy it is the "
         "policy too",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the times as JSON")
+    written.add_argument("--json", metavar="FILE", help="also write the times as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -22,13 +22,28 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         example="distr policy check distr.toml --model timm:vit_base_patch16_224",
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", parents=[common], help="check a policy file")
+    check = add_parser(
+        actions,
+        common,
+        "check",
+        help="check a policy file",
+        more="It prints what each rule sets. A wrong file is told with its lines, all errors at "
+        "once; with --model, so are rules that name no module of that model.",
+        example="distr policy check distr.toml --model timm:vit_base_patch16_224",
+    )
     check.set_defaults(run=run_check)
-    check.add_argument("policy", metavar="FILE")
+    check.add_argument("policy", metavar="FILE", help="in TOML")
     check.add_argument(
         "--model", metavar="TARGET", help="its rules must name modules of " + TARGET_HELP
     )
-    schema = actions.add_parser("schema", parents=[common], help="print the JSON schema")
+    schema = add_parser(
+        actions,
+        common,
+        "schema",
+        help="print the JSON schema",
+        more="Editors that know schemas of TOML complete and check policy files by it.",
+        example="distr policy schema > distr.schema.json",
+    )
     schema.set_defaults(run=run_schema)
 
 

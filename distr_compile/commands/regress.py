@@ -77,20 +77,21 @@ def run(options: argparse.Namespace) -> int:
     from distr_compile.accuracy.regress import regress
 
     same = SAME if options.tolerance is None else replace(SAME, relative=options.tolerance)
-    result = regress(
-        subject.model,
-        subject.batches,
-        policies,
-        metrics=subject.metrics,
-        name=subject.name,
-        baseline=options.baseline,
-        update_baseline=options.update_baseline,
-        tolerance=same,
-        compiler=options.compiler,
-        limit=options.limit,
-        out=options.json,
-        resume=not options.no_resume,
-    )
+    with data.in_its_own_words(subject, options):
+        result = regress(
+            subject.model,
+            subject.batches,
+            policies,
+            metrics=subject.metrics,
+            name=subject.name,
+            baseline=options.baseline,
+            update_baseline=options.update_baseline,
+            tolerance=same,
+            compiler=options.compiler,
+            limit=options.limit,
+            out=options.json,
+            resume=not options.no_resume,
+        )
     print(result)
     if not result.passed:
         return FOUND_ERROR

@@ -104,20 +104,21 @@ def run(options: argparse.Namespace) -> int:
         )
     subject = data.load(options)
 
-    result = tune(
-        subject.model,
-        functools.partial(walk, subject.batches, options.limit),
-        options.budget,
-        metric=subject.metrics[0] if subject.metrics else "kl",
-        path=options.out,
-        policy=policy,
-        time=options.time,
-        held_out=options.held_out,
-        confidence=options.confidence,
-        compiler=options.compiler,
-        command=_command(),
-        resume=not options.no_resume,
-    )
+    with data.in_its_own_words(subject, options):
+        result = tune(
+            subject.model,
+            functools.partial(walk, subject.batches, options.limit),
+            options.budget,
+            metric=subject.metrics[0] if subject.metrics else "kl",
+            path=options.out,
+            policy=policy,
+            time=options.time,
+            held_out=options.held_out,
+            confidence=options.confidence,
+            compiler=options.compiler,
+            command=_command(),
+            resume=not options.no_resume,
+        )
     print(result)
     print(f"\nwritten: {options.out}")
     if options.plot:

@@ -21,6 +21,9 @@ LOCK = threading.Lock()
 CALLED = "call"
 """The form of an attention that a module called itself: there is no graph around it."""
 
+OUTSIDE_BLOCKS = "outside-blocks"
+"""The reason of an attention that ``compile_blocks`` leaves as it is: no graph was compiled."""
+
 
 class DistrWarning(UserWarning):
     """Something in a policy or a compile that is probably not what the user meant."""

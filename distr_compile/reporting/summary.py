@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.reporting import plain, table
-from distr_compile.reporting.rows import CALLED, GraphReport, NotAttention, SiteRow
+from distr_compile.reporting.rows import CALLED, OUTSIDE_BLOCKS, GraphReport, NotAttention, SiteRow
 
 SCHEMA_VERSION = 4
 
@@ -89,7 +89,7 @@ class Report:
         percent = self.flops_approximated_percent
         called = sum(all(row.form == CALLED for row in part.rows) for part in self.parts)
         is_called = 0 < called == len(self.parts)
-        graphs = table.count(self.graphs - called, "graph")
+        graphs = table.count(sum(map(_is_graph, self.parts)), "graph")
         where = " called without a graph" if is_called else f" in {graphs}"
         parts = [table.count(self.found, "attention") + where]
         parts.append(f"{self.distr} distr, {self.exact} exact")
@@ -184,6 +184,12 @@ class Report:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"report: missing, unknown or wrong field: {error}") from error
+
+
+def _is_graph(part: GraphReport) -> bool:
+    """Whether something was compiled; what modules called themselves, or ran as it is, was not."""
+    outside = {reason.code for row in part.rows for reason in row.reasons} & {OUTSIDE_BLOCKS}
+    return not outside and not all(row.form == CALLED for row in part.rows)
 
 
 def _unique(items: Iterable[str]) -> tuple[str, ...]:
