@@ -21,7 +21,8 @@ from torch import fx
 from distr_compile import exported, identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import stored
+from distr_compile.lowering import stored, tangents
+from distr_compile.lowering.choose import EXACT
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
@@ -174,7 +175,7 @@ def compile_graph(
         given = gm.graph.find_nodes(op="placeholder")[-len(names) :]
         example_inputs = [*example_inputs, *(node.meta["example_value"] for node in given)]
     with _exact_kernels(result, example_inputs):
-        compiled = _compile(gm, example_inputs, parsed, name)
+        compiled = _with_tangents(_compile(gm, example_inputs, parsed, name), gm)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
     if not result.graph.is_empty:
         publish(result.graph)
@@ -183,9 +184,11 @@ def compile_graph(
         record(result.owner, result.graph, key=result.key, **of_compile)
         if parsed.report is not None:
             report(result.owner).to_json(parsed.report)
+    rows = result.graph.rows
     if result.served:
         return serving(compiled, result.graph, result.served, result.inputs)
-    return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
+    has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
+    return _counting(compiled, result.graph) if has_ops else compiled
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,6 @@ class Result:
         graph: its report.
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
-        decides_at_run_time: some op of the graph may still choose exact when it is called.
         outputs: as in ``Outcome``.
         backend: tells two compiled objects of one owner apart.
         audit: what the rules of the policy did in the graph.
@@ -207,7 +209,6 @@ class Result:
     graph: GraphReport
     owner: Any
     key: tuple[Any, ...]
-    decides_at_run_time: bool
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
     backend: object = None
     audit: RuleAudit = field(default_factory=RuleAudit)
@@ -263,7 +264,7 @@ def run_pass(
     if shared is not None and not _may_share(placed, Chooser(policy, root, frame, shared)):
         alone, shared, frame = shared, None, identity.guard_frame_module(nodes)
     name = type(root.module).__name__ if root and root.module is not None else frame.function
-    graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
+    graph = GraphReport(0, name, mode=_mode(frame))
     outputs: Mapping[int, tuple[fx.Graph, str]] = {}
     served: Mapping[str, Mapping[int, int]] = {}
     inputs: Mapping[str, Mapping[str, torch.Tensor]] = {}
@@ -276,8 +277,7 @@ def run_pass(
         audit = audit.of_graph(_attended(outcome.rows, root), _modules_of(gm, root))
         if _is_whole(gm, root, frame):
             audit.check_sizes()
-        decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
-        served, inputs = outcome.served, outcome.inputs
+        outputs, served, inputs = outcome.outputs, outcome.served, outcome.inputs
         graph = replace(
             graph,
             rows=outcome.rows,
@@ -292,7 +292,7 @@ def run_pass(
             key = (*key, *((row.form, row.mask, row.decision) for row in outcome.rows))
             graph = several.count(graph, key)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    about = (decides_at_run_time, outputs, backend, audit, served, inputs)
+    about = (outputs, backend, audit, served, inputs)
     return Result(graph, owner, key, *about)
 
 
@@ -478,6 +478,23 @@ def _compile(
     with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{stored.code_digest()}"):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
     return compiled  # type: ignore[no-any-return]
+
+
+def _with_tangents(compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph that is run node by node where an input carries a tangent.
+
+    Compiled code has no forward-mode AD: it fails, or leaves tangents out. Attention is exact here:
+    that of the op (``tangents.py``), and SDPA by PyTorch's products.
+    """
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        if tangents.are_carried(args):
+            with tangents.products():
+                return gm.forward(*args)
+        return compiled(*args)
+
+    return run
 
 
 def _counting(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:

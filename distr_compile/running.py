@@ -117,8 +117,8 @@ def serving(
             )
         graph.count_calls(own.values())
 
-        def tell(site: int, failure: str | None) -> None:
-            graph.count_exact(own[site], failure)
+        def tell(site: int, reason: Reason | None) -> None:
+            graph.count_exact(own[site], reason)
 
         with count_exact_calls(tell):
             return compiled(*args, *inputs.get(block, {}).values())

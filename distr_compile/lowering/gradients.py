@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import exactly, training
@@ -61,17 +60,9 @@ def are_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether autograd records a gradient of a call with these arguments.
 
     Raises:
-        NotImplementedError: forward-mode AD carries a tangent of one of them.
         ValueError: one of A and B asks for a gradient.
     """
     given = [t for t in tensors if t is not None]
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in given
-    ):
-        raise NotImplementedError(
-            "distr.attention: got an input with a tangent (forward-mode AD); the op has "
-            "reverse-mode gradients only: use F.scaled_dot_product_attention there"
-        )
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return False
     if any(t is not None and t.requires_grad for t in tensors[4:6]):

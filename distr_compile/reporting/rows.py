@@ -130,7 +130,8 @@ class SiteRow:
     def runtime_exact_calls(self) -> int:
         """Calls, up to now, in which this approximated site ran exactly.
 
-        Because the input was short or the kernel failed. Replays of a CUDA graph are not seen.
+        Because the input was short, the kernel failed, or forward-mode AD asked for tangents.
+        Replays of a CUDA graph are not seen.
         """
         return self.calls.get(self.site, 0)
 
@@ -144,7 +145,7 @@ class SiteRow:
 
     @property
     def runtime_reason(self) -> Reason | None:
-        """Why the kernel of this approximated site failed in the latest call in which it did."""
+        """Why this approximated site ran exactly, in the latest call that was not short and did."""
         return self.failures.get(self.site)
 
 
@@ -219,12 +220,12 @@ class GraphReport:
         """Whether nothing is to be said of the graph: it has no attention and nothing like it."""
         return not (self.rows or self.not_attention or self.notes)
 
-    def count_exact(self, site: int, failure: str | None = None) -> None:
+    def count_exact(self, site: int, reason: Reason | None = None) -> None:
         """Count one call in which ``site`` ran exactly; seen by every row of the site at once.
 
         Args:
             site: number of the site.
-            failure: what failed, where a kernel did; None for a short input.
+            reason: why, if not because the input was short.
 
         Raises:
             ValueError: no such site in this graph.
@@ -233,8 +234,8 @@ class GraphReport:
             if site not in self.calls:
                 raise ValueError(f"site: got {site}; graph {self.index} has {sorted(self.calls)}")
             self.calls[site] += 1
-            if failure is not None:
-                self.failures[site] = Reason("kernel-failed", failure)
+            if reason is not None:
+                self.failures[site] = reason
 
     def count_calls(self, sites: Iterable[int]) -> None:
         """Count a call of each of ``sites``; seen by their rows at once."""

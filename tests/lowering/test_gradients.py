@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile.estimators import ESTIMATORS
@@ -504,14 +503,6 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     out = op(q, k, v, scale=0.2, rank=16, estimator="lsh-mean", grouping_block=0)
     (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     (q.square().sum() + first.detach().sum()).backward()
-
-
-def test_forward_mode_is_refused() -> None:
-    q = draw(1, 1, 20, 32)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="reverse-mode gradients only"):
-            op(dual, q, q, scale=0.2, rank=16, estimator="lsh-mean", grouping_block=0)
 
 
 def test_bases_are_constants() -> None:
