@@ -24,8 +24,8 @@ from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import stored, tangents
 from distr_compile.lowering.choose import EXACT
 from distr_compile.lowering.judge import Judge
-from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
+from distr_compile.lowering.told import Listener, listening
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants, with_inputs
 from distr_compile.passes.rewrite import keep_from_fusion
@@ -188,7 +188,7 @@ def compile_graph(
     if result.served:
         return serving(compiled, result.graph, result.served, result.inputs)
     has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
-    return _counting(compiled, result.graph) if has_ops else compiled
+    return _heard(compiled, result.graph) if has_ops else compiled
 
 
 @dataclass(frozen=True)
@@ -497,12 +497,13 @@ def _with_tangents(compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable
     return run
 
 
-def _counting(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:
-    """Count, in the rows of ``graph``, the calls in which its ops decide for exact at run time."""
+def _heard(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:
+    """Note, in the rows of ``graph``, the calls in which its ops do otherwise than the rows say."""
+    listener = Listener(graph.hear)
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        with count_exact_calls(graph.count_exact):
+        with listening(listener):
             return compiled(*args)
 
     return run

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 
 import distr_compile
 from distr_compile.kernels.attention import dropout
-from distr_compile.lowering.op import count_exact_calls
-from distr_compile.reporting import Reason
+from distr_compile.lowering.told import Listener, listening
+from distr_compile.reporting import Handover
 
 B, H, N, M, D, DV = 2, 4, 24, 20, 32, 8
 SCALE = 0.2
@@ -121,19 +121,19 @@ def test_the_op_gives_exact_tangents(variant: str, dtype: torch.dtype) -> None:
         options = {"is_causal": True, **options}
     given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
     along = directions(given)
-    told: list[tuple[int, Reason | None]] = []
+    told: list[tuple[int, Handover | None]] = []
 
     def call(inputs: Tensors) -> Tensor:
         how = {"rank": 16, "estimator": "lsh-mean", "grouping_block": 0, "scale": SCALE, "site": 3}
         return op(**inputs, **how, **options)  # type: ignore[no-any-return]
 
-    with count_exact_calls(lambda *seen: told.append(seen)):
+    with listening(Listener(lambda *seen: told.append(seen))):
         primal, tangent = dual(given, along, call)
     for got, wanted in zip((primal, tangent), by_formula(given, along, **same), strict=True):
         assert got.dtype == dtype
         rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-10, 1e-10)
         torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
-    assert [(site, reason and reason.code) for site, reason in told] == [(3, "transform")]
+    assert [(site, one and one.reason.code) for site, one in told] == [(3, "transform")]
 
 
 @pytest.mark.parametrize("moved", ["q", "k", "v"])

@@ -10,8 +10,9 @@ softmax(scale * Q A (K B)^T + mask) V. So the gradient is that of the function w
 and B, and a biased estimate of how the output changes where A and B move with Q and K.
 
 Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), the logarithm of each row's
-sum of exponentials, and whether the forward was told to compute exactly (``exactly.py``), which a
-backward must follow wherever it runs; Qhat, Khat and the weights are rebuilt.
+sum of exponentials, and a note (``notes.py``): whether the forward was told to compute exactly,
+which a backward must follow wherever it runs, and who hears of a kernel that fails; Qhat, Khat and
+the weights are rebuilt.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import exactly, training
+from distr_compile.lowering import exactly, notes, training
 from distr_compile.lowering.call import KEYWORDS, Approximation, Arguments, read_arguments
 from distr_compile.lowering.checks import is_short, validate
 from distr_compile.lowering.choose import Call
@@ -40,7 +41,7 @@ from distr_compile.lowering.saved import (
     dtype_of,
     number_of_blocks,
 )
-from distr_compile.lowering.told import tell_exact
+from distr_compile.lowering.told import tell
 
 RECORDED = (
     "attention_recorded(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? basis_q, "
@@ -50,7 +51,7 @@ RECORDED = (
 
 BACKWARD = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, "
-    "Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor was_exact, "
+    "Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor note, "
     f"Tensor? dropout_seed, *, {KEYWORDS}, "
     "bool mask_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -114,7 +115,7 @@ def _attention_recorded(
     dropout_seed: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and ``exactly.note``.
+    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and a note.
 
     A and B are ``(B, H_k, blocks, d, r)`` of every grouping block; empty where the call is given
     them, or is exact by its rank; 0 where it is exact by its length.
@@ -127,15 +128,17 @@ def _attention_recorded(
     is_exact = exactly.is_computing_exactly()
     how = _applied(q, k, arguments, is_exact)
     if how.rank != arguments.approximation.rank and not is_exact:
-        tell_exact(arguments.site, None)
+        tell(arguments.site, None)
     out = empty_output(q, v)
     scores = arguments.scores
     dropout = dropout_of(q, scores.dropout_p, dropout_seed)
     call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout)
-    training.forward(call, Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B)))
+    saved = Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B))
+    if handover := training.forward(call, saved).handover():
+        tell(arguments.site, handover)
     if is_exact:
         out.copy_(exactly.attention(q, k, v, mask, **call.softmax))
-    return out, lse, A, B, exactly.note(q)
+    return out, lse, A, B, notes.write(q)
 
 
 def _recorded_fake(
@@ -153,7 +156,7 @@ def _recorded_fake(
     validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
     sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
-    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.bool)
+    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.int64)
 
 
 def _applied(q: Tensor, k: Tensor, arguments: Arguments, is_exact: bool) -> Approximation:
@@ -168,10 +171,10 @@ def _save(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     q, k, v, mask, basis_q, basis_k, sinks, dropout_seed = inputs
-    out, lse, A, B, was_exact = output
+    out, lse, A, B, note = output
     if basis_q is not None:
         A, B = basis_q, basis_k
-    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, was_exact, dropout_seed)
+    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, note, dropout_seed)
     ctx.options = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -207,11 +210,11 @@ def _attention_backward(
     The inputs are trusted: only the formula of ``attention_recorded`` calls this. ``kept`` is what
     that gave, with the bases that a call was given in the place of its own, and the dropout's seed.
     """
-    out, lse, basis_q, basis_k, was_exact, dropout_seed = kept
+    out, lse, basis_q, basis_k, note, dropout_seed = kept
     mask_grad, sinks_grad = (options.get(name) for name in ("mask_grad", "sinks_grad"))
     found = _empty_gradients(q, k, v, mask if mask_grad else None, sinks if sinks_grad else None)
     arguments = read_arguments(options)
-    how = _applied(q, k, arguments, exactly.noted(was_exact))
+    how = _applied(q, k, arguments, notes.is_exact(note))
     bases = None
     if how.rank != q.shape[3]:  # A and B that were given are the same for all batches and blocks
         bases = (basis_q, basis_k)
@@ -222,7 +225,9 @@ def _attention_backward(
     call = Call(q, k, v, mask, sinks, scores, how, None, out, dropout=dropout)
     dq, dk, dv, dmask, dsinks = found
     wanted = Gradients(dq, dk, dv, dmask if mask_grad else None, dsinks if sinks_grad else None)
-    training.backward(call, Saved(lse, bases), grad, wanted)
+    handover = training.backward(call, Saved(lse, bases), grad, wanted).handover("backward")
+    if handover is not None and (listener := notes.listener(note)) is not None:
+        listener.hear(arguments.site, handover)
     return found
 
 

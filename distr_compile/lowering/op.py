@@ -39,9 +39,7 @@ from distr_compile.lowering.registering import (
     register_autocast,
 )
 from distr_compile.lowering.saved import dropout_of
-from distr_compile.lowering.told import count_exact_calls as count_exact_calls
-from distr_compile.lowering.told import tell_exact
-from distr_compile.reporting import Reason
+from distr_compile.lowering.told import tell
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -107,7 +105,7 @@ def attention(
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
         dropout_p: from 0 to 1: the share of the weights that is dropped; the others are divided by
             1 - p. Sinks stay.
-        site: number handed to ``count_exact_calls``.
+        site: number handed to who is ``listening`` (``told.py``).
 
     Returns:
         ``(B, H, N, d_v)`` in the dtype of q, memory in the order B, N, H, d_v. Rows that see no
@@ -148,15 +146,14 @@ def attention(
         return lay_out(exactly.attention(q, k, v, mask, **softmax))
     if is_short(q.shape[2], k.shape[2], min_seq_len):
         if rank < q.shape[3]:
-            tell_exact(site, None)
+            tell(site, None)
         return lay_out(sdpa.attention(q, k, v, mask, **softmax))
     out = empty_output(q, v)
     dropout = softmax["dropout"]
-    failure = choose.run(
-        Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout)
-    )
-    if failure is not None and rank < q.shape[3]:
-        tell_exact(site, Reason("kernel-failed", failure))
+    done = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout))
+    is_exact = done.by == choose.EXACT and rank < q.shape[3]
+    if handover := done.handover(is_exact=is_exact):
+        tell(site, handover)
     return out
 
 
@@ -214,7 +211,7 @@ def _by_products(
     if scores.dropout_p == 1:
         return empty_output(q, v).zero_()
     if arguments.approximation.rank < q.shape[3]:
-        tell_exact(arguments.site, tangents.REASON)
+        tell(arguments.site, tangents.HANDOVER)
     out = tangents.attention(
         q,
         k,

@@ -16,11 +16,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distr_compile.kernels.attention import reference
-from distr_compile.reporting import Reason
+from distr_compile.reporting import Handover, Reason
 
-REASON = Reason(
-    "transform",
-    "forward-mode AD carries a tangent of an input: the call is exact, by PyTorch's products",
+HANDOVER = Handover(
+    Reason(
+        "transform",
+        "forward-mode AD carries a tangent of an input: the call is exact, by PyTorch's products",
+    ),
+    "torch-products",
+    is_exact=True,
 )
 """What the report says of such a call."""
 
