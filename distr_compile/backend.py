@@ -469,14 +469,18 @@ def _compile(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, list(example_inputs))
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     keep_from_fusion(gm)
     config: Any = torch.compiler.config
     # Keys know the graph of the forward only: not what the ops' backward is, nor how large what
     # they save. Another version of this package would find programs that call them as they were.
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{stored.code_digest()}"):
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
+    tag = f"{config.cache_key_tag}distr-{stored.code_digest()}"
+    # Also around each graph: a backward that is compiled when it is called is so outside of this.
+    inner = config.patch(cache_key_tag=tag)(compile_fx_inner)
+    patches = options.inductor or None
+    with config.patch(cache_key_tag=tag):
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
