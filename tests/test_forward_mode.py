@@ -199,6 +199,31 @@ def test_a_tangent_of_a_gradient_is_exact_too() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_gradient_with_a_tangent_is_linear_in_it() -> None:
+    """Of a call that was recorded before; nothing is left out in silence."""
+    q, k, v = leaves = [torch.randn(B, H, N, D).requires_grad_() for _ in range(3)]
+    out = op(q, k, v, rank=16, estimator="lsh-mean", grouping_block=0, scale=SCALE)
+    given, along = torch.randn_like(out), torch.randn_like(out)
+    wanted = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in (given, along)]
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(out, leaves, forward_ad.make_dual(given, along))
+        pairs = [forward_ad.unpack_dual(t) for t in found]
+    for pair, expected in zip(pairs, zip(*wanted, strict=True), strict=True):
+        torch.testing.assert_close(tuple(pair), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_backward_refuses_a_tangent() -> None:
+    """It would leave out the tangent's way through the attention."""
+    model, x = Model("softmax"), torch.randn(2, 24, 64).requires_grad_()
+    policy = {"default": {"min_seq_len": 0, "training": "approximate"}}
+    options: dict[str, Any] = {"policy": policy, "compiler": "aot_eager"}
+    out = torch.compile(model, backend="distr", options=options)(x)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="got a gradient with a tangent"):
+            torch.autograd.grad(out, x, grad)
+
+
 def heads(x: Tensor) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4).unbind()
 

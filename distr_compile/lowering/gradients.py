@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import exactly, notes, training
+from distr_compile.lowering import exactly, notes, tangents, training
 from distr_compile.lowering.call import KEYWORDS, Approximation, Arguments, read_arguments
 from distr_compile.lowering.checks import is_short, validate
 from distr_compile.lowering.choose import Call
@@ -181,9 +182,16 @@ def _save(
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, mask and sinks where they are asked for; A, B and a seed have none."""
+    """Gradients of q, k, v, mask and sinks where they are asked for; A, B and a seed have none.
+
+    With their tangents, where ``grad`` carries one.
+    """
     if grad is None:
         return (None,) * 8
+    if tangents.are_carried((grad,)):  # gradients are linear in it
+        primal, tangent = forward_ad.unpack_dual(grad)
+        pairs = zip(_differentiate(ctx, primal), _differentiate(ctx, tangent), strict=True)
+        return tuple(None if a is None else forward_ad.make_dual(a, b) for a, b in pairs)
     for_q, for_k, for_v, for_mask, _A, _B, for_sinks, _seed = ctx.needs_input_grad
     found = torch.ops.distr.attention_backward.default(
         grad, *ctx.saved_tensors, mask_grad=for_mask, sinks_grad=for_sinks, **ctx.options
@@ -210,6 +218,12 @@ def _attention_backward(
     The inputs are trusted: only the formula of ``attention_recorded`` calls this. ``kept`` is what
     that gave, with the bases that a call was given in the place of its own, and the dropout's seed.
     """
+    if tangents.are_carried((grad,)):
+        raise NotImplementedError(
+            "distr.attention: got a gradient with a tangent (forward-mode AD) in a compiled "
+            "backward; accepted: one without: call the compiled model with the tangent, too, which "
+            "is exact then"
+        )
     out, lse, basis_q, basis_k, note, dropout_seed = kept
     mask_grad, sinks_grad = (options.get(name) for name in ("mask_grad", "sinks_grad"))
     found = _empty_gradients(q, k, v, mask if mask_grad else None, sinks if sinks_grad else None)
