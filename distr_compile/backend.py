@@ -21,10 +21,11 @@ from torch import fx
 from distr_compile import exported, identity, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import stored
+from distr_compile.lowering import stored, tangents
+from distr_compile.lowering.choose import EXACT
 from distr_compile.lowering.judge import Judge
-from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.sdpa import best_sdpa
+from distr_compile.lowering.told import Listener, listening
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
 from distr_compile.passes.emit import declare_constants, with_inputs
 from distr_compile.passes.rewrite import keep_from_fusion
@@ -176,7 +177,7 @@ def compile_graph(
         given = gm.graph.find_nodes(op="placeholder")[-len(names) :]
         example_inputs = [*example_inputs, *(node.meta["example_value"] for node in given)]
     with _exact_kernels(result, example_inputs):
-        compiled = _compile(gm, example_inputs, parsed, name)
+        compiled = _with_tangents(_compile(gm, example_inputs, parsed, name), gm)
     # Only now: Dynamo may abandon a graph while it is compiled and come back with another.
     if not result.graph.is_empty:
         publish(result.graph)
@@ -185,9 +186,11 @@ def compile_graph(
         record(result.owner, result.graph, key=result.key, **of_compile)
         if parsed.report is not None:
             report(result.owner).to_json(parsed.report)
+    rows = result.graph.rows
     if result.served:
         return serving(compiled, result.graph, result.served, result.inputs)
-    return _counting(compiled, result.graph) if result.decides_at_run_time else compiled
+    has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
+    return _heard(compiled, result.graph) if has_ops else compiled
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,6 @@ class Result:
         graph: its report.
         owner: the compiled module or function it belongs to, if that is known.
         key: names the graph among the owner's.
-        decides_at_run_time: some op of the graph may still choose exact when it is called.
         outputs: as in ``Outcome``.
         backend: tells two compiled objects of one owner apart.
         audit: what the rules of the policy did in the graph.
@@ -209,7 +211,6 @@ class Result:
     graph: GraphReport
     owner: Any
     key: tuple[Any, ...]
-    decides_at_run_time: bool
     outputs: Mapping[int, tuple[fx.Graph, str]] = field(default_factory=dict)
     backend: object = None
     audit: RuleAudit = field(default_factory=RuleAudit)
@@ -265,7 +266,7 @@ def run_pass(
     if shared is not None and not _may_share(placed, Chooser(policy, root, frame, shared)):
         alone, shared, frame = shared, None, identity.guard_frame_module(nodes)
     name = type(root.module).__name__ if root and root.module is not None else frame.function
-    graph, decides_at_run_time = GraphReport(0, name, mode=_mode(frame)), False
+    graph = GraphReport(0, name, mode=_mode(frame))
     outputs: Mapping[int, tuple[fx.Graph, str]] = {}
     served: Mapping[str, Mapping[int, int]] = {}
     inputs: Mapping[str, Mapping[str, torch.Tensor]] = {}
@@ -278,8 +279,7 @@ def run_pass(
         audit = audit.of_graph(_attended(outcome.rows, root), _modules_of(gm, root))
         if _is_whole(gm, root, frame):
             audit.check_sizes()
-        decides_at_run_time, outputs = outcome.decides_at_run_time, outcome.outputs
-        served, inputs = outcome.served, outcome.inputs
+        outputs, served, inputs = outcome.outputs, outcome.served, outcome.inputs
         graph = replace(
             graph,
             rows=outcome.rows,
@@ -295,7 +295,7 @@ def run_pass(
             key = (*key, *((row.form, row.mask, row.decision) for row in outcome.rows))
             graph = several.count(graph, key)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
-    about = (decides_at_run_time, outputs, backend, audit, served, inputs)
+    about = (outputs, backend, audit, served, inputs)
     return Result(graph, owner, key, *about)
 
 
@@ -478,23 +478,45 @@ def _compile(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, list(example_inputs))
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     keep_from_fusion(gm)
     config: Any = torch.compiler.config
     # Keys know the graph of the forward only: not what the ops' backward is, nor how large what
     # they save. Another version of this package would find programs that call them as they were.
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}distr-{stored.code_digest()}"):
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=options.inductor or None)
+    tag = f"{config.cache_key_tag}distr-{stored.code_digest()}"
+    # Also around each graph: a backward that is compiled when it is called is so outside of this.
+    inner = config.patch(cache_key_tag=tag)(compile_fx_inner)
+    patches = options.inductor or None
+    with config.patch(cache_key_tag=tag):
+        compiled: Any = compile_fx(gm, example_inputs, inner, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def _counting(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:
-    """Count, in the rows of ``graph``, the calls in which its ops decide for exact at run time."""
+def _with_tangents(compiled: Callable[..., Any], gm: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph that is run node by node where an input carries a tangent.
+
+    Compiled code has no forward-mode AD: it fails, or leaves tangents out. Attention is exact here:
+    that of the op (``tangents.py``), and SDPA by PyTorch's products.
+    """
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        with count_exact_calls(graph.count_exact):
+        if tangents.are_carried(args):
+            with tangents.products():
+                return gm.forward(*args)
+        return compiled(*args)
+
+    return run
+
+
+def _heard(compiled: Callable[..., Any], graph: GraphReport) -> Callable[..., Any]:
+    """Note, in the rows of ``graph``, the calls in which its ops do otherwise than the rows say."""
+    listener = Listener(graph.hear)
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        with listening(listener):
             return compiled(*args)
 
     return run

@@ -62,7 +62,7 @@ def attention_varlen(
         ``(T_q, H, d_v)`` in the dtype of ``query``; rows of a sequence without keys are 0.
 
     Raises:
-        ValueError: sizes that do not fit together, a sliding window, or what
+        ValueError: sizes that do not fit together, a nested tensor, a sliding window, or what
             :func:`distr_compile.attention` raises.
     """
     unsupported = {
@@ -79,6 +79,10 @@ def attention_varlen(
         advice = "keep sliding windows exact: torch.nn.attention.varlen.varlen_attn"
         raise ValueError(sentence("window_size", str(window_size), accepted, advice))
     for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.is_nested:
+            advice = "of a jagged one give values() here, and offsets() as cu_seq_q and cu_seq_k"
+            accepted = "(tokens, heads, width), a tensor with strides"
+            raise ValueError(sentence(name, "a nested tensor", accepted, advice))
         if t.dim() != 3:
             advice = "put the sequences one behind the other"
             got = f"{t.dim()} dimensions"

@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from distr_compile import identity
-from distr_compile.lowering.told import count_exact_calls
+from distr_compile.lowering.told import Listener, listening
 from distr_compile.policy import RuleAudit
-from distr_compile.reporting import GraphReport, Reason
+from distr_compile.reporting import GraphReport, Handover
+from distr_compile.reporting.rows import Way
 
 _running: ContextVar[str] = ContextVar("distr_running_block", default="")
 
@@ -29,7 +30,7 @@ class Live:
     """Live counters of a ``GraphReport``, under the names that they have there."""
 
     calls: dict[int, int] = field(default_factory=dict)
-    failures: dict[int, Reason] = field(default_factory=dict)
+    handed: dict[tuple[int, Way], Handover] = field(default_factory=dict)
     called: dict[int, int] = field(default_factory=dict)
 
 
@@ -76,7 +77,7 @@ class Shared:
         """A graph with all calls counted, on from those of the last graph of this key."""
         live = self.live.setdefault(key, Live())
         live.called.update({row.site: live.called.get(row.site, 0) for row in graph.rows})
-        return replace(graph, calls=live.calls, failures=live.failures, called=live.called)
+        return replace(graph, calls=live.calls, handed=live.handed, called=live.called)
 
 
 def entered(block: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,6 +112,11 @@ def serving(
         RuntimeError: when called: none of the modules is running, and there are ``inputs``.
     """
 
+    def listener(own: Mapping[int, int]) -> Listener:
+        return Listener(lambda site, handover: graph.hear(own[site], handover))
+
+    listeners = {block: listener(own) for block, own in rows.items()}
+
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
         block = _running.get()
@@ -124,10 +130,7 @@ def serving(
             )
         graph.count_calls(own.values())
 
-        def tell(site: int, failure: str | None) -> None:
-            graph.count_exact(own[site], failure)
-
-        with count_exact_calls(tell):
+        with listening(listeners[block]):
             return compiled(*args, *inputs.get(block, {}).values())
 
     return run

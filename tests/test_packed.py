@@ -152,3 +152,32 @@ def test_nested_tensors_are_refused() -> None:
     message = r"query: got a nested tensor; accepted: .*; call distr_compile.attention_varlen"
     with pytest.raises(ValueError, match=message):
         distr_compile.attention(nested, nested, nested)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_say_what_to_give(name: str, layout: torch.layout) -> None:
+    lengths = (17, 33)
+    given = dict(zip(("query", "key", "value"), [packed(lengths, 2, 40, 0)] * 3, strict=True))
+    bounds = cumulated(lengths)
+    nested = torch.nested.nested_tensor(list(given[name].split(list(lengths))), layout=layout)
+    rest = {"cu_seq_q": bounds, "cu_seq_k": bounds, "max_q": 33, "max_k": 33}
+    message = re.escape(
+        f"{name}: got a nested tensor; accepted: (tokens, heads, width), a tensor with strides; of "
+        "a jagged one give values() here, and offsets() as cu_seq_q and cu_seq_k"
+    )
+    with pytest.raises(ValueError, match=message):
+        distr_compile.attention_varlen(**{**given, name: nested}, **rest)
+
+
+def test_the_advice_about_jagged_tensors_holds() -> None:
+    lengths = (17, 33)
+    parts = [packed(lengths, 2, 40, seed) for seed in range(3)]
+    q, k, v = (
+        torch.nested.nested_tensor(list(t.split(list(lengths))), layout=torch.jagged) for t in parts
+    )
+    got = distr_compile.attention_varlen(
+        *(t.values() for t in (q, k, v)), q.offsets(), k.offsets(), 33, 33
+    )
+    wanted = distr_compile.attention_varlen(*parts, *[cumulated(lengths)] * 2, 33, 33)
+    assert torch.equal(got, wanted)

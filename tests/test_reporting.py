@@ -134,14 +134,14 @@ def test_runtime_counter_is_live_in_every_view_of_the_row():
     graph = GraphReport(4, "Linear", (row("a", 7), row("b", 9)))
     record(model, graph)
     before = report(model)
-    graph.count_exact(9)
-    graph.count_exact(9)
+    graph.hear(9)
+    graph.hear(9)
     assert [r.runtime_exact_calls for r in graph.rows] == [0, 2]
     assert [r.runtime_exact_calls for r in before.rows] == [0, 2]
     assert [r.runtime_exact_calls for r in report(model).rows] == [0, 2]
     assert "(2x exact)" in str(before)
     with pytest.raises(ValueError, match=r"site: got 8; graph 4 has \[7, 9\]"):
-        graph.count_exact(8)
+        graph.hear(8)
 
 
 def test_counting_from_threads_loses_nothing():
@@ -149,7 +149,7 @@ def test_counting_from_threads_loses_nothing():
 
     def work():
         for _ in range(2000):
-            graph.count_exact(0)
+            graph.hear(0)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -292,7 +292,7 @@ def test_an_empty_report_prints():
 def test_json_round_trip_keeps_everything(tmp_path):
     graph = replace(encoder(), matched=("a",), unmatched=("b",))
     symbolic = GraphReport(1, "M", (row("", 5, shapes=shapes(2, "s0", 64), grouping_block=64),))
-    symbolic.count_exact(5)
+    symbolic.hear(5)
     whole = Report((graph, symbolic), "BertModel")
     path = tmp_path / "report.json"
     text = whole.to_json(path)
@@ -325,7 +325,7 @@ def test_json_says_rank_rounds_and_what_a_row_depends_on():
 def test_json_is_a_snapshot_of_the_counter():
     graph = GraphReport(0, "M", (row("a", 0),))
     data = Report((graph,)).to_dict()
-    graph.count_exact(0)
+    graph.hear(0)
     assert data["graphs"][0]["rows"][0]["runtime_exact_calls"] == 0
 
 
@@ -344,7 +344,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 4"),
+        (lambda d: d.update(schema=99), "got schema 99; this version reads schema 5"),
         (lambda d: d.pop("schema"), "got schema None"),
         (lambda d: d.pop("graphs"), "missing, unknown or wrong field: 'graphs'"),
         (lambda d: d["graphs"][0].update(colour="red"), "colour"),
@@ -423,7 +423,7 @@ def test_submodules_compiled_one_by_one_merge_under_their_names():
     assert [r.graph for r in whole.rows] == [0, 1, 2]
     assert whole.not_attention[0].layer == "blocks.0.gate"
     assert [r.layer for r in report(model.blocks[0]).rows] == ["attn"]
-    graph.count_exact(0)
+    graph.hear(0)
     assert [r.runtime_exact_calls for r in whole.rows] == [0, 1, 0]
 
 

@@ -218,9 +218,9 @@ def seeds(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     run = training.forward
 
-    def spy(call: Any, saved: Any) -> None:
+    def spy(call: Any, saved: Any) -> Any:
         seen.append(call.dropout.seed.clone())
-        run(call, saved)
+        return run(call, saved)
 
     monkeypatch.setattr(training, "forward", spy)
     return seen
@@ -314,17 +314,22 @@ def test_autocast() -> None:
         assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-5
 
 
+@pytest.mark.parametrize("wrap", [nn.Sequential, Checkpointed])
 def test_programs_of_another_formula_are_not_taken_from_the_caches(
-    monkeypatch: pytest.MonkeyPatch,
+    wrap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiled backward calls the ops as they were when it was compiled."""
+    """A compiled backward calls the ops as they were when it was compiled.
+
+    Also one that is compiled when it is called, and recomputes the forward.
+    """
     model, x = layers(), tokens()
 
     def hits() -> int:
         torch._dynamo.reset()
         counters.clear()
-        gradients(model, compiled(model, "inductor"), x)
-        return counters["aot_autograd"]["autograd_cache_hit"]
+        gradients(model, compiled(wrap(model), "inductor"), x)
+        found = counters["aot_autograd"]["autograd_cache_hit"]
+        return found + counters["inductor"]["fxgraph_cache_hit"]
 
     with fresh_cache():
         assert hits() == 0

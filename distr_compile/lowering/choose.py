@@ -11,7 +11,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.plan import Plans
 from distr_compile.lowering import sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape
+from distr_compile.reporting import Handover, Reason
+from distr_compile.reporting.rows import Way
 
 ORDER = ("cuda", "cpu_fused", "cpu")
 """Modules of this folder whose ``IMPLEMENTATION`` is asked in turn, before exact attention."""
@@ -158,10 +160,29 @@ def name_of(shape: Shape, approximation: Approximation) -> str:
     return next((each.name for each in willing(shape, approximation)), EXACT)
 
 
+class Done(NamedTuple):
+    """What computed a call.
+
+    Attributes:
+        by: its name.
+        failures: what failed before, a sentence each.
+    """
+
+    by: str
+    failures: list[str]
+
+    def handover(self, way: Way = "forward", *, is_exact: bool = False) -> Handover | None:
+        """What the report is told, where something failed; ``is_exact`` as of the handover."""
+        if not self.failures:
+            return None
+        text = f"{'; '.join(self.failures)}; {self.by} computed the call"
+        return Handover(Reason("kernel-failed", text), self.by, way, is_exact)
+
+
 _failed: dict[tuple[object, ...], str] = {}
 
 
-def run(call: Call) -> str | None:
+def run(call: Call) -> Done:
     """Fill ``call.out``; exactly, if nothing else can.
 
     An implementation that fails is not asked again for calls of its kind: the same variant, with
@@ -170,36 +191,40 @@ def run(call: Call) -> str | None:
     fault of an earlier kernel, of anybody's.
 
     Returns:
-        What failed, where an approximated call was computed exactly for it; else None.
+        What computed it; where that is :data:`EXACT`, there is always something that failed.
 
     Raises:
         torch.OutOfMemoryError: as from any op, and the RuntimeError of the CPU's allocator; exact
             attention is not the answer to it.
     """
     runs = ((each.name, each.run) for each in _attempts(call.shape, call.approximation))
-    failures = attempt(call, runs)
-    if failures is None:
-        return None
+    done = attempt(call, runs, (EXACT, _exactly))
+    if done.by == EXACT and not done.failures:
+        return Done(EXACT, ["no implementation takes the call"])
+    return done
+
+
+def _exactly(call: Call) -> None:
     call.out.copy_(sdpa.attention(call.q, call.k, call.v, call.mask, **call.softmax))
-    return "; ".join(failures) or "no implementation takes the call"
 
 
-def attempt(call: Call, runs: Iterable[tuple[str, Callable[[Call], object]]]) -> list[str] | None:
-    """Compute a call by the first of ``runs``, by name, that does not fail.
+Run = tuple[str, Callable[[Call], object]]
+"""A name, and what computes a call."""
 
-    Returns:
-        None if one did; else what failed.
+
+def attempt(call: Call, runs: Iterable[Run], last: Run) -> Done:
+    """Compute a call by the first of ``runs`` that does not fail, or else by ``last``.
 
     Raises:
         torch.OutOfMemoryError: as ``run``.
     """
-    shape, failures = call.shape, []
+    shape, failures = call.shape, list[str]()
     for name, compute in runs:
         failure = _failed.get(_kind(name, call, shape)) if _failed else None
         if failure is None:
             try:
                 compute(call)
-                return None
+                return Done(name, failures)
             except Exception as error:  # what compilers raise has no common base class
                 if is_out_of_memory(error):
                     raise
@@ -209,7 +234,9 @@ def attempt(call: Call, runs: Iterable[tuple[str, Callable[[Call], object]]]) ->
                 text = "distr.attention: a kernel failed, the next one computes the call"
                 warnings.warn(f"{text}: {failure}", KernelWarning, stacklevel=3)
         failures.append(failure)
-    return failures
+    name, compute = last
+    compute(call)
+    return Done(name, failures)
 
 
 def _attempts(shape: Shape, approximation: Approximation) -> Iterator[Implementation]:

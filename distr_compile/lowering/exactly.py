@@ -52,25 +52,9 @@ def is_computing_exactly() -> bool:
     return _is_exact.get()
 
 
-def note(like: Tensor) -> Tensor:
-    """A flag on the device of ``like``: whether this call computes exactly; :func:`noted` reads it.
-
-    Returns:
-        ``()`` bool.
-    """
-    flag = like.new_zeros((), dtype=torch.bool)
-    return flag.fill_(True) if is_computing_exactly() else flag
-
-
-def noted(flag: Tensor) -> bool:
-    """What :func:`note` wrote, perhaps in another graph.
-
-    It waits for the device only in a process that has entered :func:`computing_exactly`, and not
-    while a CUDA graph is recorded, which does not obey that context.
-    """
-    if not _was_entered or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return bool(flag)
+def was_entered() -> bool:
+    """Whether any thread of this process ever entered :func:`computing_exactly`."""
+    return _was_entered
 
 
 def attention(

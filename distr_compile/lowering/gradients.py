@@ -10,8 +10,9 @@ softmax(scale * Q A (K B)^T + mask) V. So the gradient is that of the function w
 and B, and a biased estimate of how the output changes where A and B move with Q and K.
 
 Saved are Q, K, V, the output, A and B in fp32 (fp64 for fp64 inputs), the logarithm of each row's
-sum of exponentials, and whether the forward was told to compute exactly (``exactly.py``), which a
-backward must follow wherever it runs; Qhat, Khat and the weights are rebuilt.
+sum of exponentials, and a note (``notes.py``): whether the forward was told to compute exactly,
+which a backward must follow wherever it runs, and who hears of a kernel that fails; Qhat, Khat and
+the weights are rebuilt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.lowering import exactly, training
+from distr_compile.lowering import exactly, notes, tangents, training
 from distr_compile.lowering.call import KEYWORDS, Approximation, Arguments, read_arguments
 from distr_compile.lowering.checks import is_short, validate
 from distr_compile.lowering.choose import Call
@@ -41,7 +42,7 @@ from distr_compile.lowering.saved import (
     dtype_of,
     number_of_blocks,
 )
-from distr_compile.lowering.told import tell_exact
+from distr_compile.lowering.told import tell
 
 RECORDED = (
     "attention_recorded(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? basis_q, "
@@ -51,7 +52,7 @@ RECORDED = (
 
 BACKWARD = (
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, "
-    "Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor was_exact, "
+    "Tensor out, Tensor lse, Tensor basis_q, Tensor basis_k, Tensor note, "
     f"Tensor? dropout_seed, *, {KEYWORDS}, "
     "bool mask_grad=False, bool sinks_grad=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -61,17 +62,9 @@ def are_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether autograd records a gradient of a call with these arguments.
 
     Raises:
-        NotImplementedError: forward-mode AD carries a tangent of one of them.
         ValueError: one of A and B asks for a gradient.
     """
     given = [t for t in tensors if t is not None]
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in given
-    ):
-        raise NotImplementedError(
-            "distr.attention: got an input with a tangent (forward-mode AD); the op has "
-            "reverse-mode gradients only: use F.scaled_dot_product_attention there"
-        )
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return False
     if any(t is not None and t.requires_grad for t in tensors[4:6]):
@@ -123,7 +116,7 @@ def _attention_recorded(
     dropout_seed: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and ``exactly.note``.
+    """The output ``(B, H, N, d_v)``, the logarithms ``(B, H, N)``, A, B, and a note.
 
     A and B are ``(B, H_k, blocks, d, r)`` of every grouping block; empty where the call is given
     them, or is exact by its rank; 0 where it is exact by its length.
@@ -136,15 +129,17 @@ def _attention_recorded(
     is_exact = exactly.is_computing_exactly()
     how = _applied(q, k, arguments, is_exact)
     if how.rank != arguments.approximation.rank and not is_exact:
-        tell_exact(arguments.site, None)
+        tell(arguments.site, None)
     out = empty_output(q, v)
     scores = arguments.scores
     dropout = dropout_of(q, scores.dropout_p, dropout_seed)
     call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout)
-    training.forward(call, Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B)))
+    saved = Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B))
+    if handover := training.forward(call, saved).handover():
+        tell(arguments.site, handover)
     if is_exact:
         out.copy_(exactly.attention(q, k, v, mask, **call.softmax))
-    return out, lse, A, B, exactly.note(q)
+    return out, lse, A, B, notes.write(q)
 
 
 def _recorded_fake(
@@ -162,7 +157,7 @@ def _recorded_fake(
     validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
     sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
-    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.bool)
+    return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.int64)
 
 
 def _applied(q: Tensor, k: Tensor, arguments: Arguments, is_exact: bool) -> Approximation:
@@ -177,19 +172,26 @@ def _save(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     q, k, v, mask, basis_q, basis_k, sinks, dropout_seed = inputs
-    out, lse, A, B, was_exact = output
+    out, lse, A, B, note = output
     if basis_q is not None:
         A, B = basis_q, basis_k
-    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, was_exact, dropout_seed)
+    ctx.save_for_backward(q, k, v, mask, sinks, out, lse, A, B, note, dropout_seed)
     ctx.options = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, mask and sinks where they are asked for; A, B and a seed have none."""
+    """Gradients of q, k, v, mask and sinks where they are asked for; A, B and a seed have none.
+
+    With their tangents, where ``grad`` carries one.
+    """
     if grad is None:
         return (None,) * 8
+    if tangents.are_carried((grad,)):  # gradients are linear in it
+        primal, tangent = forward_ad.unpack_dual(grad)
+        pairs = zip(_differentiate(ctx, primal), _differentiate(ctx, tangent), strict=True)
+        return tuple(None if a is None else forward_ad.make_dual(a, b) for a, b in pairs)
     for_q, for_k, for_v, for_mask, _A, _B, for_sinks, _seed = ctx.needs_input_grad
     found = torch.ops.distr.attention_backward.default(
         grad, *ctx.saved_tensors, mask_grad=for_mask, sinks_grad=for_sinks, **ctx.options
@@ -216,11 +218,17 @@ def _attention_backward(
     The inputs are trusted: only the formula of ``attention_recorded`` calls this. ``kept`` is what
     that gave, with the bases that a call was given in the place of its own, and the dropout's seed.
     """
-    out, lse, basis_q, basis_k, was_exact, dropout_seed = kept
+    if tangents.are_carried((grad,)):
+        raise NotImplementedError(
+            "distr.attention: got a gradient with a tangent (forward-mode AD) in a compiled "
+            "backward; accepted: one without: call the compiled model with the tangent, too, which "
+            "is exact then"
+        )
+    out, lse, basis_q, basis_k, note, dropout_seed = kept
     mask_grad, sinks_grad = (options.get(name) for name in ("mask_grad", "sinks_grad"))
     found = _empty_gradients(q, k, v, mask if mask_grad else None, sinks if sinks_grad else None)
     arguments = read_arguments(options)
-    how = _applied(q, k, arguments, exactly.noted(was_exact))
+    how = _applied(q, k, arguments, notes.is_exact(note))
     bases = None
     if how.rank != q.shape[3]:  # A and B that were given are the same for all batches and blocks
         bases = (basis_q, basis_k)
@@ -231,7 +239,9 @@ def _attention_backward(
     call = Call(q, k, v, mask, sinks, scores, how, None, out, dropout=dropout)
     dq, dk, dv, dmask, dsinks = found
     wanted = Gradients(dq, dk, dv, dmask if mask_grad else None, dsinks if sinks_grad else None)
-    training.backward(call, Saved(lse, bases), grad, wanted)
+    handover = training.backward(call, Saved(lse, bases), grad, wanted).handover("backward")
+    if handover is not None and (listener := notes.listener(note)) is not None:
+        listener.hear(arguments.site, handover)
     return found
 
 

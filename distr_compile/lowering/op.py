@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from distr_compile.kernels.plan import geometry
-from distr_compile.lowering import choose, exactly, gradients, sdpa, sharded
+from distr_compile.lowering import choose, exactly, gradients, sdpa, sharded, tangents
 from distr_compile.lowering.call import (
     KEYWORDS,
     Approximation,
@@ -39,8 +39,7 @@ from distr_compile.lowering.registering import (
     register_autocast,
 )
 from distr_compile.lowering.saved import dropout_of
-from distr_compile.lowering.told import count_exact_calls as count_exact_calls
-from distr_compile.lowering.told import tell_exact
+from distr_compile.lowering.told import tell
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? basis_q=None, "
@@ -106,7 +105,7 @@ def attention(
         softcap: c > 0 turns a scaled score s into ``c * tanh(s / c)``, before mask and causality.
         dropout_p: from 0 to 1: the share of the weights that is dropped; the others are divided by
             1 - p. Sinks stay.
-        site: number handed to ``count_exact_calls``.
+        site: number handed to who is ``listening`` (``told.py``).
 
     Returns:
         ``(B, H, N, d_v)`` in the dtype of q, memory in the order B, N, H, d_v. Rows that see no
@@ -147,15 +146,14 @@ def attention(
         return lay_out(exactly.attention(q, k, v, mask, **softmax))
     if is_short(q.shape[2], k.shape[2], min_seq_len):
         if rank < q.shape[3]:
-            tell_exact(site, None)
+            tell(site, None)
         return lay_out(sdpa.attention(q, k, v, mask, **softmax))
     out = empty_output(q, v)
     dropout = softmax["dropout"]
-    failure = choose.run(
-        Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout)
-    )
-    if failure is not None and rank < q.shape[3]:
-        tell_exact(site, failure)
+    done = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout))
+    is_exact = done.by == choose.EXACT and rank < q.shape[3]
+    if handover := done.handover(is_exact=is_exact):
+        tell(site, handover)
     return out
 
 
@@ -178,9 +176,12 @@ def _attention_fake(
 def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
     """The op where autograd is on: by the recorded form where a gradient is asked for.
 
-    Where nothing stands between here and the implementation, that is called outright: going
-    through the dispatcher again would cost a third of the host time of a small call.
+    A tangent is asked of PyTorch's products. Where nothing stands between here and the
+    implementation, that is called outright: going through the dispatcher again would cost a third
+    of the host time of a small call.
     """
+    if tangents.are_carried(tensors):
+        return _by_products(*tensors, **options)  # type: ignore[arg-type]
     if gradients.are_recorded(tensors):
         sharded.prepare(tensors)
         return gradients.recorded(*tensors, **options)
@@ -190,6 +191,40 @@ def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
         go = call
     with torch._C._AutoDispatchBelowAutograd():
         return go(*tensors, **options)
+
+
+def _by_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    basis_q: Tensor | None = None,
+    basis_k: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The op where forward-mode AD carries a tangent of an input: exact, with the tangent."""
+    arguments = read_arguments(options)
+    validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
+    scores = arguments.scores
+    if scores.dropout_p == 1:
+        return empty_output(q, v).zero_()
+    if arguments.approximation.rank < q.shape[3]:
+        tell(arguments.site, tangents.HANDOVER)
+    out = tangents.attention(
+        q,
+        k,
+        v,
+        mask,
+        scale=scores.scale,
+        is_causal=scores.is_causal,
+        causal_offset=scores.offset or 0,
+        softcap=scores.softcap,
+        sinks=sinks,
+        dropout=dropout_of(q, scores.dropout_p, dropout_seed),
+    )
+    return lay_out(out)
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -29,7 +29,7 @@ BATCH, HEADS, WHOLE = "batch", "heads", "whole"
 
 _RESULTS = {
     "attention": ("out",),
-    "attention_recorded": ("out", "lse", "basis_q", "basis_k", "was_exact"),
+    "attention_recorded": ("out", "lse", "basis_q", "basis_k", "note"),
     "attention_backward": ("q", "k", "v", "mask", "sinks"),
 }
 """What the ops give, by the names of the operands that it is like, or the gradient of."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distr_compile.lowering import choose, cpu, cpu_backward, cpu_fused, cuda_training
 from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.choose import Call, Done
 from distr_compile.lowering.saved import Gradients, Saved
 
 
@@ -97,25 +97,28 @@ def _kernels(shape: Shape) -> _Kernels:
     )
 
 
-def forward(call: Call, saved: Saved) -> None:
-    """Fill ``call.out`` and ``saved``."""
+def forward(call: Call, saved: Saved) -> Done:
+    """Fill ``call.out`` and ``saved``; returns what did."""
     if not call.out.numel() or call.scores.dropout_p == 1:
         call.out.zero_()
         saved.lse.fill_(-torch.inf)
-        return
+        return Done(cpu_backward.NAME, [])
     kernels = _kernels(call.shape)
     runs = []
     if kernels.refuses(call.shape, call.approximation) is None:
         runs = [(name, _given(run, saved)) for name, run in kernels.forward.items()]
-    if choose.attempt(call, runs) is not None:
+
+    def by_products(call: Call) -> None:
         cpu.run(call, fused=False, lse=saved.lse, keep=saved.bases)
+
+    return choose.attempt(call, runs, (cpu_backward.NAME, by_products))
 
 
 def _given(run: Callable[..., None], *more: Any) -> Callable[[Call], None]:
     return lambda call: run(call, *more)
 
 
-def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
+def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> Done:
     """Fill ``wanted`` with the gradients of a call, of which ``grad`` is that of ``call.out``.
 
     Args:
@@ -123,16 +126,19 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         saved: as the forward filled it, with the bases that the call was given in their place.
         grad: ``(B, H, N, d_v)``, any strides.
         wanted: is filled.
+
+    Returns:
+        What filled it.
     """
     if not call.out.numel() or call.scores.dropout_p == 1:
         for t in (wanted.q, wanted.k, wanted.v, wanted.mask, wanted.sinks):
             if t is not None:
                 t.zero_()
-        return
+        return Done(cpu_backward.NAME, [])
 
     kernels, mask_grad = _kernels(call.shape), wanted.mask is not None
     runs = []
     if kernels.refuses_backward(call.shape, call.approximation, mask_grad) is None:
         runs = [(f"{kernels.name}, backward", _given(kernels.backward, saved, grad, wanted))]
-    if choose.attempt(call, runs) is not None:
-        cpu_backward.run(call, saved, grad, wanted)
+    last = _given(cpu_backward.run, saved, grad, wanted)
+    return choose.attempt(call, runs, (cpu_backward.NAME, last))

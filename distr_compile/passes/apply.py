@@ -89,7 +89,6 @@ class Outcome:
 
     rows: tuple[SiteRow, ...]
     not_attention: tuple[NotAttention, ...]
-    decides_at_run_time: bool
     names: dict[int, str]
     """Number of a site -> its name in a file of bases."""
     outputs: dict[int, tuple[fx.Graph, str]]
@@ -180,7 +179,6 @@ def apply(
     return Outcome(
         rows=tuple(row(number) for number, row in enumerate(rows)),
         not_attention=tuple(others),
-        decides_at_run_time=any(site.decides_at_run_time for site in sites),
         names={site.number: site.name for site in sites},
         outputs=dict(enumerate(outputs)),
         served=served,
@@ -228,12 +226,6 @@ class _Site:
         with torch.inference_mode(False):
             A, B = (basis.contiguous().to(self.found.device) for basis in pair)
         return A, B
-
-    @property
-    def decides_at_run_time(self) -> bool:
-        """Whether the op itself has the last word on the length."""
-        is_symbolic = not isinstance(self.found.num_queries, int)
-        return self.decision.is_distr and (self.decision.min_seq_len > 0 or is_symbolic)
 
     def rewrite(self, judge: Judge | None, change: bool) -> None:
         """Put a call in the site's place, or leave it with the reason; or only try."""

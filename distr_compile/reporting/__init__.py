@@ -5,12 +5,20 @@ compile, ``report`` finds them again.
 """
 
 from distr_compile.reporting.registry import record, report
-from distr_compile.reporting.rows import DistrWarning, GraphReport, NotAttention, Reason, SiteRow
+from distr_compile.reporting.rows import (
+    DistrWarning,
+    GraphReport,
+    Handover,
+    NotAttention,
+    Reason,
+    SiteRow,
+)
 from distr_compile.reporting.summary import Report
 
 __all__ = [
     "DistrWarning",
     "GraphReport",
+    "Handover",
     "NotAttention",
     "Reason",
     "Report",

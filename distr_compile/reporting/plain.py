@@ -9,9 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from distr_compile.reporting.rows import GraphReport, NotAttention, Reason, SiteRow
+from distr_compile.reporting.rows import GraphReport, Handover, NotAttention, Reason, SiteRow, Way
 
-_LIVE = ("calls", "failures", "called")
+_LIVE = ("calls", "handed", "called")
+
+
+_HANDED = ("runtime_reason", "runtime_kernel", "runtime_backward_reason", "runtime_backward")
 
 
 def to_plain(item: Any) -> Any:
@@ -23,7 +26,8 @@ def to_plain(item: Any) -> Any:
         if isinstance(item, SiteRow):
             data["runtime_exact_calls"] = item.runtime_exact_calls
             data["runtime_calls"] = item.runtime_calls
-            data["runtime_reason"] = to_plain(item.runtime_reason)
+            for name in _HANDED:
+                data[name] = to_plain(getattr(item, name))
         return data
     if isinstance(item, (tuple, list)):
         return [to_plain(part) for part in item]
@@ -48,7 +52,7 @@ def read_graph(data: Mapping[str, Any]) -> GraphReport:
             **{name: tuple(data[name]) for name in ("matched", "unmatched", "notes")},
             "calls": {row.site: row.runtime_exact_calls for row in rows},
             "called": {row.site: n for row in rows if (n := row.runtime_calls) is not None},
-            "failures": {row.site: row.runtime_reason for row in rows if row.runtime_reason},
+            "handed": {key: one for row in rows for key, one in row.handed.items()},
         }
     )
 
@@ -58,11 +62,15 @@ def _read_row(data: Mapping[str, Any]) -> SiteRow:
     calls = {rest["site"]: rest.pop("runtime_exact_calls")}
     number = rest.pop("runtime_calls")
     called = {} if number is None else {rest["site"]: number}
-    failure = rest.pop("runtime_reason")
-    failures = {} if failure is None else {rest["site"]: Reason(**failure)}
+    handed: dict[tuple[int, Way], Handover] = {}
+    reason, by, backward_reason, backward = (rest.pop(name) for name in _HANDED)
+    if reason is not None:
+        handed[rest["site"], "forward"] = Handover(Reason(**reason), by)
+    if backward_reason is not None:
+        handed[rest["site"], "backward"] = Handover(Reason(**backward_reason), backward, "backward")
     rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
     rest["reasons"] = tuple(Reason(**reason) for reason in rest["reasons"])
-    return SiteRow(**rest, calls=calls, failures=failures, called=called)
+    return SiteRow(**rest, calls=calls, handed=handed, called=called)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -45,6 +45,26 @@ class Reason:
         return f"{self.code}: {self.text}"
 
 
+Way = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A call at run time that something else computed than the row says.
+
+    Attributes:
+        reason: what failed and why, or what else asked for it.
+        by: what computed it, such as "torch-products".
+        way: which part of the call.
+        is_exact: whether an approximated call was so computed exactly.
+    """
+
+    reason: Reason
+    by: str
+    way: Way = "forward"
+    is_exact: bool = False
+
+
 @dataclass(frozen=True)
 class SiteRow:
     """One attention of a compiled graph and what became of it.
@@ -84,7 +104,7 @@ class SiteRow:
             "exact" (ours) and "distr", and under "exact_gain" and "distr_gain" the lower quartile
             of the ratios that decided.
         calls: the live counter of the graph, filled in by ``GraphReport``.
-        failures: the live record of kernels that failed, likewise.
+        handed: the live record of calls that something else computed, likewise.
         called: the live counter of all calls, likewise; empty where they are not counted.
 
     Raises:
@@ -115,7 +135,9 @@ class SiteRow:
     min_seq_len: int = 0
     measured: Mapping[str, float] | None = field(default=None, hash=False)
     calls: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
-    failures: Mapping[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+    handed: Mapping[tuple[int, Way], Handover] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     called: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +155,8 @@ class SiteRow:
     def runtime_exact_calls(self) -> int:
         """Calls, up to now, in which this approximated site ran exactly.
 
-        Because the input was short or the kernel failed. Replays of a CUDA graph are not seen.
+        Because the input was short, the kernel failed, or forward-mode AD asked for tangents.
+        Replays of a CUDA graph are not seen.
         """
         return self.calls.get(self.site, 0)
 
@@ -147,8 +170,30 @@ class SiteRow:
 
     @property
     def runtime_reason(self) -> Reason | None:
-        """Why the kernel of this approximated site failed in the latest call in which it did."""
-        return self.failures.get(self.site)
+        """Why ``kernel`` did not compute this site, in the latest call in which that was so.
+
+        It failed, or forward-mode AD asked for tangents; short inputs have no reason.
+        """
+        handover = self.handed.get((self.site, "forward"))
+        return None if handover is None else handover.reason
+
+    @property
+    def runtime_kernel(self) -> str | None:
+        """What computed that call; None where every call so far was that of ``kernel``."""
+        handover = self.handed.get((self.site, "forward"))
+        return None if handover is None else handover.by
+
+    @property
+    def runtime_backward_reason(self) -> Reason | None:
+        """Why ``backward`` did not compute the gradients, in the latest call in which it failed."""
+        handover = self.handed.get((self.site, "backward"))
+        return None if handover is None else handover.reason
+
+    @property
+    def runtime_backward(self) -> str | None:
+        """What computed those gradients; None where it was always ``backward``."""
+        handover = self.handed.get((self.site, "backward"))
+        return None if handover is None else handover.by
 
 
 @dataclass(frozen=True)
@@ -184,7 +229,8 @@ class GraphReport:
             the module; "eval, grad" and "train, no grad" where grad mode is the other one; of code
             without a module "grad" or "no grad". Given to every row.
         calls: live counter, site -> calls that ran exactly; shared with the rows.
-        failures: live record, site -> why its kernel failed; shared with the rows.
+        handed: live record, site and way -> the latest call that something else computed than the
+            row says; shared with the rows.
         called: live counter, site -> all its calls, shared with the rows; empty where they are not
             counted.
 
@@ -201,7 +247,7 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     mode: str = ""
     calls: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
-    failures: dict[int, Reason] = field(default_factory=dict, repr=False, compare=False)
+    handed: dict[tuple[int, Way], Handover] = field(default_factory=dict, repr=False, compare=False)
     called: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,7 +256,7 @@ class GraphReport:
             raise ValueError(f"graph {self.index}: site numbers must be unique, got {sites}")
         for site in sites:
             self.calls.setdefault(site, 0)
-        live = {"calls": self.calls, "failures": self.failures, "called": self.called}
+        live = {"calls": self.calls, "handed": self.handed, "called": self.called}
         bound = tuple(
             replace(row, graph=self.index, mode=self.mode, **live)  # type: ignore[arg-type]
             for row in self.rows
@@ -222,12 +268,12 @@ class GraphReport:
         """Whether nothing is to be said of the graph: it has no attention and nothing like it."""
         return not (self.rows or self.not_attention or self.notes)
 
-    def count_exact(self, site: int, failure: str | None = None) -> None:
-        """Count one call in which ``site`` ran exactly; seen by every row of the site at once.
+    def hear(self, site: int, handover: Handover | None = None) -> None:
+        """Note one call that was not as the row says; seen by every row of the site at once.
 
         Args:
             site: number of the site.
-            failure: what failed, where a kernel did; None for a short input.
+            handover: why, and what computed it; None where it ran exactly as the input was short.
 
         Raises:
             ValueError: no such site in this graph.
@@ -235,9 +281,10 @@ class GraphReport:
         with LOCK:
             if site not in self.calls:
                 raise ValueError(f"site: got {site}; graph {self.index} has {sorted(self.calls)}")
-            self.calls[site] += 1
-            if failure is not None:
-                self.failures[site] = Reason("kernel-failed", failure)
+            if handover is None or handover.is_exact:
+                self.calls[site] += 1
+            if handover is not None:
+                self.handed[site, handover.way] = handover
 
     def count_calls(self, sites: Iterable[int]) -> None:
         """Count a call of each of ``sites``; seen by their rows at once."""

@@ -12,7 +12,7 @@ from typing import Any
 from distr_compile.reporting import plain, table
 from distr_compile.reporting.rows import CALLED, OUTSIDE_BLOCKS, GraphReport, NotAttention, SiteRow
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, repr=False)

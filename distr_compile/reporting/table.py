@@ -70,18 +70,23 @@ def sites_table(rows: Sequence[SiteRow], fold: bool, width: int, notes: Footnote
 
 def _reasons(row: SiteRow) -> tuple[Reason, ...]:
     """Why it is or was exact; of an approximated causal site, what its rows depend on."""
-    reasons = row.reasons if row.runtime_reason is None else (*row.reasons, row.runtime_reason)
+    at_run_time = (row.runtime_reason, row.runtime_backward_reason)
+    reasons = (*row.reasons, *(reason for reason in at_run_time if reason is not None))
     if row.sees is None or "causal" not in row.mask:
         return reasons
     return (*reasons, Reason("sees", f"causal, and {row.estimator} sees {row.sees}"))
 
 
 def _decision_text(row: SiteRow, exact_calls: int) -> str:
-    if row.decision == "exact" and row.kernel is not None:
-        return f"exact, {row.kernel}"
     lines: list[str] = [row.decision]
+    if row.decision == "exact" and row.kernel is not None:
+        lines = [f"exact, {row.kernel}"]
+    if row.runtime_kernel is not None:
+        lines.append(f"(ran: {row.runtime_kernel})")
     if row.backward is not None:
         lines.append(f"backward {row.backward}")
+    if row.runtime_backward is not None:
+        lines.append(f"(ran: {row.runtime_backward})")
     if row.sharding is not None:
         lines += textwrap.wrap(row.sharding, 24)
     if exact_calls:
@@ -118,6 +123,7 @@ def _said(row: SiteRow) -> Hashable:
     return (
         *(row.mode, row.form, tuple(row.shapes.items()), row.dtype, row.mask, row.runtime_calls),
         *(row.decision, row.kernel, row.backward, row.sharding, _times_text(row)),
+        *(row.runtime_kernel, row.runtime_backward),
         *(row.group_size, row.rank, row.estimator, row.rounds, row.grouping_block, _reasons(row)),
     )
 

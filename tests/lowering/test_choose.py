@@ -16,7 +16,8 @@ from distr_compile.kernels.attention import reference
 from distr_compile.lowering import choose, cpu, cpu_fused, cuda
 from distr_compile.lowering.call import Approximation, Scores, Shape
 from distr_compile.lowering.choose import Call, Implementation, KernelWarning
-from distr_compile.lowering.op import count_exact_calls
+from distr_compile.lowering.told import Listener, listening
+from distr_compile.reporting import Handover
 
 op = torch.ops.distr.attention.default
 
@@ -178,11 +179,11 @@ def test_memory_that_a_cpu_lacks_is_raised_too(order: Callable[..., None]) -> No
 def test_where_all_fail_the_result_is_exact_and_told(order: Callable[..., None]) -> None:
     """With and without what SDPA cannot say."""
     order(failing("first", RuntimeError("no such thing"), []), refusing("none"))
-    told: list[tuple[int, str | None]] = []
+    told: list[tuple[int, Handover | None]] = []
     q, k, v = qkv()
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     for extra in ({}, {"softcap": 1.5}, {"sinks": sinks}):
-        with count_exact_calls(lambda *seen: told.append(seen)), pytest.warns(KernelWarning):
+        with listening(Listener(lambda *seen: told.append(seen))), pytest.warns(KernelWarning):
             got = op(q, k, v, site=5, **OPTIONS, **extra)
         torch.testing.assert_close(got.double(), exact(q, k, v, **extra), rtol=1e-5, atol=1e-6)
         assert got.transpose(1, 2).is_contiguous()

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile.estimators import ESTIMATORS
@@ -28,8 +27,9 @@ from distr_compile.lowering import cpu, cpu_backward, exactly, training
 from distr_compile.lowering.call import Approximation, Scores, Shape
 from distr_compile.lowering.choose import Call
 from distr_compile.lowering.flops import attention_flops, backward_flops
-from distr_compile.lowering.op import count_exact_calls
 from distr_compile.lowering.saved import Gradients, Saved
+from distr_compile.lowering.told import Listener, listening
+from distr_compile.reporting import Handover
 from tests.kernels.cpu_kernel import require_kernel
 
 op: Any = torch.ops.distr.attention
@@ -435,8 +435,8 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_exact_calls_are_counted() -> None:
     q, k, v = (draw(1, 2, 20, 32, seed=i).requires_grad_() for i in range(3))
     options = {"scale": 0.2, "estimator": "lsh-mean", "grouping_block": 0}
-    told: list[tuple[int, str | None]] = []
-    with count_exact_calls(lambda *seen: told.append(seen)):
+    told: list[tuple[int, Handover | None]] = []
+    with listening(Listener(lambda *seen: told.append(seen))):
         op(q, k, v, rank=16, site=1, **options)
         op(q, k, v, rank=16, site=2, min_seq_len=21, **options)
         op(q[:, :, :3], k, v, rank=16, site=3, **options)
@@ -504,14 +504,6 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     out = op(q, k, v, scale=0.2, rank=16, estimator="lsh-mean", grouping_block=0)
     (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     (q.square().sum() + first.detach().sum()).backward()
-
-
-def test_forward_mode_is_refused() -> None:
-    q = draw(1, 1, 20, 32)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="reverse-mode gradients only"):
-            op(dual, q, q, scale=0.2, rank=16, estimator="lsh-mean", grouping_block=0)
 
 
 def test_bases_are_constants() -> None:

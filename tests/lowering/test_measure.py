@@ -56,7 +56,7 @@ def test_what_is_timed_is_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Shape, Approximation]] = []
     real = measure.choose.run
 
-    def run(call: Any) -> str | None:
+    def run(call: Any) -> Any:
         seen.append((call.shape, call.approximation))
         return real(call)
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.flops import attention_flops
-from distr_compile.lowering.op import count_exact_calls
+from distr_compile.lowering.told import Listener, listening
+from distr_compile.reporting import Handover
 
 op: Any = torch.ops.distr.attention
 
@@ -227,8 +228,8 @@ def test_compiled_graph_decides_short_sequences_at_run_time() -> None:
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(short, backend=counter, fullgraph=True, dynamic=True)
-    seen: list[tuple[int, str | None]] = []
-    with torch.no_grad(), count_exact_calls(lambda *told: seen.append(told)):
+    seen: list[tuple[int, Handover | None]] = []
+    with torch.no_grad(), listening(Listener(lambda *told: seen.append(told))):
         for length in (20, 40, 29, 31, 17):
             q = torch.randn(2, 3, length, 64)
             torch.testing.assert_close(compiled(q[..., :32]), short(q[..., :32]))
@@ -292,17 +293,17 @@ def test_autocast_casts_as_for_sdpa(dtype: torch.dtype) -> None:
 
 def test_exact_calls_are_counted() -> None:
     q, k, v = qkv()
-    outer: list[tuple[int, str | None]] = []
-    inner: list[tuple[int, str | None]] = []
+    outer: list[tuple[int, Handover | None]] = []
+    inner: list[tuple[int, Handover | None]] = []
     op(q[:, :, :4], k, v, **OPTIONS)  # no sink: nothing happens
-    with count_exact_calls(lambda *told: outer.append(told)):
+    with listening(Listener(lambda *told: outer.append(told))):
         op(q, k, v, site=1, **OPTIONS)
         op(q, k, v, site=2, min_seq_len=20, **OPTIONS)
         op(q, k, v, site=3, min_seq_len=21, **OPTIONS)
         op(q[:, :, :15], k, v, site=4, **OPTIONS)
         op(q, k[:, :, :5], v[:, :, :5], site=5, min_seq_len=6, **OPTIONS)
         op(q, k, v, site=6, **OPTIONS | {"rank": 32})  # exact by wish, not by length
-        with count_exact_calls(lambda *told: inner.append(told)):
+        with listening(Listener(lambda *told: inner.append(told))):
             op(q[:, :, :1], k, v, site=8, **OPTIONS)
         op(q[:, :, :1], k, v, site=9, **OPTIONS)
     op(q[:, :, :1], k, v, site=10, **OPTIONS)

@@ -172,9 +172,9 @@ def seeds_of(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     run = training.forward
 
-    def spy(call: Any, saved: Any) -> None:
+    def spy(call: Any, saved: Any) -> Any:
         seen.append(call.dropout.seed.clone())
-        run(call, saved)
+        return run(call, saved)
 
     monkeypatch.setattr(training, "forward", spy)
     return seen
