@@ -162,7 +162,7 @@ def load(options: argparse.Namespace) -> Subject:
 
 
 def in_its_own_words(subject: Subject, options: argparse.Namespace) -> AbstractContextManager[None]:
-    """As ``common.in_its_own_words``, for a model that runs over data."""
+    """Do as ``common.in_its_own_words`` does, for a model that runs over data."""
 
     def calls() -> Iterator[Call]:
         from distr_compile.accuracy.batch import walk
