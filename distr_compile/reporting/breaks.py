@@ -64,7 +64,7 @@ def skipped(owner: Any) -> tuple[str, ...]:
     """Sentences about the code of ``owner`` that Dynamo made no graph of, as far as that is known.
 
     Args:
-        owner: an ``nn.Module`` or a code object.
+        owner: an ``nn.Module``, a code object, or another callable.
     """
     code_of, forwards = _finder(owner), _disabled_forwards(owner)
     calls, frames = _disabled_calls(code_of, forwards), _given_up(code_of)
@@ -75,7 +75,7 @@ def passed_over(owner: Any) -> list[str]:
     """Lines on why nothing was compiled for ``owner``, as far as that is known.
 
     Args:
-        owner: an ``nn.Module`` or a code object.
+        owner: an ``nn.Module``, a code object, or another callable.
     """
     found, kind = [f"PyTorch tells: {sentence}" for sentence in skipped(owner)], type(owner)
     in_place = getattr(owner, "_compiled_call_impl", None) is not None
@@ -102,7 +102,9 @@ def _dynamo_is_off() -> Iterator[str]:
 
 def _disabled_forwards(owner: Any) -> dict[str, str]:
     """Marked forward methods: name of the function -> a sentence with the layers it belongs to."""
-    if isinstance(owner, types.CodeType):
+    from torch.nn import Module
+
+    if not isinstance(owner, Module):
         return {}
     layers: dict[str, list[str]] = {}
     shown = canonical(owner)
@@ -292,6 +294,11 @@ def _codes(owner: Any) -> Iterator[_Code]:
         return
     from torch.nn import Module
 
+    if not isinstance(owner, Module):
+        call = getattr(type(owner).__call__, "__code__", None)
+        if call is not None:
+            yield from _codes(call)
+        return
     classes = {
         base
         for module in owner.modules()

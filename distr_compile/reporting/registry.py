@@ -87,7 +87,8 @@ def record(
     """Keep the report of one compiled graph for ``report``.
 
     Args:
-        owner: the compiled ``nn.Module``, function or code object; held weakly.
+        owner: the compiled ``nn.Module``, function, code object or other callable; held weakly. Of
+            a callable that cannot be there is no report.
         graph: what was found; it must hold no reference to the owner.
         key: names the graph among those of the owner, e.g. (frame name, input shapes). A graph
             recorded under the key of an earlier one (compiled again) replaces it; None never does.
@@ -100,7 +101,10 @@ def record(
         DistrWarning: once per owner, policy and pattern, for a policy pattern that matches no
             attention in any of the owner's graphs so far.
     """
-    owner = _owner_of(owner)
+    try:
+        owner = _owner_of(owner)
+    except TypeError:
+        return
     with LOCK:
         entry = _ENTRIES.get(id(owner))
         if entry is None or entry.owner() is not owner:
@@ -136,7 +140,7 @@ def report(obj: Any) -> Report:
 
     Raises:
         LookupError: nothing was compiled for ``obj``.
-        TypeError: ``obj`` is neither module nor function.
+        TypeError: ``obj`` is nothing that ``torch.compile`` takes.
     """
     owner, backend = _owner_of(obj), _reference(_backend_of(obj))
     name = owner.co_name if isinstance(owner, types.CodeType) else type(owner).__name__
@@ -201,8 +205,17 @@ def _forget(identity: int) -> Callable[[weakref.ref[Any]], None]:
     return callback
 
 
+def _is_referable(obj: object) -> bool:
+    try:
+        weakref.ref(obj)
+    except TypeError:
+        return False
+    return True
+
+
 def _owner_of(obj: Any) -> Any:
     """The module or code object behind a module, a compiled wrapper or a function."""
+    from torch._dynamo import external_utils
     from torch.nn import Module
 
     while True:
@@ -217,9 +230,13 @@ def _owner_of(obj: Any) -> Any:
         elif isinstance(obj, functools.partial):
             obj = obj.func
         elif isinstance(obj, types.MethodType):
-            obj = obj.__self__ if isinstance(obj.__self__, Module) else obj.__func__
+            obj = obj.__self__ if _is_referable(obj.__self__) else obj.__func__
         elif isinstance(obj, types.FunctionType):
-            return obj.__code__
+            if obj.__code__.co_filename != external_utils.__file__:
+                return obj.__code__
+            obj = vars(obj)["__wrapped__"]  # Dynamo put it around a callable that is no function
+        elif not isinstance(obj, type) and _is_referable(obj):
+            return obj  # a builtin function, an object that is called or whose method is
         else:
             raise TypeError(
                 f"report: got {type(obj).__name__}; accepted: an nn.Module, a function, or what "
@@ -229,7 +246,9 @@ def _owner_of(obj: Any) -> Any:
 
 def _owners(owner: Any) -> Iterator[tuple[str, Any]]:
     """(name, object) of ``owner`` and, for a module, of all its submodules."""
-    if isinstance(owner, types.CodeType):
+    from torch.nn import Module
+
+    if not isinstance(owner, Module):
         yield "", owner
         return
     shown = canonical(owner)
