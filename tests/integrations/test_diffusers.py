@@ -163,8 +163,9 @@ def images(pipeline: DiTPipeline) -> Tensor:
 
 
 def test_a_pipeline() -> None:
+    """Whole, by its blocks, and by diffusers' own method, which asks the class for its blocks."""
     exact = images(dit())
-    compiled, regional = dit(), dit()
+    compiled, regional, repeated = dit(), dit(), dit()
     compiled.transformer.compile(backend="distr", options=EAGER)
     wanted = images(compiled)
     groups = distr_compile.compile_blocks(
@@ -172,6 +173,9 @@ def test_a_pipeline() -> None:
     )
     assert groups == [["transformer_blocks.0", "transformer_blocks.1"]]
     torch.testing.assert_close(images(regional), wanted, rtol=0, atol=1e-5)
+    repeated.transformer._repeated_blocks = ["BasicTransformerBlock"]
+    repeated.transformer.compile_repeated_blocks(backend="distr", options=EAGER)
+    torch.testing.assert_close(images(repeated), wanted, rtol=0, atol=1e-5)
     assert (wanted - exact).abs().max() > 1e-5, "nothing was approximated"
     layers = {row.layer for row in distr_compile.report(regional.transformer).rows}
     assert layers == {f"transformer_blocks.{i}.attn1" for i in range(2)}
