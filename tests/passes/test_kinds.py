@@ -402,7 +402,7 @@ def _fixed(count: int) -> list[Tensor]:
     return [torch.randn(B, H, N, D, generator=generator) for _ in range(count)]
 
 
-WEIGHT = torch.randn(H, 1, D, requires_grad=True)
+WEIGHT = _fixed(1)[0][0, :, :1].requires_grad_()
 
 
 def output_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -428,7 +428,7 @@ def test_what_is_written_later_is_not_kept_for_a_backward(
 ) -> None:
     """SDPA keeps Q, K, V and its output for its backward; the products and the softmax need not."""
     torch._dynamo.reset()
-    inputs = [torch.randn(B, H, N, D) for _ in range(3)]
+    inputs = _fixed(3)
     found = []
     policy = {"default": {"min_seq_len": 0, "group_size": 2, "training": training}}
     options = {"compiler": compiler, "policy": policy}
@@ -441,5 +441,7 @@ def test_what_is_written_later_is_not_kept_for_a_backward(
         assert WEIGHT.grad is not None
         found.append((out.detach(), WEIGHT.grad.clone()))
     for mine, eagers in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
+        # A gradient is a sum of some hundred numbers of either sign: rounding goes by the largest.
+        atol = 1e-5 * max(1.0, eagers.abs().max().item())
+        torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=atol)
     assert [row.decision for row in report(compiled).rows] == ["exact"]
