@@ -274,7 +274,7 @@ def test_a_compiled_model_has_exact_tangents(
 
 
 def test_a_tangent_on_the_first_call_is_left_to_eager() -> None:
-    """Dynamo makes no graph of it, and ``report`` has its words."""
+    """Dynamo makes no graph of it, and ``report`` has its words; that of torch 2.11 does make one."""
     model, x = Model("softmax"), torch.randn(2, 24, 64)
     along = torch.randn_like(x)
     options: dict[str, Any] = {"policy": {"default": {"min_seq_len": 0}}, "compiler": "eager"}
@@ -283,5 +283,12 @@ def test_a_tangent_on_the_first_call_is_left_to_eager() -> None:
         found = dual({"x": x}, {"x": along}, lambda t: called(t["x"]))
         for got, expected in zip(found, torch.func.jvp(model, (x,), (along,)), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(LookupError, match="dual tensor"):
-        distr_compile.report(called)
+    said: list[str | None]
+    try:
+        said = [
+            row.runtime_reason and row.runtime_reason.code
+            for row in distr_compile.report(called).rows
+        ]
+    except LookupError as error:
+        said = ["dual tensor" if "dual tensor" in str(error) else str(error)]
+    assert said in (["dual tensor"], ["transform"])
