@@ -274,7 +274,7 @@ def test_a_compiled_model_has_exact_tangents(
 
 
 def test_a_tangent_on_the_first_call_is_left_to_eager() -> None:
-    """Dynamo makes no graph of it, and ``report`` has its words; that of torch 2.11 does make one."""
+    """Dynamo makes no graph of it, and ``report`` has its words; torch 2.11 does make one."""
     model, x = Model("softmax"), torch.randn(2, 24, 64)
     along = torch.randn_like(x)
     options: dict[str, Any] = {"policy": {"default": {"min_seq_len": 0}}, "compiler": "eager"}
