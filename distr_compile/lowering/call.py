@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.estimators import DEFAULT_ESTIMATOR, auto_grouping_block
+from distr_compile.kernels.attention.dropout import Dropout
 
 KEYWORDS = (
     "float scale, bool is_causal=False, SymInt? causal_offset=None, SymInt rank, str estimator, "
@@ -189,6 +190,17 @@ class Scores:
     offset: int | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+
+    def softmax(self, sinks: Tensor | None, dropout: Dropout | None) -> dict[str, Any]:
+        """Scale, causality, soft cap, sinks and dropout as keywords of an implementation."""
+        return {
+            "scale": self.scale,
+            "is_causal": self.is_causal,
+            "causal_offset": self.offset or 0,
+            "softcap": self.softcap,
+            "sinks": sinks,
+            "dropout": dropout,
+        }
 
 
 class Arguments(NamedTuple):

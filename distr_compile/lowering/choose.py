@@ -64,16 +64,8 @@ class Call:
 
     @property
     def softmax(self) -> dict[str, Any]:
-        """Scale, causality, soft cap, sinks and dropout as keywords of an implementation."""
-        scores = self.scores
-        return {
-            "scale": scores.scale,
-            "is_causal": scores.is_causal,
-            "causal_offset": scores.offset or 0,
-            "softcap": scores.softcap,
-            "sinks": self.sinks,
-            "dropout": self.dropout,
-        }
+        """The keywords of ``Scores.softmax``, with the sinks and the dropout of the call."""
+        return self.scores.softmax(self.sinks, self.dropout)
 
     @property
     def grouping(self) -> dict[str, Any]:

@@ -134,14 +134,8 @@ def attention(
     bases = validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
     if dropout_p == 1:
         return empty_output(q, v).zero_()
-    softmax: dict[str, Any] = {
-        "scale": scale,
-        "is_causal": is_causal,
-        "causal_offset": causal_offset or 0,
-        "softcap": softcap,
-        "sinks": sinks,
-        "dropout": dropout_of(q, dropout_p, dropout_seed),
-    }
+    dropout = dropout_of(q, dropout_p, dropout_seed)
+    softmax = scores.softmax(sinks, dropout)
     if exactly.is_computing_exactly():
         return lay_out(exactly.attention(q, k, v, mask, **softmax))
     if is_short(q.shape[2], k.shape[2], min_seq_len):
@@ -149,7 +143,6 @@ def attention(
             tell(site, None)
         return lay_out(sdpa.attention(q, k, v, mask, **softmax))
     out = empty_output(q, v)
-    dropout = softmax["dropout"]
     done = choose.run(Call(q, k, v, mask, sinks, scores, approximation, bases, out, key, dropout))
     is_exact = done.by == choose.EXACT and rank < q.shape[3]
     if handover := done.handover(is_exact=is_exact):
@@ -181,7 +174,7 @@ def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
     of the host time of a small call.
     """
     if tangents.are_carried(tensors):
-        return _by_products(*tensors, **options)  # type: ignore[arg-type]
+        return _by_products(tensors, options)
     if gradients.are_recorded(tensors):
         sharded.prepare(tensors)
         return gradients.recorded(*tensors, **options)
@@ -193,38 +186,19 @@ def _attention_autograd(*tensors: Tensor | None, **options: Any) -> Tensor:
         return go(*tensors, **options)
 
 
-def _by_products(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    basis_q: Tensor | None = None,
-    basis_k: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_seed: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
+def _by_products(tensors: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """The op where forward-mode AD carries a tangent of an input: exact, with the tangent."""
+    given: list[Any] = [*tensors, *[None] * (8 - len(tensors))]
+    q, k, v, mask, basis_q, basis_k, sinks, seed = given
     arguments = read_arguments(options)
-    validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
+    validate(q, k, v, mask, (basis_q, basis_k), (sinks, seed), arguments)
     scores = arguments.scores
     if scores.dropout_p == 1:
         return empty_output(q, v).zero_()
     if arguments.approximation.rank < q.shape[3]:
         tell(arguments.site, tangents.HANDOVER)
-    out = tangents.attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=scores.scale,
-        is_causal=scores.is_causal,
-        causal_offset=scores.offset or 0,
-        softcap=scores.softcap,
-        sinks=sinks,
-        dropout=dropout_of(q, scores.dropout_p, dropout_seed),
-    )
-    return lay_out(out)
+    softmax = scores.softmax(sinks, dropout_of(q, scores.dropout_p, seed))
+    return lay_out(tangents.attention(q, k, v, mask, **softmax))
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:

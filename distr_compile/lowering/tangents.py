@@ -53,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **softmax: A
         v: ``(B or 1, H_k, M, d_v)``.
         mask: bool or floating, broadcastable to ``(B, H, N, M)``, or None.
         **softmax: ``scale``, ``is_causal``, ``causal_offset``, ``softcap``, ``sinks`` and
-            ``dropout``, as ``Call.softmax`` has them.
+            ``dropout``, as ``Scores.softmax`` has them.
 
     Returns:
         ``(B, H, N, d_v)`` in the dtype of q, with its tangent.
