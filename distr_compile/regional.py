@@ -88,7 +88,7 @@ def compile_blocks(
     rules = _Rules(checked.policy.audit())
     for names in groups.values():
         members = tuple(names)
-        shared = Shared(model, members, len(groups) == 1, checked.root, notes)
+        shared = Shared(model, members, len(groups) == 1, checked.root, notes, rules.audits)
         backend = _Backend(checked, shared)
         rules.groups.append((backend, _names_in([found[name] for name in names], root)))
         for name in names:
@@ -96,7 +96,7 @@ def compile_blocks(
             member.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
             run = entered(name, member._compiled_call_impl)
             member._compiled_call_impl = _watched(run, backend, member, rules)
-    surroundings.watch(model, list(found.values()), checked)
+    surroundings.watch(model, root.shown, list(found.values()), checked)
     return list(groups.values())
 
 
@@ -120,11 +120,13 @@ class _Rules:
 
     Attributes:
         begin: the rules, and nothing that they met.
+        audits: what they met, graph by graph, as the groups are compiled.
         groups: what compiles each group, and the names of all modules in its blocks.
         num_checked: graphs that were looked at.
     """
 
     begin: RuleAudit
+    audits: list[RuleAudit] = field(default_factory=list)
     groups: list[tuple[_Backend, frozenset[str]]] = field(default_factory=list)
     num_checked: int = 0
 
@@ -134,13 +136,12 @@ class _Rules:
         Raises:
             PolicyError: as where the model is compiled whole; in each call, as there.
         """
-        audits = [audit for backend, _ in self.groups for audit in backend.shared.audits]
-        if len(audits) == self.num_checked:
+        if len(self.audits) == self.num_checked:
             return
         later = {name for backend, names in self.groups if not backend.was_called for name in names}
         rules = tuple(each for each in self.begin.rules if not any(map(each[1].matches, later)))
-        replace(sum(audits, self.begin), rules=rules).check_sizes()
-        self.num_checked = len(audits)
+        replace(sum(self.audits, self.begin), rules=rules).check_sizes()
+        self.num_checked = len(self.audits)
 
 
 def _watched(

@@ -44,7 +44,7 @@ class Shared:
         is_all: whether the model has no other such modules.
         begin: the module at which the names of layers begin, "" for the model.
         notes: what the reports of their graphs say besides.
-        audits: what the rules of the policy met, graph by graph.
+        audits: what the rules of the policy met, graph by graph; other groups may add to it, too.
         live: the counters of each graph that they run, by its key. Graphs of one key have the same
             rows: where Dynamo captures one anew, for other strides say, both go on running.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
@@ -36,17 +36,19 @@ _REASON = Reason(
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
-def watch(model: nn.Module, blocks: Sequence[nn.Module], options: Options) -> None:
+def watch(
+    model: nn.Module, shown: Mapping[str, str], blocks: Sequence[nn.Module], options: Options
+) -> None:
     """Have the attention outside of the blocks reported, module by module when it is first called.
 
     Args:
         model: is called once or more often afterwards; ``distr_compile.report(model)`` then has a
             row for each attention that was found, exact for the reason "outside-blocks".
+        shown: every name of a module -> the one that reports go by, as ``Root`` has it.
         blocks: the modules that are compiled.
         options: of the compile.
     """
     inside = {id(module) for block in blocks for module in block.modules()}
-    shown = Shared(model, (), False, options.root).root().shown
     for whole, module in model.named_modules():
         is_plain = type(module).__module__.startswith("torch.nn.") and not any(module.children())
         holds_blocks = any(id(each) in inside for each in module.modules())
