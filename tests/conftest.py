@@ -18,9 +18,11 @@ import torch._dynamo
 # aborts (pytorch/pytorch#183753). Off by default in later versions.
 torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 
 from distr_compile.lowering import stored  # noqa: E402
 
@@ -47,6 +49,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name}: missing")
     terminalreporter.write_line(f"versions: {', '.join(versions)}")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing was compiled or counted before, and nothing compiled is left."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +13,8 @@ from torch._dynamo.utils import counters
 
 import distr_compile
 from distr_compile.policy import PolicyError
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 POLICY: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
 EAGER = {"compiler": "eager"}
@@ -40,14 +41,6 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def net(blocks: int) -> Net:

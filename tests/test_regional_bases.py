@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from distr_compile.policy import Policy, PolicyError
 from distr_compile.reporting import GraphReport, Report
 from distr_compile.running import _running, entered, serving
 from distr_compile.tuning.calibrate import Calibration, calibrate
+from tests.test_regional import EAGER, graphs
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FIELDS: dict[str, Any] = {"estimator": "calibrated", "rank": 16, "min_seq_len": 0}
-EAGER = {"compiler": "eager"}
 
 
 class Attention(nn.Module):
@@ -59,14 +60,6 @@ class Net(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def inputs(tokens: int = 40, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, tokens, 128, generator=generator, dtype=torch.float64)
@@ -92,10 +85,6 @@ def reference(block: nn.Module, x: Tensor, bases: Any) -> Tensor:
     A, B = (basis[..., :16].double() for basis in (bases.basis_q, bases.basis_k))
     weights = (q @ A @ (k @ B).mT / 8).softmax(-1)
     return x + attention.out((weights @ v).transpose(1, 2).flatten(2))
-
-
-def graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
 
 
 def test_twelve_blocks_are_one_graph_with_the_bases_of_each(tmp_path: Path) -> None:

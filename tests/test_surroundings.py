@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import distr_compile
 from distr_compile.policy import PolicyError
 from distr_compile.reporting import Report
 from tests.test_regional import EAGER, POLICY, Block, graphs, inputs, rules
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Pre(Block):
@@ -52,14 +53,6 @@ class Held(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
         return out
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def made(kind: type[nn.Module]) -> Any:

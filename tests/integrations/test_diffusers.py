@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from torch._dynamo.utils import counters
 import distr_compile
 from distr_compile import Policy
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 POLICY: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
 EAGER = {"policy": POLICY, "compiler": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def flux() -> nn.Module:
