@@ -39,6 +39,7 @@ from distr_compile.kernels.projection.launch import LATER_SHIFT, LEAST, LOST, SH
 from distr_compile.kernels.random import start_columns
 from tests.zoo import ZOO
 
+Product = Callable[[Tensor, Tensor], Tensor]
 Bases = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(Cq, Ck, X0) -> A, B"""
 
@@ -135,7 +136,14 @@ def inverse_factor(W: Tensor, shift: float) -> Tensor:
     return E
 
 
-def cholesky(X: Tensor, shift: float, C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b by fp64 numbers, to see what tensor cores cost."""
+    return (a.double() @ b.double()).float()
+
+
+def cholesky(
+    X: Tensor, shift: float, C: Tensor | None = None, product: Product = product
+) -> tuple[Tensor, Tensor]:
     """X with X^T X = I, or with X^T C X = I; and C X."""
     X, Y = X.clone(), torch.zeros_like(X)
     for first in range(0, X.shape[-1], BLOCK):
@@ -177,12 +185,13 @@ def by_cholesky(
     Ck: Tensor,
     X0: Tensor,
     shifts: tuple[float, ...] = (SHIFT, LATER_SHIFT, 0.0),
+    product: Product = product,
 ) -> tuple[Tensor, Tensor]:
-    """One shift a time, the last of them in the product of Cq."""
+    """One shift a time, the last of them in the product of Cq; ``product`` is that of each time."""
     X = start(Cq, Ck, X0)
     for shift in shifts[:-1]:
-        X, _ = cholesky(X, shift)
-    return polished(*cholesky(X, shifts[-1], Cq))
+        X, _ = cholesky(X, shift, product=product)
+    return polished(*cholesky(X, shifts[-1], Cq, product))
 
 
 def by_newton_schulz(Cq: Tensor, Ck: Tensor, X0: Tensor, steps: int = 16) -> tuple[Tensor, Tensor]:
@@ -202,6 +211,8 @@ WAYS: dict[str, Bases] = {
     "20 20 0": partial(by_cholesky, shifts=(2.0**-20, 2.0**-20, 0.0)),
     "16 20 0": partial(by_cholesky, shifts=(2.0**-16, 2.0**-20, 0.0)),
     "one": partial(by_cholesky, shifts=(SHIFT, 0.0)),
+    "four": partial(by_cholesky, shifts=(SHIFT, LATER_SHIFT, 0.0, 0.0)),
+    "exact products": partial(by_cholesky, product=exact_product),
     "Newton-Schulz": by_newton_schulz,
 }
 
