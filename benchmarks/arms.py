@@ -16,8 +16,7 @@ from benchmarks.cells import Cell
 from distr_compile.estimators import DEFAULT_ESTIMATOR, ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cuda
-from distr_compile.lowering.call import Approximation, Scores
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.call import Approximation, Call, Scores
 from distr_compile.lowering.measure import random_bases
 
 SDPA = {

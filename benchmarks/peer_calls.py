@@ -21,9 +21,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.arms import Inputs, Sample, samples
 from benchmarks.cells import Cell
 from distr_compile.estimators import auto_grouping_block
+from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
+from distr_compile.lowering import call as our
 from distr_compile.lowering import cpu as lowering
-from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.call import Approximation, Scores
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,16 @@ def _output_like(q: Tensor) -> Tensor:
     )
 
 
+def _run(call: our.Call) -> Tensor:
+    lowering.run(call, fused=kernel.available(call.q.dtype))
+    return call.out
+
+
 def rank_d(cell: Cell, inputs: Inputs, threads: int) -> Call:
     q, k, v, mask, out = inputs.q, inputs.k, inputs.v, inputs.mask, _output_like(inputs.q)
-    options: dict[str, Any] = {"scale": cell.scale, "is_causal": cell.is_causal, "out": out}
-    return _returning(lambda: cpu_fused.exact_attention(q, k, v, mask, **options))
+    scores, how = Scores(cell.scale, cell.is_causal), Approximation.none(cell.head_dim)
+    call = our.Call(q, k, v, mask, None, scores, how, None, out)
+    return _returning(lambda: _run(call))
 
 
 def estimated(estimator: str, group_size: int, *, strict: bool = False) -> Arm:
@@ -125,17 +133,11 @@ def estimated(estimator: str, group_size: int, *, strict: bool = False) -> Arm:
 
     def make(cell: Cell, inputs: Inputs, threads: int) -> Call:
         q, k, v, mask, out = inputs.q, inputs.k, inputs.v, inputs.mask, _output_like(inputs.q)
-        options: dict[str, Any] = {
-            "scale": cell.scale,
-            "is_causal": cell.is_causal,
-            "rank": cell.head_dim // group_size,
-            "estimator": estimator,
-            "strict": strict,
-            "out": out,
-        }
-        if estimator == "calibrated":
-            options["bases"] = _bases(cell, group_size)
-        return _returning(lambda: lowering.attention(q, k, v, mask, **options))
+        scores = Scores(cell.scale, cell.is_causal)
+        how = Approximation(estimator, cell.head_dim // group_size, strict=strict)
+        bases = _bases(cell, group_size) if estimator == "calibrated" else None
+        call = our.Call(q, k, v, mask, None, scores, how, bases, out)
+        return _returning(lambda: _run(call))
 
     def wanted(cell: Cell, inputs: Inputs) -> Iterator[Sample]:
         rank = cell.head_dim // group_size

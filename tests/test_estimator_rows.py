@@ -33,8 +33,9 @@ from distr_compile.kernels import roles
 from distr_compile.kernels.attention import cpu as fused_kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.roles import Asked, Block, Prologue
-from distr_compile.lowering import checks, cpu, cpu_fused, cuda
+from distr_compile.lowering import checks, cpu, cuda
 from distr_compile.tuning import calibrate
+from tests.calls import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,13 +82,14 @@ def defined(name: str, dtype: torch.dtype = torch.float64, **form: Any) -> Tenso
 
 def on_cpu(name: str, fused: bool, **form: Any) -> Tensor:
     (q, k, v), (mask, options) = inputs(), lowered(name, form)
-    options = OPTIONS | {"estimator": name, "bases": bases_for(name), "fused": fused} | options
-    return cpu.attention(q, k, v, mask, out=torch.full((1, 2, 50, 24), torch.nan), **options)
+    options = OPTIONS | {"estimator": name, "bases": bases_for(name)} | options
+    out = torch.full((1, 2, 50, 24), torch.nan)
+    cpu.run(call_of(q, k, v, mask, out=out, **options), fused=fused)
+    return out
 
 
 def by_the_fused_kernel(name: str, **form: Any) -> Tensor:
     require_kernel()
-    assert cpu_fused.takes(inputs()[0])
     return on_cpu(name, fused=True, **form)
 
 
@@ -109,7 +111,8 @@ def by_kernels(name: str, **form: Any) -> Tensor:
         A, B = (t.to(DEVICE) for t in bases)
         asked = Asked(name, RANK, q.shape[2], bases=(A, B))
         q, k = module.prologue(q, k, mask, asked).factors(q, k)
-    return cuda.attention(q, k, v, mask, out=out, estimator=name, **OPTIONS | options).cpu()
+    cuda.attention(call_of(q, k, v, mask, out=out, estimator=name, **OPTIONS | options))
+    return out.cpu()
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -243,14 +246,11 @@ def test_with_kernels_no_other_device_steps_in(
 
 @pytest.mark.parametrize("name", ["definition", "products", "triton", "op"])
 def test_unknown_names_are_refused(name: str) -> None:
+    call = call_of(*inputs(), estimator="toy", **OPTIONS, out=torch.empty(1, 2, 50, 24))
     calls = {
         "definition": lambda: reference.attention(*inputs(), estimator="toy", **OPTIONS),
-        "products": lambda: cpu.attention(
-            *inputs(), estimator="toy", **OPTIONS, out=torch.empty(1, 2, 50, 24)
-        ),
-        "triton": lambda: cuda.attention(
-            *inputs(), estimator="toy", **OPTIONS, out=torch.empty(1, 2, 50, 24)
-        ),
+        "products": lambda: cpu.run(call, fused=False),
+        "triton": lambda: cuda.attention(call),
         "op": lambda: OP(*inputs(), estimator="toy", **OPTIONS),
     }
     with pytest.raises(ValueError, match=r"estimator: got 'toy'; must be one of lsh-sample, .*: "):

@@ -22,14 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import distr_compile
 from distr_compile import estimators
 from distr_compile.estimators import ESTIMATORS
+from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.counted import counted_before
 from distr_compile.kernels.projection import launch as projection
 from distr_compile.kernels.projection.launch import projection_factors
 from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import prefix_edge
-from distr_compile.lowering import cpu, cuda
+from distr_compile.lowering import cpu, cuda, pieces
 from distr_compile.lowering import op as op_module
+from tests.calls import call_of
 
 assert op_module  # registers it
 op: Any = torch.ops.distr.attention
@@ -269,7 +271,8 @@ def test_without_a_mask_all_rows_count() -> None:
 
 def run_cpu(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor, **options: Any) -> Tensor:
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
-    return cpu.attention(q, k, v, *mask, out=out, **options)
+    cpu.run(call_of(q, k, v, *mask, out=out, **options), fused=kernel.available(q.dtype))
+    return out
 
 
 def run_kernels(
@@ -278,7 +281,8 @@ def run_kernels(
     q, k, v, *mask = (t.to(DEVICE) for t in (q, k, v, *mask))
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
     sinks = None if sinks is None else sinks.to(DEVICE)
-    return cuda.attention(q, k, v, *mask, sinks=sinks, out=out, **options).cpu()
+    cuda.attention(call_of(q, k, v, *mask, sinks=sinks, out=out, **options))
+    return out.cpu()
 
 
 def check(run: Callable[..., Tensor], name: str, dtype: torch.dtype = torch.float32) -> None:
@@ -307,13 +311,13 @@ def _nearly(t: Tensor, seed: int) -> Tensor:
     return t * (1 + torch.finfo(torch.float32).eps * noise)
 
 
-@pytest.mark.parametrize("pieces", ["whole", "small"])
+@pytest.mark.parametrize("cut", ["whole", "small"])
 @pytest.mark.parametrize("name", CASES)
-def test_cpu(name: str, pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if pieces == "small":
-        monkeypatch.setattr(cpu, "CHUNK", 2048)
-        monkeypatch.setattr(cpu, "PANEL_ROWS", 24)
-        monkeypatch.setattr(cpu, "KEY_ROWS", 20)
+def test_cpu(name: str, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cut == "small":
+        monkeypatch.setattr(pieces, "CHUNK", 2048)
+        monkeypatch.setattr(pieces, "PANEL_ROWS", 24)
+        monkeypatch.setattr(pieces, "KEY_ROWS", 20)
     check(run_cpu, name)
 
 

@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[1]
 FILE_LINES, BODY_LINES, PARAMETERS = 600, 60, 10
 
 EXCEPTIONS = {
-    "distr_compile/lowering/cuda.py: _attend: parameters": "a chunk, and what its kernel is told",
-    "distr_compile/lowering/cuda.py: _attend_strictly: parameters": "as of _attend, in two parts",
     "distr_compile/kernels/attention/triton_fwd.py: attention_fwd: body": (
         "one launch, argument by argument in the kernel's order"
     ),

@@ -1,19 +1,22 @@
 """One call of ``torch.ops.distr.attention`` as values: its sizes, its scores, its approximation.
 
-Who plans a call makes these values; only this module knows by which keywords the op takes them.
+Who plans a call makes these values; only this module knows by which keywords the op takes them. On
+real tensors they are one ``Call``, which is what implementations get.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import DEFAULT_ESTIMATOR, auto_grouping_block
+from distr_compile.estimators import DEFAULT_ESTIMATOR, ESTIMATORS, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.kernels.roles import Asked
+from distr_compile.kernels.rows import four_dimensions, sliced
 
 KEYWORDS = (
     "float scale, bool is_causal=False, SymInt? causal_offset=None, SymInt rank, str estimator, "
@@ -201,6 +204,128 @@ class Scores:
             "sinks": sinks,
             "dropout": dropout,
         }
+
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op on real tensors, or a part of one.
+
+    Attributes:
+        q: ``(B, H, N, d)``; k, v, mask and sinks as the op takes them.
+        k, v, mask, sinks: see ``q``.
+        scores: scale, causality and soft cap; the scale is a number.
+        approximation: how Q and K become narrow; its rank is d where they do not.
+        bases: A and B of an estimator that needs them, ``(H_k, d, r)``.
+        out: ``(B, H, N, d_v)``, to be filled; of a whole call with unit last stride.
+        key: names the geometry of the tensors and all options: for ``choose.plans``.
+        dropout: says which weights are dropped.
+        lse: ``(B, H, N)`` in the dtype of the arithmetic, to be filled with the logarithm of each
+            row's sum of exponentials, sinks included; -inf where the row sees nothing. None where
+            no backward follows.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    scores: Scores
+    approximation: Approximation
+    bases: tuple[Tensor, Tensor] | None
+    out: Tensor
+    key: Hashable = None
+    dropout: Dropout | None = None
+    lse: Tensor | None = None
+
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """The keywords of ``Scores.softmax``, with the sinks and the dropout of the call."""
+        return self.scores.softmax(self.sinks, self.dropout)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether strict is asked of an estimator that has a form for it; others are so anyway."""
+        how = self.approximation
+        return how.strict and ESTIMATORS[how.estimator].strict == "prefix"
+
+    @property
+    def limit(self) -> int | None:
+        """Row i sees keys ``j <= i + limit``; None for all."""
+        return (self.scores.offset or 0) if self.scores.is_causal else None
+
+    @property
+    def rep(self) -> int:
+        """Query heads of a key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def asked(self) -> Asked:
+        """What the estimator is asked for, where blocks begin with the first row."""
+        how, num_queries = self.approximation, self.q.shape[2]
+        return Asked(
+            estimator=how.estimator,
+            rank=how.rank,
+            block=max(1, min(how.block_of(num_queries), num_queries)),
+            rounds=how.rounds,
+            seed=how.seed,
+            causal_offset=(self.scores.offset or 0) if self.is_prefix else self.limit,
+            strict=self.is_prefix,
+            bases=self.bases,
+            given_block=how.block,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """What the call's time, and who may compute it, depends on."""
+        return Shape.of(
+            self.q,
+            self.k,
+            self.v,
+            self.mask,
+            self.scores.is_causal,
+            self.scores.offset or 0,
+            softcap=self.scores.softcap > 0,
+            sinks=self.sinks is not None,
+            dropout=self.dropout is not None,
+        )
+
+    def exactly(self) -> Call:
+        """The same at the full width."""
+        return replace(self, approximation=Approximation.none(self.q.shape[3]), bases=None)
+
+    def part(self, entries: slice = ALL, key_heads: slice = ALL, rows: slice = ALL) -> Call:
+        """What some batch entries, key heads with their query heads, and query rows come to.
+
+        All tensors of it are views; a mask has four dimensions. Keys are all there: it is not asked
+        which of them the rows see.
+        """
+        first_head, last_head, _ = key_heads.indices(self.k.shape[1])
+        heads = slice(first_head * self.rep, last_head * self.rep)
+        first_row, bases, dropout = rows.start or 0, self.bases, self.dropout
+        if dropout is not None:
+            dropout = dropout.part(batch=entries.start or 0, head=heads.start, row=first_row)
+        if bases is not None:
+            bases = (bases[0][key_heads], bases[1][key_heads])
+        k, v = (t[entries if t.shape[0] > 1 else ALL, key_heads] for t in (self.k, self.v))
+        return replace(
+            self,
+            q=self.q[entries, heads, rows],
+            k=k,
+            v=v,
+            mask=None
+            if self.mask is None
+            else sliced(four_dimensions(self.mask), entries, heads, rows),
+            sinks=None if self.sinks is None else self.sinks[heads],
+            scores=replace(self.scores, offset=(self.scores.offset or 0) + first_row),
+            bases=bases,
+            out=self.out[entries, heads, rows],
+            key=None,
+            dropout=dropout,
+            lse=None if self.lse is None else self.lse[entries, heads, rows],
+        )
 
 
 class Arguments(NamedTuple):

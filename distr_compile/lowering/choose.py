@@ -9,18 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.plan import Plans
 from distr_compile.lowering import sdpa
-from distr_compile.lowering.call import Approximation, Scores, Shape
+from distr_compile.lowering.call import Approximation, Call, Shape
 from distr_compile.reporting import Handover, Reason
 from distr_compile.reporting.rows import Way
 
@@ -33,70 +30,6 @@ EXACT = "sdpa"
 
 class KernelWarning(RuntimeWarning):
     """A kernel did not compile or run, and another computes the call."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the op on real tensors.
-
-    Attributes:
-        q: ``(B, H, N, d)``; k, v, mask and sinks as the op takes them.
-        k, v, mask, sinks: see ``q``.
-        scores: scale, causality and soft cap; the scale is a number.
-        approximation: how Q and K become narrow; its rank is d where they do not.
-        bases: A and B of an estimator that needs them, ``(H_k, d, r)``.
-        out: ``(B, H, N, d_v)`` with unit last stride, to be filled.
-        key: names the geometry of the tensors and all options: for :data:`plans`.
-        dropout: says which weights are dropped.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-    scores: Scores
-    approximation: Approximation
-    bases: tuple[Tensor, Tensor] | None
-    out: Tensor
-    key: Hashable = None
-    dropout: Dropout | None = None
-
-    @property
-    def softmax(self) -> dict[str, Any]:
-        """The keywords of ``Scores.softmax``, with the sinks and the dropout of the call."""
-        return self.scores.softmax(self.sinks, self.dropout)
-
-    @property
-    def grouping(self) -> dict[str, Any]:
-        """The approximation as keywords of an implementation.
-
-        Strict is asked only of estimators that have a form for it; the others are so anyway.
-        """
-        how = self.approximation
-        return {
-            "rank": how.rank,
-            "estimator": how.estimator,
-            "grouping_block": how.block,
-            "rounds": how.rounds,
-            "seed": how.seed,
-            "strict": how.strict and ESTIMATORS[how.estimator].strict == "prefix",
-        }
-
-    @property
-    def shape(self) -> Shape:
-        """What the call's time, and who may compute it, depends on."""
-        return Shape.of(
-            self.q,
-            self.k,
-            self.v,
-            self.mask,
-            self.scores.is_causal,
-            self.scores.offset or 0,
-            softcap=self.scores.softcap > 0,
-            sinks=self.sinks is not None,
-            dropout=self.dropout is not None,
-        )
 
 
 @dataclass(frozen=True)

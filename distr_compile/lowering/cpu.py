@@ -24,106 +24,48 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.attention.cpu import Group
-from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.estimators import arithmetic
 from distr_compile.kernels.roles import Asked, prefix_edge
-from distr_compile.kernels.rows import four_dimensions, sliced, stack, working
+from distr_compile.kernels.rows import sliced, stack
 from distr_compile.lowering import cpu_fused
-from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.lowering.call import Approximation, Call, Shape
+from distr_compile.lowering.choose import Implementation
+from distr_compile.lowering.pieces import (
+    Heads,
+    Pieces,
+    Some,
+    apply_causal,
+    apply_mask,
+    drop,
+    heads_at_once,
+    pieces_of,
+    some_heads,
+    units_of,
+)
 from distr_compile.lowering.placing import FUNCTIONS, Placing
 
-CHUNK = 1 << 20
-"""Elements of the largest temporary: a tile of scores, a chunk of K or V, a panel of Q or O."""
 
-PANEL_ROWS = 2048
-"""Query rows that share one pass over the keys, so that Khat is made once for all of them."""
-
-KEY_ROWS = 4096
-"""Keys per step of the softmax; with ``CHUNK`` it leaves room for tiles of 256 query rows."""
-
-WORKSPACE_MIB = 24
-"""Most MiB of tensors alive beside inputs and output, for 4-byte arithmetic and d, d_v <= 256."""
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """How one call is cut up: keys per step, tokens per panel and per tile, key heads at a time."""
-
-    keys: int
-    panel: int
-    tile: int
-    heads: int
-
-
-def _pieces(block: int, rep: int, num_keys: int, width: int, matrices: int) -> _Pieces:
-    """Cut up so that what has one size per head, ``matrices``, and what is cut fit ``CHUNK``."""
-    keys = max(1, min(num_keys, KEY_ROWS, CHUNK // width))
-    panel = max(1, min(block, PANEL_ROWS // rep, CHUNK // (rep * width)))
-    tile = max(1, min(panel, CHUNK // (keys * rep)))
-    largest = max(tile * rep * keys, keys * width, panel * rep * width, matrices)
-    return _Pieces(keys, panel, tile, max(1, CHUNK // largest))
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
+def run(
+    call: Call,
     *,
-    scale: float,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    rank: int,
-    estimator: str,
-    grouping_block: int = 0,
-    rounds: int = 1,
-    seed: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    bases: tuple[Tensor, Tensor] | None = None,
-    strict: bool = False,
-    dropout: Dropout | None = None,
-    fused: bool | None = None,
-    out: Tensor,
-    lse: Tensor | None = None,
+    fused: bool,
     keep: tuple[Tensor, Tensor] | None = None,
     only_bases: bool = False,
-) -> Tensor:
-    """Approximate attention; arguments and result as in ``kernels.attention.reference.attention``.
+) -> None:
+    """Compute a call of the op, and what its backward needs.
 
     Every tensor may have any strides; those of batch or head size 1 and masks are read where they
     are broadcast, never expanded. Inputs are trusted: the op has checked them.
 
     Args:
-        q: ``(B, H, N, d)`` fp64, fp32, fp16 or bf16; k, v alike.
-        k: ``(B or 1, H_k, M, d)``.
-        v: ``(B or 1, H_k, M, d_v)``.
-        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
-        scale: multiplies the scores.
-        is_causal: row i sees keys ``j <= i + causal_offset``.
-        causal_offset: see ``is_causal``.
-        rank: r < d; for the LSH estimators a divisor of d.
-        estimator: a name in ``estimators.ESTIMATORS``.
-        grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
-        rounds: of ``projection``: 1 or 2.
-        seed: names the random numbers of the estimator.
-        softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``, before the mask; 0 does not.
-        sinks: ``(H,)`` floating, one more score per row, in the softmax's denominator only.
-        bases: A and B of ``calibrated``, ``(H_k, d, r)``, which needs no grouping.
-        strict: of ``projection``, the form in which no row depends on later ones.
-        dropout: says which weights are dropped.
-        fused: whether the fused kernel makes the result; None where it can.
-        out: ``(B, H, N, d_v)``, any strides, is filled and returned.
-        lse: ``(B, H, N)`` in the dtype of the arithmetic, is filled with the logarithm of each
-            row's sum of exponentials, sinks included; -inf where the row sees nothing.
+        call: of fp64, fp32, fp16 or bf16 tensors.
+        fused: whether the fused kernel makes the result.
         keep: two tensors ``(B, H_k, blocks, d, r)`` in the dtype of the arithmetic, are filled with
             A and B.
         only_bases: fill ``keep`` and nothing else, by PyTorch's calls.
@@ -131,70 +73,60 @@ def attention(
     Raises:
         NoArithmeticError: the table names no module that computes the estimator here.
     """
-    module = arithmetic(estimator, "cpu", *FUNCTIONS)
-    fused = cpu_fused.takes(q) if fused is None else fused
-    num_queries, head_dim = q.shape[2:]
-    key_heads, num_keys = k.shape[1:3]
-    rep = q.shape[1] // key_heads
-    call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, strict, lse, dropout
-    )  # fmt: skip
-
-    def block_of(rows: int) -> int:
-        return grouping_block or auto_grouping_block(rows, estimator, strict)
-
-    asked = Asked(
-        estimator=estimator,
-        rank=rank,
-        block=max(1, min(block_of(num_queries), num_queries)),
-        rounds=rounds,
-        seed=seed,
-        causal_offset=causal_offset if is_causal or strict else None,
-        strict=strict,
-    )
-    found, counts = Placing(q, k, mask, module, block_of).of(asked)
-    matrices = module.elements(head_dim, rank)
-    for span in found:
-        block = span.block
-        pieces = _pieces(block, rep, num_keys, max(head_dim, v.shape[-1]), matrices)
-        if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
-            panel = pieces.panel * rep * head_dim if module.READS_PANELS else 0
-            pieces = replace(pieces, heads=max(1, CHUNK // max(panel, matrices)))
-        asked = replace(
-            asked,
-            block=block,
-            panel=pieces.panel,
-            key_rows=pieces.keys,
-            first=span.first,
-            stop=span.stop,
-            seen=span.seen,
-        )
-        for some in _some_heads(span.entries, key_heads, pieces.heads):
-            if bases is not None:
-                asked = replace(asked, bases=(bases[0][some[1]], bases[1][some[1]]))
-            make = module.groups if fused else module.bases
-            by = None if fused else pieces
-            _attend_some(call, some, counts, make, asked, by, keep, only_bases=only_bases)
-    return out
+    if call.approximation.rank < call.q.shape[3]:
+        approximate(call, fused=fused, keep=keep, only_bases=only_bases)
+    elif fused:
+        cpu_fused.exact_attention(call)
+    else:
+        _exact_attention(call)
 
 
-def _attend_some(
-    call: _Call,
-    some: _Some,
-    counts: tuple[Tensor | None, Tensor | None],
-    make: Callable[..., Iterator[Any]],
-    asked: Asked,
-    pieces: _Pieces | None,
-    keep: tuple[Tensor, Tensor] | None,
-    *,
-    only_bases: bool,
+def approximate(
+    call: Call, *, fused: bool, keep: tuple[Tensor, Tensor] | None = None, only_bases: bool = False
 ) -> None:
-    """Fill the output of some heads: by the fused kernel, or with ``pieces`` by PyTorch's products.
+    """Approximate attention, as ``run``."""
+    how, head_dim, key_heads = call.approximation, call.q.shape[3], call.k.shape[1]
+    module = arithmetic(how.estimator, "cpu", *FUNCTIONS)
+    found, counts = Placing(call.q, call.k, call.mask, module, how.block_of).of(call.asked)
+    matrices = module.elements(head_dim, how.rank)
+    for span in found:
+        pieces = pieces_of(call, span.block, matrices)
+        if fused:  # nothing is cut, but the panels of Q of an estimator that reads them here
+            panel = pieces.panel * call.rep * head_dim if module.READS_PANELS else 0
+            pieces = replace(pieces, heads=heads_at_once(max(panel, matrices)))
+        for some in some_heads(span.entries, key_heads, pieces.heads):
+            part = call.part(*some)
+            asked = replace(
+                part.asked,
+                block=span.block,
+                panel=pieces.panel,
+                key_rows=pieces.keys,
+                first=span.first,
+                stop=span.stop,
+                seen=span.seen,
+            )
+            queries, keys = (None if rows is None else sliced(rows, *some) for rows in counts)
+            made = _made(part, module.groups if fused else module.bases, queries, keys, asked)
+            made = made if keep is None else _kept(made, keep, some)
+            if only_bases:
+                collections.deque(made, maxlen=0)
+            elif fused:
+                cpu_fused.attend(part, made, asked)
+            else:
+                _attend_blocks(part, made, asked, pieces)
 
-    What makes A and B sees only the rows from the first that has a block on.
+
+def _made(
+    part: Call,
+    make: Callable[..., Iterator[Any]],
+    queries: Tensor | None,
+    keys: Tensor | None,
+    asked: Asked,
+) -> Iterator[Any]:
+    """A and B of some heads, of the rows from the first that has a block to the last.
+
+    ``queries`` and ``keys`` say which of them count.
     """
-    part = call.part(some)
-    queries, keys = (None if rows is None else sliced(rows, *some) for rows in counts)
     rows, offset = slice(asked.first, asked.stop), asked.causal_offset
     if queries is not None:
         queries = queries[..., rows]
@@ -202,50 +134,21 @@ def _attend_some(
     own = replace(
         asked, first=0, stop=None, causal_offset=None if offset is None else offset + asked.first
     )
-    made = make(part.Q[..., rows, :], part.K, queries, keys, own)
-    made = made if keep is None else _kept(made, keep, some)
-    if only_bases:
-        collections.deque(made, maxlen=0)
-    elif pieces is None:
-        _attend_fused(call, some, part, made, asked)
-    else:
-        _attend_blocks(call, part, made, asked, pieces)
+    Q = part.q.unflatten(1, (part.k.shape[1], -1))
+    return make(Q[..., rows, :], part.k, queries, keys, own)
 
 
-def exact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout: Dropout | None = None,
-    out: Tensor,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """Exact attention by PyTorch's products, which also says what its backward needs.
-
-    The arguments are those of ``attention``. It is the first block of the strict form.
-    """
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    rep = q.shape[1] // k.shape[1]
-    block = max(1, num_queries)
-    pieces = _pieces(block, rep, num_keys, max(q.shape[3], v.shape[3]), 0)
-    call = _Call(
-        q, k, v, mask, sinks, out, scale, is_causal, causal_offset, softcap, True, lse, dropout
-    )  # fmt: skip
-    one = Asked("", q.shape[3], block, strict=True)
-    for some in _some_heads(slice(0, q.shape[0]), k.shape[1], pieces.heads):
-        _attend_blocks(call, call.part(some), itertools.repeat((None, None)), one, pieces)
-    return out
+def _exact_attention(call: Call) -> None:
+    """Exact attention by PyTorch's products, all of it one block."""
+    num_queries = max(1, call.q.shape[2])
+    pieces = pieces_of(call, num_queries, 0)
+    one = Asked("", call.q.shape[3], num_queries)
+    for some in some_heads(slice(0, call.q.shape[0]), call.k.shape[1], pieces.heads):
+        _attend_blocks(call.part(*some), itertools.repeat((None, None)), one, pieces)
 
 
 def _kept(
-    made: Iterator[tuple[Tensor, Tensor]], keep: tuple[Tensor, Tensor], some: _Some
+    made: Iterator[tuple[Tensor, Tensor]], keep: tuple[Tensor, Tensor], some: Some
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What an estimator makes for some heads, copied into ``keep`` as it passes by.
 
@@ -269,159 +172,29 @@ def _kept(
 Bases = tuple[Tensor, Tensor] | tuple[None, None]
 """A and B of a grouping block; none where all of its scores are exact."""
 
-_Some = tuple[slice, slice]
-"""Batch entries and key heads that are computed together."""
 
-
-def _some_heads(entries: slice, key_heads: int, at_once: int) -> Iterator[_Some]:
-    """Batch entries and all key heads, at most ``at_once`` of them, but at least one, at a time."""
-    per_batch, batches = min(key_heads, at_once), max(1, at_once // key_heads)
-    for b in range(entries.start, entries.stop, batches):
-        for h in range(0, key_heads, per_batch):
-            yield slice(b, min(b + batches, entries.stop)), slice(h, h + per_batch)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of ``attention`` that no estimator looks at."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-    out: Tensor
-    scale: float
-    is_causal: bool
-    causal_offset: int
-    softcap: float
-    strict: bool
-    lse: Tensor | None = None
-    dropout: Dropout | None = None
-
-    def part(self, some: _Some) -> _Heads:
-        """Views for some heads."""
-        key_heads = self.k.shape[1]
-        # Query heads are split into (key head, query head of it): a view for any strides.
-        Q, out = (t.unflatten(1, (key_heads, -1))[some] for t in (self.q, self.out))
-        K, V = (t[some if t.shape[0] > 1 else (slice(None), some[1])] for t in (self.k, self.v))
-        mask, sinks = self.mask, self.sinks
-        if mask is not None:
-            mask = sliced(_split_mask_heads(mask, key_heads, Q.shape[2]), *some)
-        if sinks is not None:
-            sinks = _split_sinks(sinks, self.q.dtype, key_heads)[some[1]]
-        lse = None if self.lse is None else self.lse.unflatten(1, (key_heads, -1))[some]
-        dropout = _of_heads(self.dropout, some, Q.shape[2])
-        return _Heads(Q, K, V, mask, sinks, self.softcap, out, lse, dropout)
-
-
-def _attend_fused(
-    call: _Call, some: _Some, part: _Heads, groups: Iterator[Group], asked: Asked
-) -> None:
-    """Fill the output of some heads by the fused kernel."""
-    rep = part.Q.shape[2]
-    wide = (some[0], slice(some[1].start * rep, some[1].stop * rep))
-    cpu_fused.attend(
-        call.q[wide],
-        part.K,
-        part.V,
-        None if call.mask is None else sliced(four_dimensions(call.mask), *wide),
-        None if call.sinks is None else call.sinks[wide[1]],
-        groups,
-        asked=asked,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        causal_offset=call.causal_offset,
-        softcap=call.softcap,
-        out=call.out[wide],
-        lse=None if call.lse is None else call.lse[wide],
-        dropout=part.dropout,
-    )
-
-
-def _attend_blocks(
-    call: _Call, part: _Heads, bases: Iterator[Bases], asked: Asked, pieces: _Pieces
-) -> None:
+def _attend_blocks(call: Call, bases: Iterator[Bases], asked: Asked, pieces: Pieces) -> None:
     """Fill the output of some heads by PyTorch's products, block by block."""
-    num_queries, num_keys = call.q.shape[2], call.k.shape[2]
-    limit = call.causal_offset if call.is_causal else None
+    heads, num_queries, num_keys = Heads.of(call), call.q.shape[2], call.k.shape[2]
     for (_, rows), (A, B) in zip(asked.blocks(num_queries), bases, strict=False):
-        edge = prefix_edge(rows.start, num_keys, call.causal_offset) if call.strict else num_keys
+        edge = num_keys
+        if A is None:
+            edge = 0
+        elif asked.strict:
+            edge = prefix_edge(rows.start, num_keys, call.scores.offset or 0)
         for first in range(rows.start, rows.stop, pieces.panel):
             last = min(first + pieces.panel, rows.stop)
-            _attend_panel(part, first, last, A, B, call.scale, edge, limit, pieces)
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Views of the inputs and the output for the heads that are computed together.
-
-    Q ``(b, h, rep, N, d)``, K ``(b or 1, h, M, d)``, V alike, out ``(b, h, rep, N, d_v)``, the
-    mask ``(b, h, N, rep, M)`` with size 1 where it is broadcast, the sinks ``(h, rep)``, the
-    logarithms of the sums of exponentials ``(b, h, rep, N)``, if they are asked for, and which
-    weights are dropped.
-    """
-
-    Q: Tensor
-    K: Tensor
-    V: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-    softcap: float
-    out: Tensor
-    lse: Tensor | None = None
-    dropout: Dropout | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether PyTorch's softmax of the scores is all there is to a row that sees a key."""
-        return self.sinks is None and self.lse is None and self.dropout is None
-
-
-def _of_heads(dropout: Dropout | None, some: _Some, rep: int) -> Dropout | None:
-    """That of some heads."""
-    if dropout is None:
-        return None
-    return dropout.part(batch=some[0].start, head=some[1].start * rep)
-
-
-def _drop(dropout: Dropout | None, weights: Tensor, row: int, key: int) -> None:
-    """Make dropped weights of ``(b, h, tokens, rep, keys)`` 0, in place, and scale the others.
-
-    ``row`` and ``key`` are the first of them, in the part that the dropout is of.
-    """
-    if dropout is None:
-        return
-    b, h, tokens, rep, keys = weights.shape
-    part = dropout.part(row=row, key=key)
-    stays = part.kept(part.numbers(b, h, rep), tokens, keys).transpose(2, 3)
-    weights.mul_(stays).mul_(dropout.scale)
-
-
-def _split_mask_heads(mask: Tensor, key_heads: int, rep: int) -> Tensor:
-    """The mask as ``(B, H_k, N, rep, M)``, size 1 kept where it is broadcast."""
-    mask = four_dimensions(mask)
-    split = (key_heads, rep) if mask.shape[1] > 1 else (1, 1)
-    split_mask: Tensor = mask.unflatten(1, split)
-    return split_mask.transpose(2, 3)
-
-
-def _split_sinks(sinks: Tensor, dtype: torch.dtype, key_heads: int) -> Tensor:
-    """The sinks as ``(H_k, rep)`` in the working dtype of Q's ``dtype``."""
-    split: Tensor = sinks.unflatten(0, (key_heads, -1))
-    return split.to(torch.promote_types(dtype, torch.float32))
+            _attend_panel(heads, first, last, A, B, edge, pieces)
 
 
 def _attend_panel(
-    part: _Heads,
+    part: Heads,
     first: int,
     last: int,
     A: Tensor | None,
     B: Tensor | None,
-    scale: float,
     edge: int,
-    causal_offset: int | None,
-    pieces: _Pieces,
+    pieces: Pieces,
 ) -> None:
     """Fill ``part.out`` for query rows ``first`` to ``last``, one pass over the keys.
 
@@ -434,12 +207,11 @@ def _attend_panel(
     any test. A sink is a first key whose V is 0: it starts ``top`` and ``total``.
     """
     b, h, rep, _, _ = part.Q.shape
-    num_keys, v_dim = part.V.shape[-2:]
-    end = num_keys if causal_offset is None else max(0, min(num_keys, last + causal_offset))
+    (num_keys, v_dim), limit = part.V.shape[-2:], part.limit
+    end = num_keys if limit is None else max(0, min(num_keys, last + limit))
     Q = stack(part.Q[..., first:last, :])
-    scale = scale / part.softcap if part.softcap else scale  # what tanh takes
-    Qhat = Q if A is None or not edge else torch.bmm(Q, A * scale)
-    Q = Q * scale if edge < end else Qhat
+    Qhat = Q if A is None or not edge else torch.bmm(Q, A * part.factor)
+    Q = Q * part.factor if edge < end else Qhat
     units, rows, _ = Qhat.shape
     top = Qhat.new_full((units, rows, 1), torch.finfo(Qhat.dtype).min)
     total = Qhat.new_zeros(units, rows, 1)
@@ -450,17 +222,17 @@ def _attend_panel(
         total = (sinks - top).exp_()
     O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
 
-    no_empty_row = part.mask is None and (causal_offset is None or causal_offset >= 0)
+    no_empty_row = part.mask is None and (limit is None or limit >= 0)
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
     at_once = len(chunks) == 2 and no_empty_row and part.is_plain
     for key, key_stop in itertools.pairwise(chunks):
-        V = _units(part.V[..., key:key_stop, :], b)
-        left, right = Q, _units(part.K[..., key:key_stop, :], b)
+        V = units_of(part.V[..., key:key_stop, :], b)
+        left, right = Q, units_of(part.K[..., key:key_stop, :], b)
         if key < edge and B is not None:
             left, right = Qhat, torch.bmm(right, B)
         for token in range(first, last, pieces.tile):
             token_stop = min(token + pieces.tile, last)
-            seen = key_stop if causal_offset is None else min(key_stop, token_stop + causal_offset)
+            seen = key_stop if limit is None else min(key_stop, token_stop + limit)
             if seen <= key:
                 continue
             tile = slice((token - first) * rep, (token_stop - first) * rep)
@@ -471,9 +243,9 @@ def _attend_panel(
             if part.mask is not None:
                 whole = slice(None)
                 ranges = (whole, whole, slice(token, token_stop), whole, slice(key, seen))
-                _apply_mask(view, sliced(part.mask, *ranges))
-            if causal_offset is not None:
-                _apply_causal(view, token + causal_offset - key)
+                apply_mask(view, sliced(part.mask, *ranges))
+            if limit is not None:
+                apply_causal(view, token + limit - key)
 
             if at_once:
                 O[:, tile].baddbmm_(S.softmax(-1), V[:, : seen - key])
@@ -483,7 +255,7 @@ def _attend_panel(
             P = S.sub_(new_top).exp_()
             top[:, tile].copy_(new_top)
             total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
-            _drop(part.dropout, P.view(view.shape), token, key)
+            drop(part.dropout, P.view(view.shape), token, key)
             O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
     if part.lse is not None:
         lse = total.log().add_(top)
@@ -493,49 +265,6 @@ def _attend_panel(
     O.div_(total.clamp_(min=1))
     result = O.view(b, h, last - first, rep, v_dim).transpose(2, 3)
     part.out[..., first:last, :].copy_(result)
-
-
-def _units(t: Tensor, batch: int) -> Tensor:
-    """``(b or 1, h, m, c)`` to ``(b h, m, c)`` in the working dtype."""
-    return working(t).expand(batch, -1, -1, -1).flatten(0, 1)
-
-
-def _apply_mask(scores: Tensor, mask: Tensor) -> None:
-    if mask.dtype == torch.bool:
-        scores.masked_fill_(~mask, -torch.inf)
-    else:
-        scores.add_(mask)
-
-
-def _apply_causal(scores: Tensor, diagonal: int) -> None:
-    """Let row i of ``(b, h, tokens, rep, keys)`` see ``j <= i + diagonal`` only.
-
-    Columns up to ``diagonal`` are seen by every row and are not touched.
-    """
-    tokens, keys = scores.shape[2], scores.shape[4]
-    common = min(max(diagonal + 1, 0), keys)
-    row = torch.arange(tokens, device=scores.device)[:, None, None]
-    column = torch.arange(common, keys, device=scores.device)
-    scores[..., common:].masked_fill_(column > row + diagonal, -torch.inf)
-
-
-def run(
-    call: Call,
-    *,
-    fused: bool,
-    lse: Tensor | None = None,
-    keep: tuple[Tensor, Tensor] | None = None,
-    only_bases: bool = False,
-) -> None:
-    """Compute a call of the op, and what its backward needs; see ``attention``."""
-    tensors = call.q, call.k, call.v, call.mask
-    options: dict[str, Any] = {**call.softmax, "out": call.out, "lse": lse}
-    if call.approximation.rank == call.q.shape[3]:
-        compute = cpu_fused.exact_attention if fused else exact_attention
-        compute(*tensors, **options)
-    else:
-        options |= {**call.grouping, "bases": call.bases, "fused": fused, "keep": keep}
-        attention(*tensors, **options, only_bases=only_bases)
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

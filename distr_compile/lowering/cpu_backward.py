@@ -25,13 +25,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.counted import Span
 from distr_compile.kernels.roles import Asked, prefix_edge
 from distr_compile.kernels.rows import sliced, stack
-from distr_compile.lowering import cpu
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.call import Call
+from distr_compile.lowering.pieces import (
+    Heads,
+    Pieces,
+    apply_causal,
+    apply_mask,
+    drop,
+    pieces_of,
+    some_heads,
+    split_mask_heads,
+    units_of,
+)
 from distr_compile.lowering.placing import spans_of
 from distr_compile.lowering.saved import Gradients, Saved
 
@@ -41,48 +49,26 @@ NAME = "torch-products"
 
 @dataclass(frozen=True)
 class _Part:
-    """Views for the heads that are computed together, as ``cpu._Heads`` has them.
+    """What is computed together, and what is filled.
 
     Attributes:
-        Q, dQ, dO, O: ``(b, h, rep, N, d or d_v)``.
-        K, V: ``(b or 1, h, M, d or d_v)``.
-        dK, dV: ``(b h, M, d or d_v)`` in the dtype of the arithmetic, to which is added.
+        heads: views of the inputs, and of the forward's result.
+        dO: ``(b, h, rep, N, d_v)``.
         lse: ``(b, h, rep, N)``, infinite where the row sees nothing, so that its weights are 0.
-        mask, dmask: ``(b, h, N, rep, M)``, size 1 where they are broadcast; to the second is added.
-        sinks: ``(h, rep)``.
-        dsinks: likewise, to which is added.
-        dropout: says which weights are dropped.
+        dQ: ``(b, h, rep, N, d)``.
+        dK, dV: ``(b h, M, d or d_v)`` in the dtype of the arithmetic, to which is added.
+        dmask: like the mask of ``heads``; to it is added.
+        dsinks: likewise.
     """
 
-    Q: Tensor
-    K: Tensor
-    V: Tensor
-    O: Tensor  # noqa: E741
+    heads: Heads
     dO: Tensor
     lse: Tensor
     dQ: Tensor
     dK: Tensor
     dV: Tensor
-    mask: Tensor | None
     dmask: Tensor | None
-    sinks: Tensor | None
     dsinks: Tensor | None
-    dropout: Dropout | None
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What turns products into scores.
-
-    Attributes:
-        scale: multiplies them; divided by the soft cap where there is one.
-        softcap: 0 for none.
-        limit: row i sees keys ``j <= i + limit``; None for all.
-    """
-
-    scale: float
-    softcap: float
-    limit: int | None
 
 
 def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
@@ -96,23 +82,16 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         if like is not None and (name in ("mask", "sinks") or like.shape[0] < q.shape[0])
     }
     lse = saved.lse.masked_fill(saved.lse == -torch.inf, torch.inf)
-    scores = call.scores
-    rule = _Rule(
-        scores.scale / scores.softcap if scores.softcap else scores.scale,
-        scores.softcap,
-        (scores.offset or 0) if scores.is_causal else None,
-    )
-    rep, num_keys = q.shape[1] // key_heads, k.shape[2]
-    width = max(q.shape[3], v.shape[3])
+    matrices = k.shape[2] * max(q.shape[3], v.shape[3])
     for blocks in _Blocks.of(call, saved):
-        pieces = cpu._pieces(blocks.span.block, rep, num_keys, width, num_keys * width)
-        for some in cpu._some_heads(blocks.span.entries, key_heads, pieces.heads):
+        pieces = pieces_of(call, blocks.span.block, matrices)
+        for some in some_heads(blocks.span.entries, key_heads, pieces.heads):
             part = _part(call, grad, lse, wanted, sums, some)
             for start, stop, edge, A, B in blocks.each(some):
                 for first in range(start, stop, pieces.panel):
-                    _panel(part, first, min(first + pieces.panel, stop), A, B, edge, rule, pieces)
+                    _panel(part, first, min(first + pieces.panel, stop), A, B, edge, pieces)
             for name, made in (("k", part.dK), ("v", part.dV)):
-                split = made.unflatten(0, (-1, part.K.shape[1]))
+                split = made.unflatten(0, (-1, part.heads.K.shape[1]))
                 if name in sums:
                     sums[name][:, some[1]] += split.sum(0, keepdim=True)
                 else:
@@ -143,9 +122,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, call: Call, saved: Saved) -> Iterator[_Blocks]:
-        how = call.approximation
-        is_prefix = how.strict and ESTIMATORS[how.estimator].strict == "prefix"
-        offset = (call.scores.offset or 0) if is_prefix else None
+        offset = (call.scores.offset or 0) if call.is_prefix else None
         num_queries, num_keys = call.q.shape[2], call.k.shape[2]
         for span in spans_of(call, saved.bases is not None):
             yield cls(span, num_queries, num_keys, offset, saved.bases)
@@ -175,22 +152,16 @@ def _part(
     sums: dict[str, Tensor],
     some: tuple[slice, slice],
 ) -> _Part:
-    key_heads = call.k.shape[1]
-    rep = call.q.shape[1] // key_heads
-    by_rows = (call.q, wanted.q, call.out, grad, lse)
-    Q, dQ, O, dO, lse = (t.unflatten(1, (key_heads, rep))[some] for t in by_rows)  # noqa: E741
-    K, V = (t[some if t.shape[0] > 1 else (slice(None), some[1])] for t in (call.k, call.v))
-    dK, dV = (lse.new_zeros(Q.shape[0] * K.shape[1], *t.shape[2:]) for t in (K, V))
-    mask, dmask = (
-        None if t is None else sliced(cpu._split_mask_heads(t, key_heads, rep), *some)
-        for t in (call.mask, sums.get("mask"))
-    )
-    sinks, dsinks = (
-        None if t is None else cpu._split_sinks(t, call.q.dtype, key_heads)[some[1]]
-        for t in (call.sinks, sums.get("sinks"))
-    )
-    dropout = cpu._of_heads(call.dropout, some, rep)
-    return _Part(Q, K, V, O, dO, lse, dQ, dK, dV, mask, dmask, sinks, dsinks, dropout)
+    own = call.part(*some)
+    heads, key_heads, rep = Heads.of(own), own.k.shape[1], own.rep
+    dQ, dO, lse = (t.unflatten(1, (-1, rep))[some] for t in (wanted.q, grad, lse))
+    dK, dV = (lse.new_zeros(dO.shape[0] * key_heads, *t.shape[2:]) for t in (own.k, own.v))
+    dmask, dsinks = sums.get("mask"), sums.get("sinks")
+    if dmask is not None:
+        dmask = sliced(split_mask_heads(dmask, call.k.shape[1], rep), *some)
+    if dsinks is not None:
+        dsinks = dsinks.unflatten(0, (-1, rep))[some[1]]
+    return _Part(heads, dO, lse, dQ, dK, dV, dmask, dsinks)
 
 
 def _panel(
@@ -200,44 +171,43 @@ def _panel(
     A: Tensor | None,
     B: Tensor | None,
     edge: int,
-    rule: _Rule,
-    pieces: cpu._Pieces,
+    pieces: Pieces,
 ) -> None:
     """Fill ``part.dQ`` for query rows ``first`` to ``last``, and add to what the keys get.
 
     Keys before ``edge`` were scored by Qhat and Khat, those from it on by Q and K.
     """
-    b, h, rep, _, _ = part.Q.shape
-    num_keys = part.K.shape[2]
-    end = num_keys if rule.limit is None else max(0, min(num_keys, last + rule.limit))
-    rows = slice(first, last)
-    Q, O, dO = (stack(t[..., rows, :]) for t in (part.Q, part.O, part.dO))  # noqa: E741
+    heads, rows = part.heads, slice(first, last)
+    b, h, rep, _, _ = heads.Q.shape
+    num_keys, limit = heads.K.shape[2], heads.limit
+    end = num_keys if limit is None else max(0, min(num_keys, last + limit))
+    Q, O, dO = (stack(t[..., rows, :]) for t in (heads.Q, heads.out, part.dO))  # noqa: E741
     lse = part.lse[..., rows].transpose(2, 3).reshape(len(Q), -1, 1)
     delta = (dO * O).sum(-1, keepdim=True)
-    if part.sinks is not None and part.dsinks is not None:
-        share = torch.exp(part.sinks[None, :, None] - lse.view(b, h, last - first, rep))
+    if heads.sinks is not None and part.dsinks is not None:
+        share = torch.exp(heads.sinks[None, :, None] - lse.view(b, h, last - first, rep))
         part.dsinks.sub_((share * delta.view(b, h, last - first, rep)).sum((0, 2)))
-    Q = Q * rule.scale
+    Q = Q * heads.factor
     dQ = torch.zeros_like(Q)
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
     if A is not None and B is not None and edge:
-        A, B = (cpu._units(basis, b).to(Q.dtype) for basis in (A, B))
+        A, B = (units_of(basis, b).to(Q.dtype) for basis in (A, B))
         hat = torch.bmm(Q, A)
         dhat = torch.zeros_like(hat)
     for key, key_stop in itertools.pairwise(chunks):
         keys = slice(key, key_stop)
-        K, V = (cpu._units(t[..., keys, :], b) for t in (part.K, part.V))
+        K, V = (units_of(t[..., keys, :], b) for t in (heads.K, heads.V))
         rest = (V, part.dV[:, keys], (dO, delta, lse))
         if B is not None and key < edge:
             Khat = torch.bmm(K, B)
             dKhat = torch.zeros_like(Khat)
-            _chunk(part, rows, keys, (hat, dhat), (Khat, dKhat), *rest, rule, pieces.tile)
+            _chunk(part, rows, keys, (hat, dhat), (Khat, dKhat), *rest, pieces.tile)
             part.dK[:, keys].baddbmm_(dKhat, B.mT)
         else:
-            _chunk(part, rows, keys, (Q, dQ), (K, part.dK[:, keys]), *rest, rule, pieces.tile)
+            _chunk(part, rows, keys, (Q, dQ), (K, part.dK[:, keys]), *rest, pieces.tile)
     if A is not None and edge:
         dQ.baddbmm_(dhat, A.mT)
-    dQ.mul_(rule.scale)
+    dQ.mul_(heads.factor)
     part.dQ[..., rows, :].copy_(dQ.view(b, h, last - first, rep, -1).transpose(2, 3))
 
 
@@ -250,7 +220,6 @@ def _chunk(
     V: Tensor,
     dV: Tensor,
     of_rows: tuple[Tensor, Tensor, Tensor],
-    rule: _Rule,
     tile: int,
 ) -> None:
     """Add what some query rows and some keys come to, the scores of a tile of rows at a time.
@@ -258,10 +227,11 @@ def _chunk(
     ``left`` is Q or Qhat, scaled, ``(b h, rows rep, r)``, and where its gradient is summed;
     ``right`` K or Khat ``(b h, m, r)`` likewise; ``of_rows`` dO, delta and lse.
     """
-    b, h, rep, _, _ = part.Q.shape
+    heads, limit = part.heads, part.heads.limit
+    b, h, rep, _, _ = heads.Q.shape
     for token in range(rows.start, rows.stop, tile):
         token_stop = min(token + tile, rows.stop)
-        seen = keys.stop if rule.limit is None else min(keys.stop, token_stop + rule.limit)
+        seen = keys.stop if limit is None else min(keys.stop, token_stop + limit)
         if seen <= keys.start:
             continue
         some = slice((token - rows.start) * rep, (token_stop - rows.start) * rep)
@@ -269,22 +239,22 @@ def _chunk(
         K, dK = (t[:, : seen - keys.start] for t in right)
         dO, delta, lse = (t[:, some] for t in of_rows)
         S, slope = torch.bmm(Q, K.mT), None
-        if rule.softcap:
+        if heads.softcap:
             S.tanh_()
             slope = 1 - S.square()
-            S.mul_(rule.softcap)
+            S.mul_(heads.softcap)
         view = S.view(b, h, token_stop - token, rep, seen - keys.start)
         whole = slice(None)
         ranges = (whole, whole, slice(token, token_stop), whole, slice(keys.start, seen))
-        if part.mask is not None:
-            cpu._apply_mask(view, sliced(part.mask, *ranges))
-        if rule.limit is not None:
-            cpu._apply_causal(view, token + rule.limit - keys.start)
+        if heads.mask is not None:
+            apply_mask(view, sliced(heads.mask, *ranges))
+        if limit is not None:
+            apply_causal(view, token + limit - keys.start)
         P = S.sub_(lse).exp_()
         dP, weights = torch.bmm(dO, V[:, : seen - keys.start].mT), P
-        if part.dropout is not None:
+        if heads.dropout is not None:
             stays = torch.ones_like(P)
-            cpu._drop(part.dropout, stays.view(view.shape), token, keys.start)
+            drop(heads.dropout, stays.view(view.shape), token, keys.start)
             weights = P * stays
             dP.mul_(stays)
         dV[:, : seen - keys.start].baddbmm_(weights.mT, dO)
@@ -293,6 +263,6 @@ def _chunk(
             dmask = sliced(part.dmask, *ranges)
             dmask.add_(dS.view(view.shape).sum_to_size(dmask.shape))
         if slope is not None:
-            dS.mul_(slope).mul_(rule.softcap)
+            dS.mul_(slope).mul_(heads.softcap)
         dQ.baddbmm_(dS, K)
         dK.baddbmm_(dS.mT, Q)

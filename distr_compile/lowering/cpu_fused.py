@@ -4,143 +4,66 @@ gradients."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS
 from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.cpu import Group
-from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.counted import Span
 from distr_compile.kernels.roles import Asked
-from distr_compile.kernels.rows import four_dimensions, sliced
-from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call, Implementation
+from distr_compile.kernels.rows import sliced
+from distr_compile.lowering.call import Approximation, Call, Shape
+from distr_compile.lowering.choose import Implementation
 from distr_compile.lowering.placing import spans_of
 from distr_compile.lowering.saved import Gradients, Saved
 
 
-def takes(q: Tensor) -> bool:
-    """Whether the fused kernel runs on these inputs, here; ``kernel.unavailable_reason`` says why
-    not."""
-    return q.device.type == "cpu" and kernel.available(q.dtype)
-
-
-def exact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout: Dropout | None = None,
-    out: Tensor,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """Exact attention by the fused kernel: rank = d, nothing is approximated.
+def exact_attention(call: Call) -> None:
+    """Fill ``call.out``, and ``call.lse`` if there is one, by exact attention.
 
     Args:
-        q: ``(B, H, N, d)`` fp32, fp16 or bf16 on the CPU, any strides.
-        k: ``(B or 1, H_k, M, d)``; H_k divides H.
-        v: ``(B or 1, H_k, M, d_v)``.
-        mask: bool or floating, broadcastable to ``(B, H, N, M)``.
-        scale: multiplies the scores.
-        is_causal: row i sees keys ``j <= i + causal_offset``.
-        causal_offset: see ``is_causal``.
-        softcap: c > 0 makes the scaled scores s ``c * tanh(s / c)``; 0 does not.
-        sinks: ``(H,)`` floating, in the softmax's denominator only.
-        dropout: says which weights are dropped.
-        out: ``(B, H, N, d_v)``, any strides, is filled and returned; rows that see no key are 0.
-        lse: ``(B, H, N)`` fp32, is filled with the logarithm of each row's sum of exponentials.
+        call: of fp32, fp16 or bf16 tensors on the CPU, any strides; its approximation is not
+            looked at. Rows that see no key are 0.
 
     Raises:
-        RuntimeError: the kernel is not available; ``takes`` tells.
+        RuntimeError: the kernel is not available; ``kernel.available`` tells.
     """
-    return kernel.attention(
-        q,
-        k[:, :, None],
-        v,
-        mask,
-        sinks,
-        scale=scale,
-        is_causal=is_causal,
-        causal_offset=causal_offset,
-        softcap=softcap,
-        dropout=dropout,
-        out=out,
-        lse=lse,
-    )
+    k = call.k[:, :, None]
+    kernel.attention(call.q, k, call.v, call.mask, **call.softmax, out=call.out, lse=call.lse)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    groups: Iterator[Group],
-    *,
-    asked: Asked,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int,
-    softcap: float,
-    out: Tensor,
-    lse: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> None:
-    """Fill ``out`` with the approximation whose A and B come in ``groups``.
+def attend(call: Call, groups: Iterator[Group], asked: Asked) -> None:
+    """Fill ``call.out``, and ``call.lse`` if there is one, by the approximation.
 
     Args:
-        q: ``(b, h rep, N, d)``, the query heads of h key heads.
-        k: ``(b or 1, h, M, d)``; v ``(b or 1, h, M, d_v)``.
-        v: see ``k``.
-        mask: broadcastable to ``(b, h rep, N, M)``.
-        sinks: ``(h rep,)``.
+        call: as of ``exact_attention``.
         groups: A and B of all blocks, in turn.
         asked: where the blocks lie, and whether the form is strict: a block's own keys and later
             ones are scored exactly then.
-        scale: multiplies the scores.
-        is_causal: row i sees keys ``j <= i + causal_offset``.
-        causal_offset: see ``is_causal``.
-        softcap: see ``exact_attention``.
-        out: ``(b, h rep, N, d_v)``.
-        lse: ``(b, h rep, N)`` fp32, see ``exact_attention``.
-        dropout: says which weights are dropped.
     """
-    num_queries, key_heads = q.shape[2], k.shape[1]
+    num_queries, key_heads = call.q.shape[2], call.k.shape[1]
     first, end = asked.first, num_queries if asked.stop is None else asked.stop
 
     def attend_rows(rows: slice, bases: Group, block: int, follows: bool) -> None:
         if rows.start >= rows.stop:
             return
-        Q, cut = q[:, :, rows], mask
-        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
-            cut = mask[..., rows, :]
+        part = call.part(rows=rows)
         kernel.attention(
-            Q,
-            k[:, :, None],
-            v,
-            cut,
-            sinks,
-            scale=scale,
-            is_causal=is_causal,
-            causal_offset=causal_offset + rows.start,
+            part.q,
+            part.k[:, :, None],
+            part.v,
+            part.mask,
+            **part.softmax,
             grouping_block=block,
-            softcap=softcap,
             bases=bases,
-            exact=(Q, k) if asked.strict else None,
+            exact=(part.q, part.k) if asked.strict else None,
             follows=follows,
-            out=out[:, :, rows],
-            lse=None if lse is None else lse[:, :, rows],
-            dropout=None if dropout is None else dropout.part(row=rows.start),
+            out=part.out,
+            lse=part.lse,
         )
 
     start = first
@@ -158,9 +81,10 @@ def attend(
 
 def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     """Fill ``wanted``; see ``training.backward``."""
-    batch, k, v = call.q.shape[0], call.k, call.v
+    k, v = call.k, call.v
     if k.shape[0] != v.shape[0]:  # one of them is broadcast
-        k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
+        k, v = (t.expand(call.q.shape[0], -1, -1, -1) for t in (k, v))
+    call = replace(call, k=k, v=v)
     # What is not fp32, or has a share for each batch entry, is summed elsewhere first.
     dk, dv = (
         to
@@ -180,7 +104,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         for sums in (dk, dv, *([] if dmask is None else [dmask])):
             sums.zero_()
     for part in parts:
-        _backward_of_part(call, saved, grad, found, (k, v), part, len(parts))
+        _backward_of_part(call, saved, grad, found, part, len(parts))
     if wanted.mask is not None and dmask is not None:
         wanted.mask.copy_(dmask.view(wanted.mask.shape))
     for to, made in ((wanted.k, dk), (wanted.v, dv)):
@@ -227,53 +151,47 @@ def _backward_of_part(
     saved: Saved,
     grad: Tensor,
     found: _Found,
-    keys: tuple[Tensor, Tensor],
     part: _Part,
     parts: int,
 ) -> None:
     """Fill what a part gives, or where there are several, add what it gives to all keys."""
-    scores, mask, bases, delta = call.scores, call.mask, saved.bases, found.delta
-    of_rows = (part.entries, slice(None), part.rows)
-    k, v = (t if t.shape[0] == 1 else t[part.entries] for t in keys)
+    bases, delta, of_rows = saved.bases, found.delta, (part.entries, slice(None), part.rows)
     sums = [t if t.shape[0] == 1 else t[part.entries] for t in (found.k, found.v)]
     if found.mask is not None:
         sums.append(sliced(found.mask, *of_rows))
-    own = sums if parts == 1 else [torch.empty(t.shape, dtype=t.dtype) for t in sums]
-    dropout = call.dropout
-    if dropout is not None:
-        dropout = dropout.part(batch=part.entries.start, row=part.rows.start)
-    if mask is not None:
-        mask = sliced(four_dimensions(mask), *of_rows)
+    made = sums if parts == 1 else [torch.empty(t.shape, dtype=t.dtype) for t in sums]
     if bases is not None:
         few = slice(None) if bases[0].shape[0] == 1 else part.entries
         bases = (bases[0][few, :, part.blocks], bases[1][few, :, part.blocks])
-    own_delta = None if delta is None else torch.empty_like(saved.lse[of_rows])
+    own_delta = None if delta is None else torch.empty(delta[of_rows].shape)
+    own = call.part(entries=part.entries, rows=part.rows)
+    scores = own.scores
     backward_kernel.backward(
-        call.q[of_rows],
-        k,
-        v,
-        mask,
-        call.out[of_rows],
+        own.q,
+        own.k,
+        own.v,
+        own.mask,
+        own.out,
         saved.lse[of_rows],
         grad[of_rows],
         scale=scores.scale,
         is_causal=scores.is_causal,
-        causal_offset=(scores.offset or 0) + part.rows.start,
+        causal_offset=scores.offset or 0,
         grouping_block=part.block,
         softcap=scores.softcap,
         bases=bases,
-        strict=_is_prefix(call.approximation) and bases is not None,
-        dropout=dropout,
+        strict=call.is_prefix and bases is not None,
+        dropout=own.dropout,
         dq=found.q[of_rows],
-        dk=own[0],
-        dv=own[1],
+        dk=made[0],
+        dv=made[1],
         delta=own_delta,
-        dmask=own[2] if found.mask is not None else None,
+        dmask=made[2] if found.mask is not None else None,
     )
     if delta is not None and own_delta is not None:
         delta[of_rows].copy_(own_delta)
     if parts > 1:
-        for total, some in zip(sums, own, strict=True):
+        for total, some in zip(sums, made, strict=True):
             total += some
 
 
@@ -283,10 +201,6 @@ def refuses_backward(shape: Shape, approximation: Approximation, mask_grad: bool
     if mask_grad and is_shared and shape.num_key_heads > 1:
         return "the fused C++ backward gives no gradient to a mask that heads share"
     return _refuses(shape, approximation)
-
-
-def _is_prefix(approximation: Approximation) -> bool:
-    return approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix"
 
 
 def _refuses(shape: Shape, approximation: Approximation) -> str | None:

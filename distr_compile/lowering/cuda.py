@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import arithmetic, auto_grouping_block
-from distr_compile.kernels.attention.dropout import Dropout
+from distr_compile.estimators import arithmetic
 from distr_compile.kernels.blocks import Places
 from distr_compile.kernels.counted import strict_spans
 from distr_compile.kernels.plan import Plan, do_not_repeat, recording
@@ -30,8 +29,8 @@ from distr_compile.kernels.roles import Asked, Prologue, prefix_edge
 from distr_compile.kernels.rows import four_dimensions, sliced
 from distr_compile.lowering.architecture import architecture
 from distr_compile.lowering.beside import one_ahead
-from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call, Implementation, plans
+from distr_compile.lowering.call import Approximation, Call, Shape
+from distr_compile.lowering.choose import Implementation, plans
 
 if TYPE_CHECKING:
     from distr_compile.kernels.attention.triton_fwd import Tile
@@ -44,48 +43,14 @@ least possible."""
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    rank: int,
-    estimator: str,
-    grouping_block: int = 0,
-    rounds: int = 1,
-    seed: int = 0,
-    softcap: float = 0.0,
-    strict: bool = False,
-    dropout: Dropout | None = None,
-    out: Tensor,
-    workspace: int = WORKSPACE_MIB << 20,
-    by_pointers: bool = False,
-) -> Tensor:
-    """Arguments and result as in ``kernels.attention.reference.attention``; ``rank == d`` is exact.
+    call: Call, *, workspace: int = WORKSPACE_MIB << 20, by_pointers: bool = False
+) -> None:
+    """Fill ``call.out``; exactly where the rank is d.
 
     Args:
-        q: ``(B, H, N, d)`` fp32, fp16 or bf16, any strides; k, v alike.
-        k: ``(B or 1, H_k, M, d)``.
-        v: ``(B or 1, H_k, M, d_v)``.
-        mask: bool or floating, broadcastable to ``(B, H, N, M)``; read where it is broadcast.
-        sinks: ``(H,)``, one more logit per row, in the denominator only.
-        scale: multiplies the scores.
-        is_causal: row i sees keys ``j <= i + causal_offset``.
-        causal_offset: see ``is_causal``.
-        rank: r, d or a divisor of it; with ``projection`` any up to d.
-        estimator: a name in ``estimators.ESTIMATORS``.
-        grouping_block: query rows per grouping, 0 for ``auto_grouping_block``.
-        rounds: of ``projection``, 1 or 2.
-        seed: names the random numbers of the estimator.
-        softcap: c > 0 turns a score s into ``c * tanh(s / c)``.
-        strict: of ``projection``, the form in which no row depends on later ones.
-        dropout: says which weights are dropped.
-        out: ``(B, H, N, d_v)`` with unit last stride, is filled and returned.
-        workspace: bound on Qhat, Khat and what the estimator needs to make them, with ``strict``
+        call: of fp32, fp16 or bf16 tensors, any strides but those of ``out``; a mask is read where
+            it is broadcast. It has no bases: Qhat and Khat stand for Q and K there.
+        workspace: bound on Qhat, Khat and what the estimator needs to make them, in the strict form
             also on what a block's two parts need to become one, bytes.
         by_pointers: load keys and values by pointers, also where the tile has descriptors.
 
@@ -94,109 +59,57 @@ def attention(
         Exception: whatever Triton raises where a kernel does not compile or start; ``out`` may be
             filled in part then.
     """
-    module = arithmetic(estimator, "gpu", "prologue") if rank < q.shape[3] else None
-    block = grouping_block or auto_grouping_block(q.shape[2], estimator, strict)
-    block = max(1, min(block, q.shape[2]))
-    offset = causal_offset if is_causal or strict else None
-    asked = Asked(
-        estimator, rank, block, rounds, seed, offset, strict, given_block=grouping_block
-    )  # fmt: skip
-    options: dict[str, Any] = {
-        "scale": scale,
-        "rank": rank,
-        "block": block,
-        "softcap": softcap,
-        "dropout": dropout,
-        "out": out,
-        "workspace": workspace,
-        "by_pointers": by_pointers,
-    }
-    if mask is not None:
-        mask = four_dimensions(mask)
+    how, q = call.approximation, call.q
+    is_exact = how.rank == q.shape[3]
+    module = None if is_exact else arithmetic(how.estimator, "gpu", "prologue")
+    if call.mask is not None:
+        call = replace(call, mask=four_dimensions(call.mask))
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        if strict and module:
-            options |= {"is_causal": is_causal, "causal_offset": causal_offset}
-            _attend_spans(q, k, v, mask, sinks, module, asked, **options)
+        if module and call.is_prefix:
+            _attend_spans(call, module, workspace, by_pointers)
         else:
-            prologue = module.prologue(q, k, mask, asked) if module else None
-            options |= {"causal_offset": causal_offset if is_causal else None}
-            _attend(q, k, v, mask, sinks, prologue, **options)
-    return out
+            prologue = module.prologue(q, call.k, call.mask, call.asked) if module else None
+            _attend(call, prologue, workspace, by_pointers)
 
 
-def _attend_spans(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    module: ModuleType,
-    asked: Asked,
-    **options: Any,
-) -> None:
+def _attend_spans(call: Call, module: ModuleType, workspace: int, by_pointers: bool) -> None:
     """The strict form: entries whose blocks begin with the same row together.
 
     The host looks at the mask for that; while a CUDA graph is recorded it cannot, and the blocks
     begin with row 0. The rows before the first block are exact, as that is.
     """
+    q, mask, block = call.q, call.mask, call.asked.block
     is_hidden = mask is None or (q.is_cuda and torch.cuda.is_current_stream_capturing())
-    sizes, block = (q.shape[0], q.shape[2], k.shape[2]), options["block"]
-    offset, out, dropout = options["causal_offset"], options["out"], options["dropout"]
+    sizes, offset = (q.shape[0], q.shape[2], call.k.shape[2]), call.scores.offset or 0
     for span in strict_spans(None if is_hidden else mask, sizes, lambda _: block, offset):
-        Q, K, V, O = (t if t.shape[0] == 1 else t[span.entries] for t in (q, k, v, out))  # noqa: E741
-        some = mask if mask is None or mask.shape[0] == 1 else mask[span.entries]
-        first, part = span.first, dropout and dropout.part(batch=span.entries.start)
-        prologue = module.prologue(Q, K, some, replace(asked, first=first, block=span.block))
+        some, first = call.part(span.entries), span.first
+        asked = replace(some.asked, first=first, block=span.block)
+        prologue = module.prologue(some.q, some.k, some.mask, asked)
         if first:
             queries, keys = prologue.counted
             later = None if queries is None else queries[..., first:]
             prologue = replace(prologue, counted=(later, keys))
-            own = options | {"out": O[:, :, :first], "dropout": part, "block": first}
-            own |= {"causal_offset": offset if own.pop("is_causal") else None, "rank": q.shape[3]}
-            _attend(Q[:, :, :first], K, V, _of_rows(some, slice(0, first)), sinks, None, **own)
-            part = part and part.part(row=first)
-        own = options | {"out": O[:, :, first:], "dropout": part, "block": span.block}
-        own["causal_offset"] = offset + first
-        rest = _of_rows(some, slice(first, None))
-        _attend_strictly(Q[:, :, first:], K, V, rest, sinks, prologue, **own)
+            _attend(some.part(rows=slice(first)).exactly(), None, workspace, by_pointers)
+            some = some.part(rows=slice(first, None))
+        _attend_strictly(some, prologue, span.block, workspace, by_pointers)
 
 
-def _of_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """A mask of four dimensions for some query rows."""
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    prologue: Prologue | None,
-    *,
-    scale: float,
-    causal_offset: int | None,
-    rank: int,
-    block: int,
-    softcap: float,
-    dropout: Dropout | None,
-    out: Tensor,
-    workspace: int,
-    by_pointers: bool,
-) -> None:
+def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: bool) -> None:
+    """Any form but the strict one."""
     # Here, not above: without Triton this fails, and the next implementation runs.
     from distr_compile.kernels.attention.triton_fwd import attention_fwd
 
-    num_queries, num_keys, value_dim = q.shape[2], *v.shape[2:]
-    tile = _tile(
-        q,
+    q, k, limit = call.q, call.k, call.limit
+    block, num_keys = call.asked.block if prologue else max(1, q.shape[2]), k.shape[2]
+    has_mask = call.mask is not None or call.dropout is not None
+    tile = tile_of(
+        call,
         by_pointers,
-        value_dim=value_dim,
-        rank=rank,
-        is_causal=causal_offset is not None,
-        has_mask=mask is not None or dropout is not None,
+        rank=call.approximation.rank,
+        is_causal=limit is not None,
+        has_mask=has_mask,
     )
-    chunks = _cut(q, k, prologue, block, rank, workspace)
+    chunks = _cut(call, prologue, block, workspace)
 
     def places_of(chunk: _Chunk) -> Any:
         return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
@@ -205,47 +118,43 @@ def _attend(
         Q, K = q[chunk.batch, chunk.heads, chunk.rows], _of_key_heads(k, chunk)
         if prologue is None:
             return Q, K[:, :, None]
-        offset, seen = _seen_by(chunk, causal_offset, num_keys)
+        offset, seen = _seen_by(chunk, limit, num_keys)
         places = places_of(chunk)
         return prologue.factors(
             Q,
             K[:, :, :seen],
             *_counted_in(prologue, chunk, seen),
-            is_causal=causal_offset is not None,
+            is_causal=limit is not None,
             causal_offset=offset,
             **({"places": places} if places else {}),
         )
 
     def attend(chunk: _Chunk, made: tuple[Tensor, Tensor]) -> None:
-        rows, (offset, seen) = chunk.rows, _seen_by(chunk, causal_offset, num_keys)
+        part = call.part(chunk.batch, chunk.key_heads, chunk.rows)
+        offset, seen = _seen_by(chunk, limit, num_keys)
+        mask = part.mask
         attention_fwd(
             made[0],
             made[1][:, :, :, :seen],
-            _of_key_heads(v, chunk)[:, :, :seen],
-            None if mask is None else sliced(mask, chunk.batch, chunk.heads, rows, slice(seen)),
-            None if sinks is None else sinks[chunk.heads],
-            scale=scale,
-            is_causal=causal_offset is not None,
-            causal_offset=offset,
-            grouping_block=block if prologue else num_queries,
-            softcap=softcap,
-            dropout=chunk.of(dropout, rows.start),
+            part.v[:, :, :seen],
+            None if mask is None else sliced(mask, *[slice(None)] * 3, slice(seen)),
+            **part.softmax | {"causal_offset": offset},
+            grouping_block=block,
             tile=tile,
-            out=out[chunk.batch, chunk.heads, rows],
+            out=part.out,
             places=places_of(chunk) or None,
         )
 
     one_ahead(chunks, factors, attend, q.device)
 
 
-def _cut(
-    q: Tensor, k: Tensor, prologue: Prologue | None, block: int, rank: int, workspace: int
-) -> list[_Chunk]:
+def _cut(call: Call, prologue: Prologue | None, block: int, workspace: int) -> list[_Chunk]:
     """The chunks of a call; one without a prologue, which needs no workspace."""
+    q, rank = call.q, call.approximation.rank
     cut = partial(
         _chunks,
         q.shape,
-        k.shape,
+        call.k.shape,
         block,
         rank * q.element_size(),
         head_bytes=prologue.own_bytes[0] if prologue else 0,
@@ -269,53 +178,38 @@ def _seen_by(chunk: _Chunk, causal_offset: int | None, num_keys: int) -> tuple[i
 
 
 def _attend_strictly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    prologue: Prologue,
-    *,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int,
-    rank: int,
-    block: int,
-    softcap: float,
-    dropout: Dropout | None,
-    out: Tensor,
-    workspace: int,
-    by_pointers: bool,
+    call: Call, prologue: Prologue, block: int, workspace: int, by_pointers: bool
 ) -> None:
     """Each grouping block in two parts: keys before it with width r, the others exactly.
 
     They share a softmax, whose two halves are put together by their denominators.
     """
-    value_dim = v.shape[3]
-    has_mask = mask is not None or dropout is not None
-    tile_of_width = partial(_tile, q, by_pointers, value_dim=value_dim, has_mask=has_mask)
-    known_tile = tile_of_width(rank=rank, is_causal=False)
-    exact_tile = tile_of_width(rank=q.shape[3], is_causal=is_causal)
-    softmax = {"scale": scale, "softcap": softcap}
-    call = _Strict(
-        q, k, v, mask, sinks, prologue, is_causal, causal_offset, block, dropout, out,
-        known=softmax | {"tile": known_tile},
-        others=softmax | {"tile": exact_tile, "is_causal": is_causal},
-    )  # fmt: skip
+    q, value_dim, rank = call.q, call.v.shape[3], call.approximation.rank
+    has_mask = call.mask is not None or call.dropout is not None
+    tile_of_width = partial(tile_of, call, by_pointers, has_mask=has_mask)
+    whole = _Strict(
+        call,
+        prologue,
+        block,
+        known_tile=tile_of_width(rank=rank, is_causal=False),
+        exact_tile=tile_of_width(rank=q.shape[3], is_causal=call.scores.is_causal),
+    )
     head_bytes, block_bytes = prologue.own_bytes
     # The second part and its sum with the first, in fp32, and the denominators.
-    head_bytes += q.shape[1] // k.shape[1] * block * (value_dim * (q.element_size() + 8) + 20)
+    head_bytes += call.rep * block * (value_dim * (q.element_size() + 8) + 20)
+    row_bytes = rank * q.element_size()
     for chunk in _chunks(
-        q.shape, k.shape, block, rank * q.element_size(), workspace, head_bytes, block_bytes
+        q.shape, call.k.shape, block, row_bytes, workspace, head_bytes, block_bytes
     ):
-        _attend_chunk(call, chunk)
+        _attend_chunk(whole, chunk)
 
 
-def _tile(q: Tensor, by_pointers: bool, **options: Any) -> Tile:
+def tile_of(call: Call, by_pointers: bool, **options: Any) -> Tile:
     """That of the table, or the same without descriptors."""
     from distr_compile.lowering.tiles import tile_for
 
-    tile = tile_for(architecture(q.device), dtype=q.dtype, **options)
+    q, value_dim = call.q, call.v.shape[3]
+    tile = tile_for(architecture(q.device), dtype=q.dtype, value_dim=value_dim, **options)
     return tile.by_pointers() if by_pointers else tile
 
 
@@ -323,102 +217,99 @@ def _tile(q: Tensor, by_pointers: bool, **options: Any) -> Tile:
 class _Strict:
     """A call in the strict form.
 
-    ``known`` has the options of the attention kernel for keys before a block, ``others`` those for
-    the block's own keys and later ones.
+    Attributes:
+        call: all of it.
+        prologue: makes its Qhat and Khat.
+        block: query rows per grouping block.
+        known_tile: for keys before a block, of width r.
+        exact_tile: for the block's own keys and later ones, of width d.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
+    call: Call
     prologue: Prologue
-    is_causal: bool
-    causal_offset: int
     block: int
-    dropout: Dropout | None
-    out: Tensor
-    known: dict[str, Any]
-    others: dict[str, Any]
+    known_tile: Tile
+    exact_tile: Tile
+
+    @property
+    def offset(self) -> int:
+        """Keys ``j <= i + offset`` are not later than row i."""
+        return self.call.scores.offset or 0
 
     def keys_of(self, rows: slice) -> tuple[int, int]:
         """Keys of a block that are approximated, and those that it sees at all."""
-        num_keys = self.k.shape[2]
-        end = max(0, min(num_keys, rows.stop + self.causal_offset)) if self.is_causal else num_keys
-        return prefix_edge(rows.start, num_keys, self.causal_offset), end
+        num_keys, limit = self.call.k.shape[2], self.call.limit
+        end = num_keys if limit is None else max(0, min(num_keys, rows.stop + limit))
+        return prefix_edge(rows.start, num_keys, self.offset), end
 
-    def attend(
-        self, chunk: _Chunk, Q: Tensor, K: Tensor, rows: slice, keys: slice, **options: Any
-    ) -> None:
-        """Attention of some rows of a chunk to some keys."""
+    def attend(self, part: Call, Qhat: Tensor, Khat: Tensor, keys: slice, **options: Any) -> None:
+        """Attention of the rows of a part to some keys; its sinks are for one of the halves."""
         from distr_compile.kernels.attention.triton_fwd import attention_fwd
 
-        V, mask = _of_key_heads(self.v, chunk)[:, :, keys], self.mask
+        mask, dropout = part.mask, part.dropout
         if mask is not None:
-            mask = sliced(mask, chunk.batch, chunk.heads, rows, keys)
-        dropout = chunk.of(self.dropout, rows.start, keys.start or 0)
-        options |= {"grouping_block": self.block, "dropout": dropout}
-        attention_fwd(Q, K, V, mask, **options)
+            mask = sliced(mask, *[slice(None)] * 3, keys)
+        if dropout is not None:
+            dropout = dropout.part(key=keys.start or 0)
+        own = {"dropout": dropout, "sinks": None, "is_causal": False, "causal_offset": 0}
+        options = {**part.softmax, **own, "grouping_block": self.block, **options}
+        attention_fwd(Qhat, Khat, part.v[:, :, keys], mask, **options)
 
 
-def _attend_chunk(call: _Strict, chunk: _Chunk) -> None:
-    block = call.block
-    Q, O = (t[chunk.batch, chunk.heads] for t in (call.q, call.out))  # noqa: E741
-    K = _of_key_heads(call.k, chunk)
-    sinks = None if call.sinks is None else call.sinks[chunk.heads]
+def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
+    block, limit = whole.block, whole.call.limit
     earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
     if chunk.rows.stop > earlier * block:
-        Qhat, Khat = _factors_of_chunk(call, chunk, Q, K, earlier)
-    O_others = torch.empty_like(O[:, :, :block])
-    lse, lse_others = call.q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
+        Qhat, Khat = _factors_of_chunk(whole, chunk, earlier)
+    heads = whole.call.part(chunk.batch, chunk.key_heads)
+    O_others = torch.empty_like(heads.out[:, :, :block])
+    lse, lse_others = heads.q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
     for start in range(chunk.rows.start, chunk.rows.stop, block):
         rows = slice(start, min(start + block, chunk.rows.stop))
-        edge, end = call.keys_of(rows)
-        out_rows, here = O[:, :, rows], slice(0, rows.stop - start)
+        edge, end = whole.keys_of(rows)
+        part, here = heads.part(rows=rows), slice(0, rows.stop - start)
         others = partial(
-            call.attend,
-            chunk,
-            Q[:, :, rows],
-            K[:, :, None, edge:end],
-            rows,
+            whole.attend,
+            part,
+            part.q,
+            part.k[:, :, None, edge:end],
             slice(edge, end),
-            causal_offset=start + call.causal_offset - edge,
-            sinks=sinks,
-            **call.others,
+            is_causal=limit is not None,
+            causal_offset=start + whole.offset - edge,
+            sinks=part.sinks,
+            tile=whole.exact_tile,
         )
         if not edge:
-            others(out=out_rows)
+            others(out=part.out)
             continue
         place = start // block - earlier
         known = partial(
-            call.attend,
-            chunk,
+            whole.attend,
+            part,
             Qhat[:, :, place * block :][:, :, here],
             Khat[:, :, place : place + 1, :edge],
-            rows,
             slice(edge),
-            **call.known,
+            tile=whole.known_tile,
         )
         if edge >= end:
-            known(sinks=sinks, out=out_rows)
+            known(sinks=part.sinks, out=part.out)
             continue
-        known(out=out_rows, lse=lse[:, :, here])
+        known(out=part.out, lse=lse[:, :, here])
         others(out=O_others[:, :, here], lse=lse_others[:, :, here])
-        _add_part(out_rows, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
+        _add_part(part.out, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
 
 
-def _factors_of_chunk(
-    call: _Strict, chunk: _Chunk, Q: Tensor, K: Tensor, earlier: int
-) -> tuple[Tensor, Tensor]:
+def _factors_of_chunk(whole: _Strict, chunk: _Chunk, earlier: int) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of the chunk's blocks, from all rows up to its last block."""
-    last = (chunk.rows.stop - 1) // call.block * call.block
-    num_known = prefix_edge(last, K.shape[2], call.causal_offset)
     so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
-    return call.prologue.factors(
-        Q[:, :, so_far.rows],
-        K[:, :, :num_known],
-        *_counted_in(call.prologue, so_far, num_known),
-        causal_offset=call.causal_offset,
+    part = whole.call.part(chunk.batch, chunk.key_heads, so_far.rows)
+    last = (chunk.rows.stop - 1) // whole.block * whole.block
+    num_known = prefix_edge(last, part.k.shape[2], whole.offset)
+    return whole.prologue.factors(
+        part.q,
+        part.k[:, :, :num_known],
+        *_counted_in(whole.prologue, so_far, num_known),
+        causal_offset=whole.offset,
         earlier=earlier,
     )
 
@@ -450,12 +341,6 @@ class _Chunk:
     key_heads: slice
     rows: slice
     blocks: slice = field(default_factory=lambda: slice(0, 1))
-
-    def of(self, dropout: Dropout | None, row: int, key: int = 0) -> Dropout | None:
-        """What of the chunk's heads is dropped, from a row and a key of the call on."""
-        if dropout is None:
-            return None
-        return dropout.part(batch=self.batch.start, head=self.heads.start, row=row, key=key)
 
 
 def _of_key_heads(t: Tensor, chunk: _Chunk) -> Tensor:
@@ -521,7 +406,8 @@ def _chunks(
                     )
 
 
-def _refuses(shape: Shape, approximation: Approximation) -> str | None:
+def refuses(shape: Shape, approximation: Approximation) -> str | None:
+    """Why the kernels do not compute a call, or None."""
     if shape.device.type != "cuda":
         return "Triton's kernels need a GPU"
     if shape.dtype == torch.float64:
@@ -530,7 +416,7 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
 
 
 def _refuses_pointers(shape: Shape, approximation: Approximation) -> str | None:
-    why = _refuses(shape, approximation)
+    why = refuses(shape, approximation)
     if why is None:
         try:
             from distr_compile.lowering.tiles import has_descriptors
@@ -542,19 +428,19 @@ def _refuses_pointers(shape: Shape, approximation: Approximation) -> str | None:
 
 
 def _run(call: Call, by_pointers: bool = False) -> None:
-    how, (Q, K) = call.approximation, (call.q, call.k)
-    factors = None
+    how, factors = call.approximation, None
     if call.bases is not None:
         module = arithmetic(how.estimator, "gpu", "prologue")
         factors = partial(_factors_of_bases, module, how.estimator, how.rank)
-        Q, K = factors(Q, K, call.mask, call.bases)
-    options = {**call.softmax, **call.grouping, "out": call.out, "by_pointers": by_pointers}
+        Q, K = factors(call.q, call.k, call.mask, call.bases)
+        call = replace(call, q=Q, k=K).exactly()
     if call.key is None or how.strict:
-        attention(Q, K, call.v, call.mask, **options)
+        attention(call, by_pointers=by_pointers)
         return
     seed = None if call.dropout is None else call.dropout.seed
-    with recording((Q, K, call.v, call.mask, call.sinks, seed, call.out)) as recorder:
-        attention(Q, K, call.v, call.mask, **options)
+    given = (call.q, call.k, call.v, call.mask, call.sinks, seed, call.out)
+    with recording(given) as recorder:
+        attention(call, by_pointers=by_pointers)
     plan = recorder.plan()
     if plan is not None:
         plans.put(call.key, partial(_repeat, plan, factors))
@@ -596,4 +482,4 @@ def _repeat(
 _BY_POINTERS = Implementation(
     "distr-triton by pointers", _refuses_pointers, partial(_run, by_pointers=True)
 )
-IMPLEMENTATION = Implementation("distr-triton", _refuses, _run, fallback=_BY_POINTERS)
+IMPLEMENTATION = Implementation("distr-triton", refuses, _run, fallback=_BY_POINTERS)

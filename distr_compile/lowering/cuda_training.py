@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distr_compile.estimators import ESTIMATORS
-from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.kernels.rows import four_dimensions, sliced
 from distr_compile.lowering import cpu, cuda
 from distr_compile.lowering.architecture import architecture
-from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.call import ALL, Approximation, Call, Shape
+from distr_compile.lowering.pieces import some_heads
 from distr_compile.lowering.saved import Gradients, Saved, number_of_blocks, rows_of_a_block
 
 NAME = "distr-triton"
@@ -44,7 +41,7 @@ def is_for(shape: Shape) -> bool:
 
 def refuses(shape: Shape, approximation: Approximation) -> str | None:
     """Why the kernels do not compute a call whose gradients are recorded, or None."""
-    if why := cuda._refuses(shape, approximation):
+    if why := cuda.refuses(shape, approximation):
         return why
     if approximation.strict and ESTIMATORS[approximation.estimator].strict == "prefix":
         return "the Triton backward does not compute the strict form"
@@ -87,28 +84,26 @@ def forward(call: Call, saved: Saved, *, by_pointers: bool = False) -> None:
         A, B = call.bases
         bases = A[None, :, None], B[None, :, None]
     block = rows_of_a_block(call, Saved(saved.lse, bases))
-    tile = cuda._tile(
-        call.q,
+    tile = cuda.tile_of(
+        call,
         by_pointers,
-        value_dim=call.v.shape[3],
         rank=call.approximation.rank,
         is_causal=call.scores.is_causal,
         has_mask=call.mask is not None or call.dropout is not None,
     )
     with _device(call.q):
         for part in _parts(call, bases, block):
+            own = part.call
             attention_fwd(
                 part.Qhat,
                 part.Khat,
-                part.V,
-                part.mask,
-                part.sinks,
-                **_options(call),
+                own.v,
+                own.mask,
+                **own.softmax,
                 grouping_block=block,
-                dropout=part.dropout,
                 tile=tile,
-                out=part.of_rows(call.out),
-                lse=part.of_rows(saved.lse),
+                out=own.out,
+                lse=own.lse,
             )
 
 
@@ -134,30 +129,30 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     ]
     with _device(call.q):
         for part in _parts(call, saved.bases, block):
-            lse, delta = part.of_rows(saved.lse).contiguous(), None
-            if wanted.sinks is not None:
-                delta = torch.empty_like(lse)
+            own = part.call
+            softmax = own.softmax
+            sinks, lse = softmax.pop("sinks"), part.of_rows(saved.lse).contiguous()
+            delta = None if wanted.sinks is None else torch.empty_like(lse)
             attention_bwd(
                 part.Qhat,
                 part.Khat,
-                part.V,
-                part.mask,
-                part.of_rows(call.out),
+                own.v,
+                own.mask,
+                own.out,
                 lse,
                 part.of_rows(grad),
-                **_options(call),
+                **softmax,
                 grouping_block=block,
                 bases=part.bases,
-                dropout=part.dropout,
                 tile=tile,
                 dq=part.of_rows(wanted.q),
                 dk=part.of_keys(sums[0]),
                 dv=part.of_keys(sums[1]),
                 delta=delta,
             )
-            if wanted.sinks is not None and part.sinks is not None and delta is not None:
+            if wanted.sinks is not None and sinks is not None and delta is not None:
                 seen = lse.masked_fill(lse == -torch.inf, torch.inf)
-                share = torch.exp(part.sinks.float()[None, :, None] - seen)
+                share = torch.exp(sinks.float()[None, :, None] - seen)
                 wanted.sinks[part.heads] -= (share * delta).sum((0, 2)).to(wanted.sinks.dtype)
     for to, made in zip((wanted.k, wanted.v), sums, strict=True):
         if to is not made:
@@ -166,26 +161,36 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is computed together: some batch entries, and some key heads with their query heads."""
+    """What is computed together: some batch entries, and some key heads with their query heads.
 
-    batch: slice
+    Attributes:
+        call: the call of these.
+        entries, key_heads: which they are.
+        Qhat: ``(b, H, N, r)``.
+        Khat: ``(b or 1, H_k, L, M, r)``.
+        bases: A and B ``(b or 1, H_k, L, d, r)`` that made them, or None.
+    """
+
+    call: Call
+    entries: slice
     key_heads: slice
-    heads: slice
     Qhat: Tensor
     Khat: Tensor
-    V: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-    dropout: Dropout | None
     bases: Bases | None
+
+    @property
+    def heads(self) -> slice:
+        """Its query heads."""
+        start = self.key_heads.start * self.call.rep
+        return slice(start, start + self.Qhat.shape[1])
 
     def of_rows(self, t: Tensor) -> Tensor:
         """The part of ``(B, H, ...)``."""
-        return t[self.batch, self.heads]
+        return t[self.entries, self.heads]
 
     def of_keys(self, t: Tensor) -> Tensor:
         """The part of ``(B or 1, H_k, ...)``."""
-        return t[self.batch if t.shape[0] > 1 else slice(None), self.key_heads]
+        return t[self.entries if t.shape[0] > 1 else ALL, self.key_heads]
 
 
 def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
@@ -193,42 +198,24 @@ def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
 
     Where K and V are broadcast over the batch, a part has all entries, as their gradients are sums.
     """
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    batch, key_heads, rep = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    q, k, v = call.q, call.k, call.v
+    batch, key_heads = q.shape[0], k.shape[1]
     at_once, is_shared = batch * key_heads, k.shape[0] < batch and v.shape[0] < batch
     if bases is not None:
         blocks, rank = bases[0].shape[2], bases[0].shape[4]
-        size = _bytes(q.shape[2] * rep, k.shape[2], blocks, rank, q.dtype)
+        size = _bytes(q.shape[2] * call.rep, k.shape[2], blocks, rank, q.dtype)
         at_once = max(1, WORKSPACE_BYTES // size)
-    if mask is not None:
-        mask = four_dimensions(mask)
     if not is_shared and k.shape[0] != v.shape[0]:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
+        call = replace(call, k=k, v=v)
     counted = max(1, at_once // batch) if is_shared else at_once
-    for entries, some in cpu._some_heads(slice(0, 1 if is_shared else batch), key_heads, counted):
-        entries = slice(None) if is_shared else entries
-        heads = slice(some.start * rep, min(some.stop, key_heads) * rep)
-        K, V = (t[entries if t.shape[0] > 1 else slice(None), some] for t in (k, v))
-        own = None
+    for entries, some in some_heads(slice(0, 1 if is_shared else batch), key_heads, counted):
+        entries = ALL if is_shared else entries
+        own, part = None, call.part(entries, some)
         if bases is not None:
-            A, B = (t[entries if t.shape[0] > 1 else slice(None), some] for t in bases)
+            A, B = (t[entries if t.shape[0] > 1 else ALL, some] for t in bases)
             own = A, B
-        Qhat, Khat = _factors(q[entries, heads], K, own, block)
-        dropout = call.dropout
-        if dropout is not None:
-            dropout = dropout.part(batch=entries.start or 0, head=heads.start)
-        yield _Part(
-            batch=entries,
-            key_heads=some,
-            heads=heads,
-            Qhat=Qhat,
-            Khat=Khat,
-            V=V,
-            mask=None if mask is None else sliced(mask, entries, heads),
-            sinks=None if call.sinks is None else call.sinks[heads],
-            dropout=dropout,
-            bases=own,
-        )
+        yield _Part(part, entries, some, *_factors(part.q, part.k, own, block), own)
 
 
 def _factors(Q: Tensor, K: Tensor, bases: Bases | None, block: int) -> tuple[Tensor, Tensor]:
@@ -242,16 +229,6 @@ def _factors(Q: Tensor, K: Tensor, bases: Bases | None, block: int) -> tuple[Ten
     rows = rows.unflatten(2, (blocks, -1)).unflatten(1, (K.shape[1], -1))
     Qhat = (rows @ A[:, :, None]).flatten(1, 2).flatten(2, 3)
     return Qhat[:, :, :num_queries], Khat
-
-
-def _options(call: Call) -> dict[str, Any]:
-    scores = call.scores
-    return {
-        "scale": scores.scale,
-        "is_causal": scores.is_causal,
-        "causal_offset": scores.offset or 0,
-        "softcap": scores.softcap,
-    }
 
 
 def _device(q: Tensor) -> contextlib.AbstractContextManager[object]:

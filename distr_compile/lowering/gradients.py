@@ -25,9 +25,8 @@ from torch.autograd import forward_ad
 
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.lowering import exactly, notes, tangents, training
-from distr_compile.lowering.call import KEYWORDS, Approximation, Arguments, read_arguments
+from distr_compile.lowering.call import KEYWORDS, Approximation, Arguments, Call, read_arguments
 from distr_compile.lowering.checks import is_short, validate
-from distr_compile.lowering.choose import Call
 from distr_compile.lowering.flops import attention_flops, backward_flops
 from distr_compile.lowering.registering import (
     empty_heads,
@@ -133,7 +132,7 @@ def _attention_recorded(
     out = empty_output(q, v)
     scores = arguments.scores
     dropout = dropout_of(q, scores.dropout_p, dropout_seed)
-    call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout)
+    call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout, lse=lse)
     saved = Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B))
     if handover := training.forward(call, saved).handover():
         tell(arguments.site, handover)

@@ -25,11 +25,11 @@ from distr_compile.lowering.call import (
     KEYWORDS,
     Approximation,
     Arguments,
+    Call,
     Scores,
     read_arguments,
 )
 from distr_compile.lowering.checks import is_short, validate
-from distr_compile.lowering.choose import Call
 from distr_compile.lowering.flops import attention_flops
 from distr_compile.lowering.registering import (
     LIBRARY,

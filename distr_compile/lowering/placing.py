@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distr_compile.estimators import ESTIMATORS, arithmetic
+from distr_compile.estimators import arithmetic
 from distr_compile.kernels.counted import Span, counted_rows, spans, strict_spans
 from distr_compile.kernels.roles import Asked
 from distr_compile.kernels.rows import four_dimensions
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.call import Call
 
 FUNCTIONS = ("ONE_BLOCK", "BY_PLACE", "READS_PANELS", "elements", "counted", "bases", "groups")
 """What is asked of the module of an estimator; ``kernels/roles.py`` says what each is."""
@@ -112,10 +112,9 @@ def spans_of(call: Call, is_approximated: bool) -> list[Span]:
         return [Span(slice(0, batch), 0, num_queries, max(1, num_queries))]
     module = arithmetic(how.estimator, "cpu", *FUNCTIONS)
     places = Placing(q, k, mask, module, how.block_of)
-    if how.strict and ESTIMATORS[how.estimator].strict == "prefix":
+    if call.is_prefix:
         return places.strictly(call.scores.offset or 0)
     queries = None
     if not module.ONE_BLOCK:
-        rep = q.shape[1] // k.shape[1]
-        queries, _ = counted_rows(mask, num_queries, k.shape[2], k.shape[1], rep)
+        queries, _ = counted_rows(mask, num_queries, k.shape[2], k.shape[1], call.rep)
     return places.by_counts((queries, None), None)

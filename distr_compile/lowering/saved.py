@@ -9,8 +9,7 @@ from torch import Tensor
 
 from distr_compile.estimators import MOST_AUTO_BLOCKS, arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.lowering.call import Approximation
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering.call import Approximation, Call
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from distr_compile.lowering import choose, cpu, cpu_backward, cpu_fused, cuda_training
-from distr_compile.lowering.call import Approximation, Shape
-from distr_compile.lowering.choose import Call, Done
+from distr_compile.lowering.call import Approximation, Call, Shape
+from distr_compile.lowering.choose import Done
 from distr_compile.lowering.saved import Gradients, Saved
 
 
@@ -85,7 +85,7 @@ def _kernels(shape: Shape) -> _Kernels:
         )
 
     def run_fused(call: Call, saved: Saved) -> None:
-        cpu.run(call, fused=True, lse=saved.lse, keep=saved.bases)
+        cpu.run(call, fused=True, keep=saved.bases)
 
     fused = cpu_fused.IMPLEMENTATION
     return _Kernels(
@@ -109,7 +109,7 @@ def forward(call: Call, saved: Saved) -> Done:
         runs = [(name, _given(run, saved)) for name, run in kernels.forward.items()]
 
     def by_products(call: Call) -> None:
-        cpu.run(call, fused=False, lse=saved.lse, keep=saved.bases)
+        cpu.run(call, fused=False, keep=saved.bases)
 
     return choose.attempt(call, runs, (cpu_backward.NAME, by_products))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import build, cpu, reference
 from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu_fused
+from tests.calls import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 FACTOR = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0}
@@ -339,8 +340,8 @@ def test_fp32_is_about_as_exact_as_sdpa(width: int, tokens: int, spread: float) 
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     sdpa = F.scaled_dot_product_attention(q, k, v)
     out = torch.empty_like(sdpa)
-    got = cpu_fused.exact_attention(q, k, v, scale=width**-0.5, out=out)
-    error, limit = ((t.double() - exact).square().mean().sqrt().item() for t in (got, sdpa))
+    cpu_fused.exact_attention(call_of(q, k, v, scale=width**-0.5, out=out))
+    error, limit = ((t.double() - exact).square().mean().sqrt().item() for t in (out, sdpa))
     assert error <= 1.5 * limit
 
 
@@ -367,9 +368,8 @@ def test_any_call_is_that_of_the_definition(data: st.DataObject) -> None:
         "sinks": data.draw(st.sampled_from([None, random(Hk * rep, seed=4)])),
     }
     options["causal_offset"] *= options["is_causal"]
-    got = cpu_fused.exact_attention(
-        q, k, v, mask, out=torch.full((B, Hk * rep, N, dv), math.nan, dtype=dtype), **options
-    )
+    got = torch.full((B, Hk * rep, N, dv), math.nan, dtype=dtype)
+    cpu_fused.exact_attention(call_of(q, k, v, mask, out=got, **options))
 
     def defined(working: torch.dtype, v: Tensor = v) -> Tensor:
         cast = [t.to(working) for t in (q, k, v)]
@@ -412,6 +412,6 @@ def test_it_tells_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.SWITCH, "0")
     q, k, v = inputs()
     assert cpu.unavailable_reason() == "DISTR_CPU_KERNEL=0 forbids it"
-    assert not cpu_fused.takes(q)
+    assert not cpu.available(q.dtype)
     with pytest.raises(RuntimeError, match="not available: DISTR_CPU_KERNEL=0"):
         cpu.attention(q, k, v, scale=1.0, out=torch.empty(1, 2, 70, 40))

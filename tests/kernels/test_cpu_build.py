@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from distr_compile.kernels.attention import build, cpu
-from distr_compile.lowering import cpu_fused
 from distr_compile.lowering.cpu import attention
 from tests.kernels.cpu_kernel import require_kernel
 
@@ -66,7 +65,7 @@ def works_without(reason: str) -> None:
     assert got is not None
     assert reason in got
     q = torch.randn(1, 2, 40, 32)
-    assert not cpu_fused.takes(q)
+    assert not cpu.available(q.dtype)
     out = attention(
         q, q, q, scale=0.2, rank=16, estimator="projection", out=torch.full_like(q, torch.nan)
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.dropout import LOW, MOST_SEEDS, Dropout, philox
 from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
-from distr_compile.lowering import cpu, cuda
+from distr_compile.lowering import cpu, cuda, pieces
+from tests.calls import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +110,7 @@ def weights(which: str, dropout: Dropout, dtype: torch.dtype, block: int = ROWS)
         require_kernel()
         kernel.attention(q, k[:, :, None], v, grouping_block=block, **options)
     elif which == "products":
-        cpu.exact_attention(q, k, v, **options)
+        cpu.run(call_of(q, k, v, **options), fused=False)
     else:
         q, k, v, on_device = (t.to(DEVICE) for t in (q, k, v, out))
         options |= {"dropout": Dropout(**vars(dropout) | {"seed": dropout.seed.to(DEVICE)})}
@@ -153,7 +154,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels, tiles and chunks of keys of PyTorch's products, chunks of heads of the GPU's walk."""
     whole = weights("products", PARTS[1], torch.float64)
     for limit, size in zip(("CHUNK", "PANEL_ROWS", "KEY_ROWS"), (2048, 24, 22), strict=True):
-        monkeypatch.setattr(cpu, limit, size)
+        monkeypatch.setattr(pieces, limit, size)
     torch.testing.assert_close(weights("products", PARTS[1], torch.float64), whole)
     q, k, v = (torch.randn(2, 4, 75, 32, device=DEVICE) for _ in "qkv")
     dropout = Dropout(0.3, torch.tensor(5, device=DEVICE), heads=4)
@@ -161,7 +162,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for workspace in (1, 9_000, 1 << 24):
         out = torch.empty_like(q)
-        cuda.attention(q, k, v, dropout=dropout, workspace=workspace, out=out, **options)
+        cuda.attention(call_of(q, k, v, dropout=dropout, out=out, **options), workspace=workspace)
         found.append(out)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

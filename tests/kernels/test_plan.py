@@ -20,6 +20,7 @@ from distr_compile.kernels import plan as plans
 from distr_compile.kernels.calibrated import launch as calibrated
 from distr_compile.kernels.plan import Plans, geometry, launch, new, recording
 from distr_compile.lowering import choose, exactly
+from distr_compile.lowering.call import Call
 from distr_compile.lowering.choose import Implementation
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,7 @@ def test_plans_are_found_by_all_that_launches_depend_on() -> None:
 def test_the_op_looks_for_a_plan_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def run(told: choose.Call) -> None:
+    def run(told: Call) -> None:
         seen.append("run")
         told.out.fill_(1)
         choose.plans.put(told.key, repeat)

@@ -11,6 +11,7 @@ import torch
 
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import beside, cuda
+from tests.calls import call_of
 
 GPU = torch.device("cuda", 0)
 
@@ -134,10 +135,15 @@ def test_bits_are_the_same_beside_and_in_turn(
     q, k, v = (torch.randn(1, 2, 60, 32, generator=generator).half() for _ in "qkv")
     options: dict[str, Any] = {
         "scale": 32**-0.5, "is_causal": is_causal, "rank": 16, "estimator": estimator,
-        "grouping_block": 30, "workspace": 1,
+        "grouping_block": 30,
     }  # fmt: skip
-    in_turn = cuda.attention(q, k, v, out=torch.empty_like(q), **options)
-    whole = cuda.attention(q, k, v, out=torch.empty_like(q), **options | {"workspace": 2**24})
+
+    def run(workspace: int = 1) -> torch.Tensor:
+        out = torch.empty_like(q)
+        cuda.attention(call_of(q, k, v, out=out, **options), workspace=workspace)
+        return out
+
+    in_turn, whole = run(), run(workspace=2**24)
     seen: list[int] = []
 
     def one_ahead(items: Any, make: Any, use: Any, device: torch.device) -> None:
@@ -145,11 +151,10 @@ def test_bits_are_the_same_beside_and_in_turn(
         beside.one_ahead(items, make, use, GPU)
 
     monkeypatch.setattr(cuda, "one_ahead", one_ahead)
-    together = cuda.attention(q, k, v, out=torch.empty_like(q), **options)
+    together = run()
     assert seen == [4]
     assert len(streams.made) == 2
     assert torch.equal(together, in_turn)
     assert torch.equal(together, whole)
-    del options["workspace"]
     want = reference.attention(*(t.double() for t in (q, k, v)), **options)
     assert (together - want).abs().max() < 0.02

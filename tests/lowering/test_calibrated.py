@@ -12,6 +12,7 @@ from distr_compile.kernels.attention import reference
 from distr_compile.kernels.calibrated import launch
 from distr_compile.lowering import cuda
 from distr_compile.lowering.op import attention
+from tests.calls import call_of
 
 OP = torch.ops.distr.attention.default
 OPTIONS: dict[str, Any] = {
@@ -100,7 +101,7 @@ def test_kernels_take_the_factors(causal: bool) -> None:
     """What the op does on a GPU, in Triton's interpreter: an inner width that is no power of 2."""
     q, k, v, A, B = operands()
     out = torch.empty(2, 40, 4, 24).transpose(1, 2)
-    cuda.attention(*launch.factors(q, k, A, B), v, is_causal=causal, **OPTIONS, out=out)
+    cuda.attention(call_of(*launch.factors(q, k, A, B), v, is_causal=causal, **OPTIONS, out=out))
     wanted = OP(q, k, v, None, A, B, is_causal=causal, **OPTIONS)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
-from distr_compile.lowering import choose, cpu, cpu_fused, cuda
-from distr_compile.lowering.call import Approximation, Scores, Shape
-from distr_compile.lowering.choose import Call, Implementation, KernelWarning
+from distr_compile.lowering import choose, cpu, cuda
+from distr_compile.lowering.call import Approximation, Call, Scores, Shape
+from distr_compile.lowering.choose import Implementation, KernelWarning
 from distr_compile.lowering.told import Listener, listening
 from distr_compile.reporting import Handover
 
@@ -231,7 +232,7 @@ def test_who_refuses_what() -> None:
     shape = Shape.of(q, k, v, None, False)
     on_gpu = shape._replace(device=torch.device("cuda"))
     names = {
-        (shape, approximation): "distr-cpu" if cpu_fused.takes(q) else "torch-products",
+        (shape, approximation): "distr-cpu" if kernel.available(q.dtype) else "torch-products",
         (shape._replace(dtype=torch.float64), approximation): "torch-products",
         (shape._replace(dtype=torch.float64), Approximation.none(32)): "sdpa",
         (on_gpu, approximation): "distr-triton",

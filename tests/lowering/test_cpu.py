@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distr_compile.kernels.attention import reference
-from distr_compile.lowering import cpu
+from distr_compile.lowering import cpu, pieces
+from tests.calls import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 FACTOR = 2.0
@@ -48,8 +49,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: 
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
     options.setdefault("estimator", "lsh-mean")
     options.setdefault("scale", q.shape[-1] ** -0.5)
-    options["fused"] = FUSED and q.dtype != torch.float64
-    return cpu.attention(q, k, v, mask, out=out, **options)
+    cpu.run(call_of(q, k, v, mask, out=out, **options), fused=FUSED and q.dtype != torch.float64)
+    return out
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -75,9 +76,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small inputs into many panels, tiles and key chunks."""
-    monkeypatch.setattr(cpu, "CHUNK", 2048)
-    monkeypatch.setattr(cpu, "PANEL_ROWS", 24)
-    monkeypatch.setattr(cpu, "KEY_ROWS", 20)
+    monkeypatch.setattr(pieces, "CHUNK", 2048)
+    monkeypatch.setattr(pieces, "PANEL_ROWS", 24)
+    monkeypatch.setattr(pieces, "KEY_ROWS", 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -303,14 +304,8 @@ def test_strides_do_not_matter(small_chunks: None) -> None:
 
     for layout in (interleaved, heads_last, width_first):
         out = layout(torch.full_like(wanted, torch.nan))
-        cpu.attention(
-            *map(layout, (q, k, v, mask)),
-            fused=FUSED,
-            scale=32**-0.5,
-            rank=16,
-            estimator="lsh-mean",
-            out=out,
-        )
+        call = call_of(*map(layout, (q, k, v, mask)), scale=32**-0.5, rank=16, out=out)
+        cpu.run(call, fused=FUSED)
         torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
     one = k[:1, :1].expand(2, 4, 50, 32)
     torch.testing.assert_close(
@@ -383,11 +378,9 @@ def test_memory_is_bounded(
     mask = torch.zeros(1, 2, tokens, keys) if heads == 2 else None
     out = torch.empty_like(q)
     with LiveBytes() as memory:
-        cpu.attention(
-            q, k, k, mask,
-            scale=0.1, rank=width // 2, estimator=estimator, out=out, fused=FUSED, **options,
-        )  # fmt: skip
-    assert memory.peak / 2**20 <= cpu.WORKSPACE_MIB
+        narrow = {"scale": 0.1, "rank": width // 2, "estimator": estimator}
+        cpu.run(call_of(q, k, k, mask, out=out, **narrow, **options), fused=FUSED)
+    assert memory.peak / 2**20 <= pieces.WORKSPACE_MIB
     assert memory.peak > 0
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import reference, triton_fwd
 from distr_compile.lowering import cuda
 from distr_compile.lowering.call import Approximation, Shape
+from tests.calls import call_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,8 +28,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -
     """The output starts as NaN, so that a row that nobody writes is seen."""
     B, H, N, _ = q.shape
     out = torch.full((B, N, H, v.shape[3]), torch.nan, dtype=q.dtype, device=DEVICE)
-    defaults = {"scale": 0.2, "rank": 16, "estimator": "lsh-mean"}
-    return cuda.attention(q, k, v, *rest, out=out.transpose(1, 2), **defaults | options)
+    out = out.transpose(1, 2)
+    walk = {name: options.pop(name) for name in ("workspace", "by_pointers") if name in options}
+    call = call_of(q, k, v, *rest, out=out, **{"scale": 0.2, "rank": 16} | options)
+    cuda.attention(call, **walk)
+    return out
 
 
 def wanted(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -> Tensor:

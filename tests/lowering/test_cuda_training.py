@@ -35,7 +35,7 @@ NAMES = (
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who ran, where the kernels take calls on the CPU, too."""
     seen: list[str] = []
-    refuses = cuda._refuses
+    refuses = cuda.refuses
 
     def on_gpu(shape: Shape, how: Approximation) -> str | None:
         return refuses(shape._replace(device=torch.device("cuda")), how)
@@ -43,7 +43,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def spy(name: str, run: Any) -> Any:
         return lambda *given, **options: (seen.append(name), run(*given, **options))
 
-    monkeypatch.setattr(cuda, "_refuses", on_gpu)
+    monkeypatch.setattr(cuda, "refuses", on_gpu)
     monkeypatch.setattr(cuda_training, "is_for", lambda shape: True)
     forms = {name: spy(name, run) for name, run in cuda_training.FORMS.items()}
     monkeypatch.setattr(cuda_training, "FORMS", forms)

@@ -23,9 +23,8 @@ from distr_compile.kernels.attention import backward as backward_kernel
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.projection import reference as projection
-from distr_compile.lowering import cpu, cpu_backward, exactly, training
-from distr_compile.lowering.call import Approximation, Scores, Shape
-from distr_compile.lowering.choose import Call
+from distr_compile.lowering import cpu_backward, exactly, pieces, training
+from distr_compile.lowering.call import Approximation, Call, Scores, Shape
 from distr_compile.lowering.flops import attention_flops, backward_flops
 from distr_compile.lowering.saved import Gradients, Saved
 from distr_compile.lowering.told import Listener, listening
@@ -222,13 +221,13 @@ def test_gradients_are_those_of_the_definition(name: str, dtype: torch.dtype) ->
         assert (got.double() - wanted).norm().item() <= bound
 
 
-@pytest.mark.parametrize("pieces", [None, (2048, 24, 20)])
+@pytest.mark.parametrize("limits", [None, (2048, 24, 20)])
 @pytest.mark.parametrize("name", CASES)
-def test_in_double_precision(name: str, pieces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_double_precision(name: str, limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and cut into many panels, tiles and chunks of keys."""
-    if pieces is not None:
-        for limit, size in zip(("CHUNK", "PANEL_ROWS", "KEY_ROWS"), pieces, strict=True):
-            monkeypatch.setattr(cpu, limit, size)
+    if limits is not None:
+        for limit, size in zip(("CHUNK", "PANEL_ROWS", "KEY_ROWS"), limits, strict=True):
+            monkeypatch.setattr(pieces, limit, size)
     exact = by_definition(name, torch.float64, torch.float64)
     # The condition of the Gram matrices is felt in what projection makes of them.
     bound = 1e-7 if "projection" in str(CASES[name]) else 1e-12
@@ -581,4 +580,4 @@ def test_no_matrix_of_scores_exists(estimator: str) -> None:
     grads = Gradients(*(torch.empty_like(t) for t in (q, k, v)), None, None)
     with Largest() as largest:
         cpu_backward.run(call, Saved(lse, (A, B)), torch.ones_like(out), grads)
-    assert largest.elements <= cpu.CHUNK < 3000 * 3000
+    assert largest.elements <= pieces.CHUNK < 3000 * 3000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distr_compile.accuracy.batch import Batch
 from distr_compile.kernels.lsh import cpu as cpu_lsh
 from distr_compile.kernels.projection import cpu as cpu_projection
 from distr_compile.lowering import cpu
+from distr_compile.lowering.call import Call
 from tests.regression.gate import TOLERANCE
 from tests.tiny_models import noise, stack
 
@@ -74,22 +75,23 @@ def other_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dropped_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cpu.attention
+    real = cpu.approximate
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-        return real(q, k, v, None, **options)
+    def wrong(call: Call, **options: Any) -> None:
+        real(replace(call, mask=None), **options)
 
-    monkeypatch.setattr(cpu, "attention", wrong)
+    monkeypatch.setattr(cpu, "approximate", wrong)
 
 
 def scaled(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
     def fault(monkeypatch: pytest.MonkeyPatch) -> None:
-        real = cpu.attention
+        real = cpu.approximate
 
-        def wrong(*args: Any, scale: float, **options: Any) -> Tensor:
-            return real(*args, scale=factor * scale, **options)
+        def wrong(call: Call, **options: Any) -> None:
+            scores = replace(call.scores, scale=factor * call.scores.scale)
+            real(replace(call, scores=scores), **options)
 
-        monkeypatch.setattr(cpu, "attention", wrong)
+        monkeypatch.setattr(cpu, "approximate", wrong)
 
     return fault
 

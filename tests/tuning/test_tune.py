@@ -21,6 +21,7 @@ from distr_compile.accuracy.instrument import site_errors
 from distr_compile.accuracy.metrics import as_metric
 from distr_compile.cli import OK, USAGE, main
 from distr_compile.lowering import cpu
+from distr_compile.lowering.call import Call
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.tuning import measurements
 from distr_compile.tuning.bounds import loss_with_bound
@@ -189,12 +190,13 @@ def test_nothing_is_cheaper() -> None:
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Approximate attention gives no numbers."""
-    real = cpu.attention
+    real = cpu.approximate
 
-    def attention(*args: Any, **options: Any) -> Tensor:
-        return real(*args, **options).fill_(math.nan)
+    def approximate(call: Call, **options: Any) -> None:
+        real(call, **options)
+        call.out.fill_(math.nan)
 
-    monkeypatch.setattr(cpu, "attention", attention)
+    monkeypatch.setattr(cpu, "approximate", approximate)
 
 
 def test_nothing_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
