@@ -127,11 +127,11 @@ class Emitter:
         module.register_buffer(name, value)
         with self.graph.inserting_before(self._anchor):
             node = self.graph.get_attr(name)
+        self._made.append(node)
         example = self._anchor.meta.get("example_value")
         fake = local_of(example[0] if isinstance(example, tuple) else example)
         if isinstance(fake, FakeTensor):
             node.meta["example_value"] = fake.fake_mode.from_tensor(value, static_shapes=True)
-        self._made.append(node)
         return node
 
     def seed(self, device: torch.device) -> fx.Node:
@@ -159,10 +159,10 @@ class Emitter:
     def _keep(self, node: fx.Node) -> fx.Node:
         node.meta.update(self._meta)
         node.meta.pop("example_value", None)
+        self._made.append(node)  # first: what follows may raise
         value = _example_value(node, self._anchor)
         if value is not None:
             node.meta["example_value"] = value
-        self._made.append(node)
         return node
 
 

@@ -25,10 +25,12 @@ class Level:
         shape: sizes, ints or SymInts, the last two of them usually (N_q, N_k).
         args: the arguments of the reshape that made it (ints, nodes, -1), where one did. Symbolic
             sizes are taken from here, so that rewriting never has to name a size itself.
+        is_reshaped: the scores were reshaped to it; else they were broadcast to it.
     """
 
     shape: tuple[Any, ...]
     args: tuple[Any, ...] | None = None
+    is_reshaped: bool = False
 
     @property
     def lead(self) -> tuple[Any, ...]:
@@ -170,7 +172,8 @@ class OpenSite(AttentionSite):
         q, k, v: operands.
         shared: K and V before their heads were repeated (``repeat_kv``), where they were.
         factors: the scale of the product.
-        scores, canonical, out: the levels of the product, of the rewritten call and of the output.
+        levels: from the product's to the output's, each once.
+        canonical: the one of them that the rewritten call has.
         output_dims: the output's axes, as a permutation of (lead..., query, width).
         compute_dtype: the dtype that Q, K and V are brought to, where they have several.
         copy_order: the output's axes, outermost first, if the model relies on that memory order.
@@ -181,12 +184,21 @@ class OpenSite(AttentionSite):
     v: Operand
     shared: tuple[Operand, Operand] | None
     factors: tuple[Factor, ...]
-    scores: Level
+    levels: tuple[Level, ...]
     canonical: Level
-    out: Level
     output_dims: tuple[int, ...]
     compute_dtype: torch.dtype | None
     copy_order: tuple[int, ...] | None
+
+    @property
+    def scores(self) -> Level:
+        """The level of the product."""
+        return self.levels[0]
+
+    @property
+    def out(self) -> Level:
+        """The level of the output."""
+        return self.levels[-1]
 
 
 @dataclass(frozen=True)

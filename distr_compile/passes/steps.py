@@ -39,6 +39,7 @@ class Way:
         dim: which of these the softmax runs over.
         capped: a tanh was met.
         sink: the column of sinks that was met.
+        sink_level: likewise: the level at which they stand beside the scores.
         levels: of the events gone over forwards: the shapes that the scores take.
         steps: likewise: what the call must be told of.
         softcap: likewise; 0 for none.
@@ -53,6 +54,7 @@ class Way:
     dim: int = 0
     capped: bool = False
     sink: voc.Append | None = None
+    sink_level: Level | None = None
     levels: list[Level] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     softcap: float = 0.0
@@ -89,13 +91,13 @@ class Way:
         """Take the shape that an event gives the scores."""
         shape, level = shape_of(node) or shape_of(event.x), self.level  # setitem returns nothing
         if isinstance(event, voc.Append):
-            self.width = shape[-1]
+            self.width, self.sink_level = shape[-1], level
         if self.width is not None:
             if not same_size(shape[-1], self.width):
                 raise RefusedError("layout", "the softmax runs over reshaped keys")
             shape = (*shape[:-1], level.shape[-1])
         if isinstance(event, voc.Reshape):
-            self.levels.append(Level(shape, _reshape_args(node)))
+            self.levels.append(Level(shape, _reshape_args(node), is_reshaped=True))
         elif in_order and not same_shape(shape[-2:], level.shape[-2:]):
             raise RefusedError("layout", "a bias or mask broadcasts the scores over rows or keys")
         elif in_order and not same_shape(shape[:-2], level.lead):  # the bias has a batch of its own
@@ -190,6 +192,8 @@ def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
         raise RefusedError("sinks", "more than one sink column is concatenated to the scores")
     if way.flow.behind[op.column] or way.flow.chained[op.column]:
         raise RefusedError("concat-scores", "one softmax runs over several score matrices")
+    if way.places[way.dim] != len(way.places) - 1:
+        raise RefusedError("softmax-axis", "a column is concatenated along another axis than keys")
     if not all(isinstance(event, voc.Reshape) for event, _ in way.events):
         raise RefusedError("sinks", "scores and sinks are changed after they are concatenated")
     way.sink = op
@@ -285,7 +289,7 @@ class AddStep(Step):
 
 
 def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
-    if maximum := _row_maximum(op, node):
+    if maximum := _row_maximum(op, node, way.places[way.dim]):
         made, others = way.flow.now(op.x, node), maximum - {node}
         if any(way.flow.memory.writers(made, n, node) for n in others):
             raise RefusedError("in-place-write", "the scores are written in place")
@@ -308,10 +312,14 @@ def _add_forth(way: Way, op: Any, node: fx.Node) -> None:
     way.steps.append(AddStep(op.y, way.level, node, op.alpha))
 
 
-def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
-    """``x - amax(x, -1)`` shifts rows, which softmax ignores: the nodes that read x for it."""
+def _row_maximum(op: voc.Add, reader: fx.Node, keys: int) -> set[fx.Node]:
+    """``x - amax(x, keys)`` shifts rows, which softmax ignores: the nodes that read x for it.
+
+    ``keys`` is the axis of x over which the softmax runs.
+    """
     node: Any = op.y
-    if op.alpha != -1 or not same_shape(shape_of(node), (*shape_of(op.x)[:-1], 1)):
+    thin = tuple(1 if axis == keys else size for axis, size in enumerate(shape_of(op.x)))
+    if op.alpha != -1 or not same_shape(shape_of(node), thin):
         return set()
     readers = {node}
     while target_name(node) in {"unsqueeze", "getitem", "detach"}:
@@ -322,8 +330,7 @@ def _row_maximum(op: voc.Add, reader: fx.Node) -> set[fx.Node]:
     if target_name(node) not in {"amax", "max"} or node.args[0] is not op.x:
         return set()
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    rank = len(shape_of(op.x))
-    if not isinstance(dim, int) or dim % rank != rank - 1:
+    if not isinstance(dim, int) or dim % len(thin) != keys:
         return set()
     is_ours = all(user in readers or user is reader for n in readers for user in n.users)
     return readers if is_ours else set()

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.levels import Levels, all_ones
 from distr_compile.passes.operands import (
     See,
     common_dtype,
@@ -44,11 +45,18 @@ def _no_product(text: str = "the softmax is not fed by a product QK^T") -> Refus
 
 @dataclass
 class Walk(Way):
-    """The state of one walk from a softmax: what was met between QK^T and PV."""
+    """The state of one walk from a softmax: what was met between QK^T and PV.
+
+    Attributes:
+        backward, forward: names of operations on both sides of the softmax.
+        permuted: the weights' leading axes were.
+        leads: the leading axes of the weights after each of their reshapes.
+    """
 
     backward: list[str] = field(default_factory=list)
     forward: list[str] = field(default_factory=list)
     permuted: bool = False
+    leads: list[tuple[Any, ...]] = field(default_factory=list)
 
     def form(self) -> str:
         """The spelling, as names of operations from the product to where the walk ended."""
@@ -91,19 +99,23 @@ class Walk(Way):
         scores = Level((*lead, q.shape[-2], k.shape[-2]))
         replay(self, scores, product, product_op, is_plain)
         canonical = _canonical(self.levels, out_level, q, k, v)
+        matrix = scores.shape[-2:]
+        weights = [Level((*lead, *matrix), is_reshaped=True) for lead in self.leads]
+        levels = (*self.levels, *weights, out_level)
         q, k, factors, dtype = self._scaled(product, product_op, out, (q, k, v))
         for x, reader in ((q, product), (k, product), (v, out)):
             self._check_writes(x.node, reader, out)
         for step in self.steps:
             if step.tensor is not None:
                 self._check_writes(step.tensor, step.reader, out)
-        sinks = self._sinks(canonical, out)
+        sinks = self._sinks(Levels(levels, matrix), canonical, out)
         self._erase_dead()
         return open_site(
             flow,
             out,
             (q, k, v),
-            (scores, canonical, out_level),
+            levels,
+            canonical,
             self.steps,
             kind="softmax",
             anchor=node,
@@ -276,6 +288,7 @@ class Walk(Way):
                     raise RefusedError("layout", "the weights are reshaped over keys or queries")
                 shape, rank = new, len(new)
                 axes = tuple(range(rank))
+                self.leads.append(new[:-2])
             elif sink is not None and axes[-1] == rank - 1 and drops_sink(user, sink):
                 sink, shape = None, shape_of(user)
             elif not isinstance(op, voc.Cast | voc.Identity):
@@ -365,9 +378,9 @@ class Walk(Way):
             self.interior += dead
             stack += dead
 
-    def _sinks(self, canonical: Level, out: fx.Node) -> fx.Node | None:
+    def _sinks(self, levels: Levels, canonical: Level, out: fx.Node) -> fx.Node | None:
         """One number per head, from the column that the scores were given."""
-        if self.sink is None:
+        if self.sink is None or self.sink_level is None:
             return None
         self._check_writes(self.sink.column, self.sink.column, out)
         sinks = per_head(partial(self.flow.through, out=out), self.sink.column)
@@ -375,7 +388,8 @@ class Walk(Way):
         heads = shape_of(self.sink.x)[-3:-2]
         if sinks is None or value is None or not value.dtype.is_floating_point:
             raise RefusedError("sinks", "the sinks are not one number per head")
-        if not same_shape(canonical.lead[-1:], heads):
+        lead = levels.carried(heads, self.sink_level, canonical)
+        if not same_shape(lead[-1:], heads) or not all_ones(lead[:-1]):
             raise RefusedError("sinks", "the sinks are concatenated under other axes of the heads")
         self._check_writes(sinks, sinks, out)
         return sinks
@@ -405,7 +419,8 @@ def open_site(
     flow: Flow,
     output: fx.Node,
     operands: tuple[Operand, Operand, Operand],
-    levels: tuple[Level, Level, Level],
+    levels: tuple[Level, ...],
+    canonical: Level,
     steps: list[Step],
     *,
     is_causal: bool = False,
@@ -413,19 +428,18 @@ def open_site(
     compute_dtype: torch.dtype | None,
     **rest: Any,
 ) -> OpenSite:
-    """A site with the operands Q, K and V, and with the levels of product, call and output.
+    """A site with the operands Q, K and V.
 
     Args:
         flow: of the graph.
         output: the node that the rewrite replaces.
-        operands, levels, steps: of the site.
+        operands, levels, canonical, steps: of the site.
         is_causal: later keys are hidden, besides what the steps hide.
         share_heads: repeated heads of K and V are looked for.
         compute_dtype, **rest: fields of the site.
     """
     q, k, v = operands
-    scores, canonical, out = levels
-    mask_kind, causal, left = mask_of(flow, scores, steps, is_causal)
+    mask_kind, causal, left = mask_of(flow, levels[0], steps, is_causal)
     shared = _shared_heads(partial(flow.through, out=output), k, v) if share_heads else None
     key, level = shared[0] if shared else k, canonical.shape
     heads = level[-3] if len(level) > 2 else 1
@@ -447,9 +461,8 @@ def open_site(
         k=k,
         v=v,
         shared=shared,
-        scores=scores,
+        levels=levels,
         canonical=canonical,
-        out=out,
         steps=left,
         mask_kind=mask_kind,
         causal=causal,

@@ -247,6 +247,16 @@ class Bare(nn.Module):
         return (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1) @ v
 
 
+class Padded(nn.Module):
+    """A finite fill, in bf16 as the scores are, beside Q, K and V in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = x.view(B, ROWS, 3, 32).transpose(1, 2), x.cos(), x.sin()
+        k, v = (y.view(B, ROWS, 3, 32).transpose(1, 2) for y in (k, v))
+        scores = q @ k.transpose(-2, -1) * 32**-0.5
+        return scores.masked_fill(torch.arange(ROWS) > ROWS - 5, -1e9).softmax(dim=-1) @ v
+
+
 class CappedWithSinks(nn.Module):
     """Sinks stay fp32, and so do the scores beside them."""
 
@@ -262,7 +272,7 @@ class CappedWithSinks(nn.Module):
         return weights.to(v.dtype) @ v
 
 
-@pytest.mark.parametrize("inner", [Block, Bare, CappedWithSinks])
+@pytest.mark.parametrize("inner", [Block, Bare, Padded, CappedWithSinks])
 @pytest.mark.parametrize("is_inside", [True, False])
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_autocast(inner: type[nn.Module], is_inside: bool, is_exact: bool) -> None:

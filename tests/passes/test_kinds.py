@@ -19,6 +19,83 @@ from distr_compile.lowering.exactly import computing_exactly
 
 from .kinds import KINDS, QKV, B, D, H, Kind, N, kind, normal, plain
 
+# -- leading axes that a reshape brings, where sizes do not tell which is which -------------------
+
+FOUR = ((4, N, D),) * 3
+"""As many batch entries as heads."""
+
+
+@kind("one map for all heads of V", shapes=((4, N, D), (4, N, D), (4, 4, N, D)))
+def _(q, k, v):
+    return (q @ k.mT / 6).softmax(-1)[:, None] @ v
+
+
+@kind("one map for all heads of V, two entries", shapes=((2, N, D), (2, N, D), (2, 4, N, D)))
+def _(q, k, v):
+    return (q @ k.mT / 6).softmax(-1).unsqueeze(1) @ v
+
+
+@kind("V has the map's entries as heads", shapes=FOUR)
+def _(q, k, v):
+    return (q @ k.mT).softmax(-1)[:, None] @ v
+
+
+@kind("a bias brings heads", shapes=(*FOUR, (4, N, N)))
+def _(q, k, v, b):
+    return ((q @ k.mT / 6)[:, None] + b).softmax(-1) @ v[:, None]
+
+
+@kind("a bias before and one after heads come", shapes=(*FOUR, (4, N, N)))
+def _(q, k, v, b):
+    return ((q @ k.mT) + b).unsqueeze(1).add(b).softmax(-1) @ v[:, None]
+
+
+@kind("a mask brings heads", shapes=(*FOUR, (4, N, N)))
+def _(q, k, v, b):
+    return (q @ k.mT)[:, None].masked_fill(b > 1, -torch.inf).softmax(-1) @ v[:, None]
+
+
+@kind("a temperature brings heads", shapes=(*FOUR, (4, 1, 1)))
+def _(q, k, v, t):
+    return ((q @ k.mT / 6)[:, None] * t).softmax(-1) @ v[:, None]
+
+
+@kind(
+    "learned queries, values with heads",
+    shapes=((N, D), (2, N, D), (2, 4, N, D)),
+)
+def _(q, k, v):
+    return (q @ k.mT / 6).softmax(-1)[:, None] @ v
+
+
+@kind("heads come and go", shapes=(*FOUR, (4, 4, N, N)))
+def _(q, k, v, b):
+    return ((q @ k.mT)[:, None] + b).view(16, N, N).softmax(-1) @ v.repeat(4, 1, 1)
+
+
+@kind("axes that are swapped by a view, as many as they are")
+def _(q, k, v):
+    return (q @ k.mT / 6).view(H, B, N, N).softmax(-1) @ v[:1, :1]
+
+
+@kind("heads that are repeated under one axis with the batch", shapes=((8, N, D), *FOUR[:2]))
+def _(q, k, v):
+    k, v = (x.repeat_interleave(2, 0) for x in (k, v))
+    return ((q @ k.mT).view(2, 4, N, N) * 0.2).softmax(-1) @ v.view(2, 4, N, D)
+
+
+@kind("shifted by a maximum that is not over the keys", "softmax-axis")
+def _(q, k, v):
+    scores = k @ q.mT / 6
+    return (scores - scores.amax(-1, keepdim=True)).softmax(-2).mT @ v
+
+
+@kind("shifted by the keys' maximum, keys on the last axis but one")
+def _(q, k, v):
+    scores = k @ q.mT / 6
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-2).mT @ v
+
+
 # -- found by reading the pass with malice --------------------------------------------------------
 
 
