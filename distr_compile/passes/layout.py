@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def levels(self) -> Levels:
-        """Those of the site."""
+        """The shapes that its scores take."""
         return Levels(self.site.levels, self.site.scores.shape[-2:])
 
     # -- Q, K, V ---------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def tail_length(level: Level, matrix: tuple[Any, Any]) -> int | None:
 
 
 def _aligned(lead: Lead, full: Lead | None) -> Lead:
-    """With axes of size 1 in front, as many as the level has."""
+    """The axes with others of size 1 in front, so that there are as many as the level has."""
     if full is None or len(lead) > len(full):
         raise RefusedError("layout", "the scores are reshaped over rows or keys")
     lead = (*(1,) * (len(full) - len(lead)), *lead)

@@ -63,3 +63,29 @@ def eager(
     """What the model itself computes in ``dtype``, from copies of the inputs."""
     with torch.no_grad():
         return in_dtype(function, dtype)(*[in_dtype(x, dtype) for x in inputs])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(96, 3 * 96), nn.Linear(96, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(B, ROWS, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(B, ROWS, 96))
+
+
+class CappedWithSinks(nn.Module):
+    """Sinks stay fp32, and so do the scores beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.sinks = nn.Linear(96, 3 * 96), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(B, ROWS, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-2, -1) * 32**-0.5 / 0.1).tanh() * 0.1
+        column = self.sinks.reshape(1, -1, 1, 1).expand(B, -1, ROWS, -1)
+        weights = torch.cat([scores, column], -1).softmax(dim=-1)[..., :-1]
+        return weights.to(v.dtype) @ v

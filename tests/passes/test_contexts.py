@@ -1,4 +1,4 @@
-"""What surrounds attention: symbolic shapes, autocast, autograd, higher-order ops, long graphs."""
+"""What surrounds attention: symbolic shapes, autograd, higher-order ops, long graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from distr_compile.passes.apply import find_all
 from distr_compile.passes.site import AttentionSite
 
 from .capture import OP, error, run, run_exact
-from .inputs import ROWS, VALUE_WIDTH, WIDTH, B, C, H, eager, example_inputs
+from .inputs import (
+    ROWS,
+    VALUE_WIDTH,
+    WIDTH,
+    B,
+    Block,
+    C,
+    CappedWithSinks,
+    H,
+    eager,
+    example_inputs,
+)
 
 # -- symbolic shapes ------------------------------------------------------------------------------
 
@@ -212,85 +223,6 @@ def test_everything_dynamic(function: Callable[..., Tensor]) -> None:
     capture = run(function, inputs, dynamic=True)
     assert error(capture.output, eager(function, inputs)) < 1e-5
     assert capture.row.decision == "distr" or capture.codes <= {"rank", "layout"}
-
-
-# -- autocast -------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(96, 3 * 96), nn.Linear(96, 96)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(B, ROWS, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1)
-        return self.out((weights @ v).transpose(1, 2).reshape(B, ROWS, 96))
-
-
-class Autocast(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.inner(x)
-
-
-class Bare(nn.Module):
-    """Attention on its inputs: under autocast the products cast fp32 operands themselves."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = x.view(B, ROWS, 3, 32).transpose(1, 2), x.cos(), x.sin()
-        k, v = (y.view(B, ROWS, 3, 32).transpose(1, 2) for y in (k, v))
-        return (q @ k.transpose(-2, -1) * 32**-0.5).softmax(dim=-1) @ v
-
-
-class Padded(nn.Module):
-    """A finite fill, in bf16 as the scores are, beside Q, K and V in fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = x.view(B, ROWS, 3, 32).transpose(1, 2), x.cos(), x.sin()
-        k, v = (y.view(B, ROWS, 3, 32).transpose(1, 2) for y in (k, v))
-        scores = q @ k.transpose(-2, -1) * 32**-0.5
-        return scores.masked_fill(torch.arange(ROWS) > ROWS - 5, -1e9).softmax(dim=-1) @ v
-
-
-class CappedWithSinks(nn.Module):
-    """Sinks stay fp32, and so do the scores beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.sinks = nn.Linear(96, 3 * 96), nn.Parameter(torch.randn(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(B, ROWS, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = (q @ k.transpose(-2, -1) * 32**-0.5 / 0.1).tanh() * 0.1
-        column = self.sinks.reshape(1, -1, 1, 1).expand(B, -1, ROWS, -1)
-        weights = torch.cat([scores, column], -1).softmax(dim=-1)[..., :-1]
-        return weights.to(v.dtype) @ v
-
-
-@pytest.mark.parametrize("inner", [Block, Bare, Padded, CappedWithSinks])
-@pytest.mark.parametrize("is_inside", [True, False])
-@pytest.mark.parametrize("is_exact", [True, False])
-def test_autocast(inner: type[nn.Module], is_inside: bool, is_exact: bool) -> None:
-    torch.manual_seed(0)
-    model, x = inner().eval(), torch.randn(B, ROWS, 96)
-    cast = Autocast(model)
-    oracle = eager(model, [x], torch.float64)
-    expected = eager(cast, [x])
-    runner = run_exact if is_exact else run
-    if is_inside:
-        capture = runner(cast, [x])
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            capture = runner(model, [x])
-    assert capture.output.dtype == expected.dtype == torch.bfloat16
-    assert error(capture.output, oracle) <= 2 * error(expected, oracle) + 0.004
-    assert capture.row.decision == ("exact" if is_exact else "distr")
-    assert capture.row.dtype == "bfloat16"
 
 
 # -- autograd -------------------------------------------------------------------------------------
