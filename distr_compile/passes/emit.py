@@ -15,17 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from distr_compile.kernels.attention.dropout import MOST_SEEDS
 from distr_compile.passes.memory import call, local_of
-from distr_compile.passes.vocabulary import tensor_of
 
 STANDS_FOR = "distr_stands_for"
 """Key in the metadata of the node that took a site's place: the name of the site's output."""
-
-
-def dtype_of(node: fx.Node) -> torch.dtype:
-    """The dtype of a node that is a tensor."""
-    value = tensor_of(node)
-    assert value is not None
-    return value.dtype
 
 
 def erase_idle(graph: fx.Graph, node: fx.Node) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from distr_compile.passes.emit import Emitter, dtype_of
+from distr_compile.passes.emit import Emitter
 from distr_compile.passes.levels import Lead, Levels, all_ones
 from distr_compile.passes.site import Level, OpenSite, Operand, RefusedError
-from distr_compile.passes.vocabulary import same_shape, same_size, shape_of
+from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_of
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Layout:
         axes = site.output_dims
         if axes != tuple(range(len(axes))):
             out = emit.method("permute", out, *axes)
-        if (dtype := dtype_of(site.output)) != site.dtype:
+        if (dtype := fake(site.output).dtype) != site.dtype:
             out = emit.method("to", out, dtype)
         return out if site.copy_order is None else self._ordered(out, site.copy_order)
 

@@ -177,7 +177,7 @@ def _flops(node: fx.Node, kind: str, flow: Flow) -> int:
 
 def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
     """A call of ``F.scaled_dot_product_attention``."""
-    op, out = read(node), voc.tensor_of(node)
+    op = read(node)
     if not isinstance(op, voc.Sdpa) or not all(map(voc.is_tensor, (op.query, op.key, op.value))):
         raise RefusedError("scores-edited", "the arguments of SDPA are not known")
     if not node.users:
@@ -187,12 +187,12 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
         raise RefusedError("scores-edited", "is_causal or enable_gqa is not a constant")
     if voc.is_tensor(op.scale):
         raise RefusedError("scores-edited", "the scale is a tensor")
-    assert out is not None
+    out = voc.fake(node)
     rank, width = len(out.shape), max(hint(shape_of(op.query)[-1]), 1)
     scale = 1.0 / math.sqrt(width) if op.scale is None else op.scale
     see = partial(flow.through, out=node)
     q, k, v = (operand(see, x, rank, transposed=False) for x in (op.query, op.key, op.value))
-    q, k, compute_dtype = common_dtype(see, q, k, v, node, out)
+    q, k, compute_dtype = common_dtype(see, q, k, v, node, node)
     level = Level((*out.shape[:-2], q.shape[-2], k.shape[-2]))
     steps: list[Step] = []
     if op.attn_mask is not None:
@@ -200,7 +200,7 @@ def _sdpa(node: fx.Node, flow: Flow) -> OpenSite:
         if mask is None:
             raise RefusedError("scores-edited", "SDPA's mask is not a tensor")
         if mask.dtype is torch.bool:
-            steps = [FillStep(op.attn_mask, level, node, voc.INFINITE, True, out.dtype)]
+            steps = [FillStep(op.attn_mask, level, node, -math.inf, True, out.dtype)]
         else:
             steps = [AddStep(op.attn_mask, level, node, 1)]
     if op.enable_gqa and not same_shape(k.shape[-3:-2], v.shape[-3:-2]):

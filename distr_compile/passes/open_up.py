@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.emit import Emitter, dtype_of, erase_idle
+from distr_compile.passes.emit import Emitter, erase_idle
 from distr_compile.passes.memory import Memory
 from distr_compile.passes.site import AttentionSite, Causal, RefusedError, dropped
-from distr_compile.passes.vocabulary import shape_of, target_name
+from distr_compile.passes.vocabulary import fake, shape_of, target_name
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
 _ENCODER_ARGS = (
@@ -67,7 +67,7 @@ def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
         raise RefusedError("layout", "the query is not (N, E) or (N, B, E)")
     masks = _masks(a)
     is_causal = bool(a["is_causal"]) and a["key_padding_mask"] is None and not a["need_weights"]
-    kind = "bool" if all(dtype_of(mask) is torch.bool for mask in masks) else "float"
+    kind = "bool" if all(fake(mask).dtype is torch.bool for mask in masks) else "float"
     kind = "causal" if is_causal else kind if masks else "none"
     batch = query[1] if len(query) == 3 else 1
     sizes = (batch, a["num_heads"], query[0], key[0], query[-1])
@@ -93,8 +93,7 @@ def _site(
 ) -> AttentionSite:
     """The site of a module; ``sizes``: batch, heads, queries, keys, width of all heads."""
     batch, heads, queries, keys, width = sizes
-    out = voc.tensor_of(result)
-    assert out is not None
+    out = fake(result)
     return AttentionSite(
         kind=kind,
         anchor=node,
@@ -175,11 +174,11 @@ def _merged_mask(a: dict[str, Any], emit: Emitter, heads: int) -> fx.Node | None
     masks = [m for m in (mask, padding) if m is not None]
     if not masks:
         return None
-    is_bool = [dtype_of(m) is torch.bool for m in _masks(a)]
+    is_bool = [fake(m).dtype is torch.bool for m in _masks(a)]
     if all(is_bool):
         hidden = masks[0] if len(masks) == 1 else emit.method("logical_or", *masks)
         return emit.method("logical_not", hidden)
-    dtype = dtype_of(a["query"])
+    dtype = fake(a["query"]).dtype
     terms = [emit.additive(m, dtype) if b else m for m, b in zip(masks, is_bool, strict=True)]
     return terms[0] if len(terms) == 1 else emit.function(torch.add, *terms)
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.site import Factor, Operand, RefusedError
-from distr_compile.passes.vocabulary import same_shape, same_size, shape_of, target_name
+from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_of, target_name
 
 See = Callable[[fx.Node], "voc.Op | None"]
 
@@ -223,15 +223,8 @@ def _before_expand(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | 
 # -- dtype --------------------------------------------------------------------------------------
 
 
-def dtype_of(x: Operand) -> torch.dtype:
-    """The operand's dtype."""
-    value = voc.tensor_of(x.node)
-    assert value is not None
-    return value.dtype
-
-
 def common_dtype(
-    see: See, q: Operand, k: Operand, v: Operand, product: fx.Node, out: torch.Tensor
+    see: See, q: Operand, k: Operand, v: Operand, product: fx.Node, out: fx.Node
 ) -> tuple[Operand, Operand, torch.dtype | None]:
     """Q and K without an upcast that changed no value, and the dtype to compute the call in.
 
@@ -239,29 +232,27 @@ def common_dtype(
     model that computes its scores in fp32 (rotary tables, QK norm) and has a half V gets fp32: its
     scores are worth more than half precision to it.
     """
-    product_value = voc.tensor_of(product)
-    q, k = (_without_upcast(see, x, dtype_of(v)) for x in (q, k))
-    dtypes = {dtype_of(x) for x in (q, k, v)}
-    if len(dtypes) == 1 and out.dtype in dtypes:
+    q, k = (_without_upcast(see, x, fake(v.node).dtype) for x in (q, k))
+    own = fake(out).dtype
+    dtypes = {fake(x.node).dtype for x in (q, k, v)}
+    if dtypes == {own}:
         return q, k, None
-    if product_value is None:
-        raise RefusedError("mixed-dtype", "the dtype of the scores is not known")
     # Low precision out of full and low precision in: nothing but autocast gives that.
-    is_low = product_value.dtype == out.dtype and out.dtype.itemsize < 4
-    is_mixed = torch.float32 in dtypes and dtypes <= {torch.float32, out.dtype}
-    if is_low and (is_mixed or out.dtype not in {dtype_of(q), dtype_of(k)}):
-        return q, k, out.dtype if len(dtypes) > 1 else None  # as autocast casts them
+    is_low = fake(product).dtype == own and own.itemsize < 4
+    is_mixed = torch.float32 in dtypes and dtypes <= {torch.float32, own}
+    if is_low and (is_mixed or own not in {fake(q.node).dtype, fake(k.node).dtype}):
+        return q, k, own if len(dtypes) > 1 else None  # as autocast casts them
     if all(d.is_floating_point for d in dtypes) and torch.float64 not in dtypes:
         return q, k, torch.float32
-    names = ", ".join(sorted(str(d)[6:] for d in dtypes | {out.dtype}))
+    names = ", ".join(sorted(str(d)[6:] for d in dtypes | {own}))
     raise RefusedError("mixed-dtype", f"Q, K, V and the output have different dtypes: {names}")
 
 
 def _without_upcast(see: See, x: Operand, dtype: torch.dtype) -> Operand:
-    while dtype_of(x) != dtype:
+    while fake(x.node).dtype != dtype:
         op = see(x.node)
         source = voc.tensor_of(op.x) if isinstance(op, voc.Cast) else None
-        if source is None or source.dtype.itemsize > dtype_of(x).itemsize or x.replay:
+        if source is None or source.dtype.itemsize > fake(x.node).dtype.itemsize or x.replay:
             return x
         x = peel(see, op.x, x.dims)  # type: ignore[union-attr]
     return x

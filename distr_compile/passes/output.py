@@ -11,7 +11,7 @@ from torch import fx
 
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.memory import Memory
-from distr_compile.passes.vocabulary import hint, read, target_name, tensor_of
+from distr_compile.passes.vocabulary import fake, hint, read, target_name
 
 _TAKES_ANY_ORDER = frozenset("reshape flatten contiguous linear layer_norm".split())
 """What these return does not depend on the order of what they are given."""
@@ -27,12 +27,8 @@ def order_to_copy(memory: Memory, out: fx.Node) -> tuple[int, ...] | None:
     """The axes of the output, outermost in memory first, if the model may rely on that order."""
     if not _order_matters(memory, out):
         return None
-    value = tensor_of(out)
-    assert value is not None
-    strides = [hint(stride) for stride in value.stride()]
-    sizes = [hint(size) for size in value.shape]
-    # Axes of size 1 have any stride; they stay where they are.
-    return tuple(sorted(range(len(sizes)), key=lambda i: (-strides[i], i)))
+    strides = [hint(stride) for stride in fake(out).stride()]
+    return tuple(sorted(range(len(strides)), key=lambda i: (-strides[i], i)))
 
 
 def _order_matters(memory: Memory, out: fx.Node) -> bool:

@@ -17,13 +17,13 @@ from distr_compile.lowering.call import Approximation, Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
-from distr_compile.passes.emit import Emitter, dtype_of
+from distr_compile.passes.emit import Emitter
 from distr_compile.passes.layout import Layout
 from distr_compile.passes.open_up import Attend
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
-from distr_compile.passes.vocabulary import shape_of, tensor_of
+from distr_compile.passes.vocabulary import fake, shape_of, tensor_of
 
 
 def rewrite(
@@ -167,10 +167,10 @@ def _sdpa_means_the_same(site: OpenSite) -> bool:
         return False
     if site.dropout_p:  # it would drop others than the model does
         return False
-    dtype = dtype_of(site.q.node)
-    if any(dtype_of(s.tensor) != dtype for s in site.steps if isinstance(s, AddStep)):
+    dtype = fake(site.q.node).dtype
+    if any(fake(s.tensor).dtype != dtype for s in site.steps if isinstance(s, AddStep)):
         return False
-    fills = [s for s in site.steps if isinstance(s, FillStep) and s.value != voc.INFINITE]
+    fills = [s for s in site.steps if isinstance(s, FillStep) and s.value != -math.inf]
     return all(s.dtype in {dtype, site.dtype} for s in fills)
 
 
@@ -233,6 +233,6 @@ def _read_sizes(reader: fx.Node, node: fx.Node) -> None:
     """Give a shape reader the sizes, or the dtype, themselves."""
     is_cast = reader.target == "type_as"
     name = "to" if is_cast else str(reader.target).removesuffix("_as")
-    arguments = (dtype_of(node),) if is_cast else shape_of(node)
+    arguments = (fake(node).dtype,) if is_cast else shape_of(node)
     # The node stays: another attention may have it as a term.
     reader.target, reader.args = name, (reader.args[0], *arguments)

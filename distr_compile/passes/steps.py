@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
-from distr_compile.passes.emit import Emitter, dtype_of
+from distr_compile.passes.emit import Emitter
 from distr_compile.passes.origin import Flow
 from distr_compile.passes.site import Causal, Factor, Level, RefusedError, Step
-from distr_compile.passes.vocabulary import Scalar, same_shape, same_size, shape_of, target_name
+from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_of, target_name
 
 NO_CLAMP = 1.0e4
 """Bounds at least this far out guard against overflow; they do not change ordinary scores."""
@@ -142,7 +142,7 @@ class Written:
         if self.bias is None or self.seen is None:
             return self.bias if self.seen is None else self.seen
         hidden = self.emit.method("logical_not", self.seen)
-        return self.emit.method("masked_fill", self.bias, hidden, voc.INFINITE)
+        return self.emit.method("masked_fill", self.bias, hidden, -math.inf)
 
 
 # -- the kinds: the way back through each, what it comes to, how it is written ------------------
@@ -204,7 +204,7 @@ def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
 class ScaleStep(Step):
     """The scores are multiplied (or divided) by a number, a symbolic number or a tensor."""
 
-    factor: Scalar
+    factor: voc.Scalar
     divide: bool
 
     def write(self, call: Written) -> None:
@@ -213,9 +213,9 @@ class ScaleStep(Step):
         if self.tensor is None:
             call.times(Factor(factor, self.divide))
         else:
-            dtype, factor = dtype_of(call.q), call.term(self.tensor, self.level)
+            dtype, factor = fake(call.q).dtype, call.term(self.tensor, self.level)
             call.q = emit.method(name, call.q, factor)
-            call.q = call.q if dtype_of(call.q) == dtype else emit.method("to", call.q, dtype)
+            call.q = call.q if fake(call.q).dtype == dtype else emit.method("to", call.q, dtype)
         if call.bias is not None:
             call.bias = emit.method(name, call.bias, factor)
 
@@ -236,7 +236,7 @@ def _scale_forth(way: Way, op: voc.Scale, node: fx.Node) -> None:
             raise RefusedError("layout", "scores of split axes are scaled by a tensor")
         if shape and not same_size(shape[-1], 1):
             raise RefusedError("scores-edited", "the scores are scaled key by key")
-        if not dtype_of(tensor).is_floating_point:
+        if not fake(tensor).dtype.is_floating_point:
             raise RefusedError("scores-edited", "the scores are scaled by integers")
     elif not isinstance(factor, int | float | fx.Node):
         raise RefusedError("scores-edited", "the scale is not a number")
@@ -252,7 +252,7 @@ def _scale_forth(way: Way, op: voc.Scale, node: fx.Node) -> None:
         way.softcap = way.softcap / number if op.divide else way.softcap * number
 
 
-def _cap_factor(given: Scalar) -> float:
+def _cap_factor(given: voc.Scalar) -> float:
     """A factor of the soft cap; of a symbolic one it fixes the value, by a guard."""
     factor: Any = voc.value_of(given)
     if isinstance(factor, torch.SymFloat | torch.SymInt):
@@ -269,12 +269,12 @@ class AddStep(Step):
     """``alpha`` times a tensor is added to the scores."""
 
     tensor: fx.Node
-    alpha: Scalar
+    alpha: voc.Scalar
 
     def write(self, call: Written) -> None:
         """Write it into the bias."""
         emit, term = call.emit, call.term(self.tensor, self.level)
-        if not dtype_of(self.tensor).is_floating_point:
+        if not fake(self.tensor).dtype.is_floating_point:
             term = emit.method("to", term, torch.promote_types(call.dtype, torch.float32))
         if self.alpha != 1:
             term = emit.method("mul", term, self.alpha)
@@ -283,7 +283,7 @@ class AddStep(Step):
     def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
         """The offset, where it is added as it is (floats, not scaled later) and is causal."""
         is_scaled = self.alpha != 1 or any(isinstance(step, ScaleStep) for step in later)
-        if is_scaled or not dtype_of(self.tensor).is_floating_point:
+        if is_scaled or not fake(self.tensor).dtype.is_floating_point:
             return None
         return flow.constants.causal_offset(self.tensor, self.reader, *self.level.shape[-2:])
 
@@ -351,7 +351,7 @@ class FillStep(Step):
     def write(self, call: Written) -> None:
         """Write it into what is seen, or, where the value is finite, into the bias."""
         emit, condition = call.emit, call.term(self.tensor, self.level)
-        if self.value == voc.INFINITE:
+        if self.value == -math.inf:
             keep = condition if self.keep else emit.method("logical_not", condition)
             call.seen = keep if call.seen is None else emit.method("logical_and", call.seen, keep)
             return
@@ -386,9 +386,9 @@ def _fill_forth(way: Way, op: voc.Fill, node: fx.Node) -> None:
     condition, scores = voc.tensor_of(op.condition), voc.tensor_of(op.x)
     if condition is None or condition.dtype is not torch.bool:
         raise RefusedError("scores-edited", "the mask's condition is not boolean")
-    if value != voc.INFINITE and scores is not None and scores.dtype is torch.float16:
+    if value != -math.inf and scores is not None and scores.dtype is torch.float16:
         raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
-    dtype = dtype_of(op.x if voc.tensor_of(node) is None else node)
+    dtype = fake(op.x if voc.tensor_of(node) is None else node).dtype
     way.steps.append(FillStep(op.condition, way.level, node, value, op.keep, dtype))
 
 
@@ -455,7 +455,7 @@ def mask_of(
             offset = only.causal_offset(flow, steps[steps.index(only) + 1 :])
         if offset is not None:
             return "causal", Causal(offset, only), tuple(s for s in steps if s is not only)
-    is_bool = all(isinstance(s, FillStep) and s.value == voc.INFINITE for s in masks)
+    is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
     kinds = ["causal"] * is_causal + ["bool" if is_bool else "float"] * bool(masks)
     return "+".join(kinds) or "none", Causal(0) if is_causal else None, tuple(steps)
 

@@ -9,7 +9,6 @@ records only.
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import string
 from collections.abc import Callable
@@ -23,8 +22,6 @@ from torch import fx
 
 Scalar = int | float | fx.Node
 """A number, or the node of a symbolic one."""
-
-INFINITE = -math.inf
 
 HIDING = -1.0e4
 """A score this low (or lower) hides its key: after the softmax nothing of it is left."""
@@ -193,6 +190,13 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def fake(node: Any) -> torch.Tensor:
+    """The fake tensor of a node that has one."""
+    value = tensor_of(node)
+    assert value is not None
+    return value
+
+
 def is_tensor(arg: Any) -> bool:
     """Whether an argument is a node whose value is a tensor."""
     return tensor_of(arg) is not None
@@ -282,19 +286,19 @@ def _ask(reader: Reader, node: fx.Node) -> Op | None:
         op = reader(*node.args[:count], **{k: v for k, v in named.items() if k in names})
     except (IndexError, TypeError, ValueError):  # its tensor is given by keyword, or no tensor is
         return None
-    return None if isinstance(op, Unary) and not is_tensor(op.x) else op
+    read_of = [op.x] if isinstance(op, Unary) else [op.a, op.b] if isinstance(op, Product) else []
+    return op if all(map(is_tensor, read_of)) else None
 
 
 def _product(input: Any, other: Any = None, *, mat2: Any = None) -> Op | None:
-    b = mat2 if other is None else other
-    return Product(input, b) if is_tensor(input) and is_tensor(b) else None
+    return Product(input, mat2 if other is None else other)
 
 
 def linear_product(node: fx.Node) -> Op | None:
     """``F.linear(a, b)`` without a bias, as the product of two activations that it may be."""
     a, b = argument(node, 0, "input"), argument(node, 1, "weight")
-    has_bias = argument(node, 2, "bias") is not None
-    return None if has_bias or len(shape_of(b)) != 2 else _inner(a, b)
+    is_bare = argument(node, 2, "bias") is None and is_tensor(a)
+    return _inner(a, b) if is_bare and len(shape_of(b)) == 2 else None
 
 
 def _inner(input: Any, other: Any) -> Op | None:
@@ -304,8 +308,6 @@ def _inner(input: Any, other: Any) -> Op | None:
 
 def _tensordot(a: Any, b: Any, dims: Any = 2) -> Op | None:
     """The product that sums one over the axes of the other, as an einsum."""
-    if not is_tensor(a) or not is_tensor(b):
-        return None
     ranks = len(shape_of(a)), len(shape_of(b))
     if isinstance(dims, int):
         dims = (list(range(ranks[0] - dims, ranks[0])), list(range(dims)))
@@ -322,7 +324,7 @@ def _einsum(equation: Any, *operands: Any) -> Op | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     a, b = operands
-    if not isinstance(equation, str) or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+    if not isinstance(equation, str):
         return None
     op = Product(a, b, equation=equation.replace(" ", ""))
     first, second, out = op.labels
@@ -331,17 +333,14 @@ def _einsum(equation: Any, *operands: Any) -> Op | None:
 
 
 def _baddbmm(input: Any, batch1: Any, batch2: Any, *, alpha: Any = 1, beta: Any = 1) -> Op | None:
-    if not all(isinstance(x, fx.Node) for x in (input, batch1, batch2)):
-        return None
     return Product(batch1, batch2, alpha=alpha, beta=beta, addend=None if beta == 0 else input)
 
 
 def _softmax(input: Any, dim: Any = None, *more: Any, dtype: Any = None) -> Op | None:
     if dtype is None:
         dtype = next((a for a in more if isinstance(a, torch.dtype)), None)
-    if not isinstance(input, fx.Node) or not isinstance(dim, int):
-        return None
-    return Softmax(input, dim % max(len(shape_of(input)), 1), dtype)
+    is_read = isinstance(dim, int)
+    return Softmax(input, dim % max(len(shape_of(input)), 1), dtype) if is_read else None
 
 
 def _softmin(*, node: fx.Node) -> Op | None:
@@ -359,9 +358,8 @@ def _exp(x: Any, /) -> Op | None:
     shift = read(x)
     if not isinstance(shift, Add) or shift.alpha != -1 or not isinstance(shift.y, fx.Node):
         return None
-    if target_name(shift.y) != "logsumexp" or shift.y.args[0] is not shift.x:
-        return None
-    dim = _kept_axis(shift.y)
+    is_ours = target_name(shift.y) == "logsumexp" and shift.y.args[0] is shift.x
+    dim = _kept_axis(shift.y) if is_ours else None
     return None if dim is None else Softmax(shift.x, dim, inner=(x, shift.y))
 
 
@@ -374,9 +372,7 @@ def _kept_axis(node: fx.Node) -> int | None:
 
 
 def _multiply(input: Any, other: Any) -> Op | None:
-    if is_tensor(input):
-        return Scale(input, other)
-    return Scale(other, input) if is_tensor(other) else None
+    return Scale(input, other) if is_tensor(input) else Scale(other, input)
 
 
 def _divide(input: Any, other: Any, *, rounding_mode: Any = None) -> Op | None:
@@ -394,7 +390,7 @@ def _divide(input: Any, other: Any, *, rounding_mode: Any = None) -> Op | None:
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Op | None:
     if is_tensor(input):
         return Add(input, other, alpha)
-    return Add(other, input) if is_tensor(other) and alpha == 1 else None
+    return Add(other, input) if alpha == 1 else None
 
 
 def _subtract(input: Any, other: Any, *, alpha: Any = 1) -> Op | None:

@@ -355,11 +355,9 @@ class Walk(Way):
     ) -> tuple[Operand, Operand, tuple[Factor, ...], torch.dtype | None]:
         """Q and K without their upcasts and factors, these, and the dtype to compute in."""
         (q, k, v), see = operands, partial(self.flow.through, out=out)
-        value = voc.tensor_of(out)
-        assert value is not None
-        q, k, _ = common_dtype(see, q, k, v, product, value)
+        q, k, _ = common_dtype(see, q, k, v, product, out)
         (q, q_factors), (k, k_factors) = take_scale(see, q), take_scale(see, k)
-        q, k, dtype = common_dtype(see, q, k, v, product, value)
+        q, k, dtype = common_dtype(see, q, k, v, product, out)
         if voc.is_tensor(op.alpha):
             raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
         alpha = () if op.alpha == 1 else (Factor(op.alpha),)
@@ -443,8 +441,7 @@ def open_site(
     shared = _shared_heads(partial(flow.through, out=output), k, v) if share_heads else None
     key, level = shared[0] if shared else k, canonical.shape
     heads = level[-3] if len(level) > 2 else 1
-    value = voc.tensor_of(output)
-    assert value is not None
+    value = voc.fake(output)
     return OpenSite(
         output=output,
         dtype=compute_dtype or value.dtype,
