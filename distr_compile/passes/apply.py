@@ -13,7 +13,6 @@ from torch import fx
 from distr_compile.bases import BasesOfModel, site_name
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES
 from distr_compile.lowering.judge import Judge
-from distr_compile.lowering.measure import Measured
 from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
 from distr_compile.passes import vocabulary as voc
@@ -198,11 +197,8 @@ class _Site:
         bases: A and B on the site's device, for an estimator that needs them; where several modules
             may run the graph, those of each.
         blocks: these modules; else empty.
+        watch: what was found of its call: how fast it is, and what computes it.
         kernel: what computes it; None where its nodes are left alone.
-        refused: why our implementations before that one do not, by name.
-        measured: what was found of its speed, if that was asked.
-        backward: what computes the gradients through the approximation.
-        sharding: how the processes of a mesh share the approximated call, if they do.
     """
 
     found: AttentionSite
@@ -212,11 +208,8 @@ class _Site:
     decision: Decision
     bases: Sequence[Pair] = ()
     blocks: tuple[str, ...] = ()
+    watch: Stopwatch = field(default_factory=Stopwatch)
     kernel: str | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
-    measured: Measured | None = None
-    backward: str | None = None
-    sharding: str | None = None
 
     def look_up(self, bases: BasesOfModel, name: str) -> Pair:
         """A and B that a file has under ``name``."""
@@ -229,40 +222,33 @@ class _Site:
 
     def rewrite(self, judge: Judge | None, change: bool) -> None:
         """Put a call in the site's place, or leave it with the reason; or only try."""
-        plan = self.decision.plan
-        ours = plan.exact == "auto" and self._may_be_ours
-        watch = Stopwatch(judge if plan.min_seq_len == "auto" else None, ours)
-        refused = self._refused(watch, change) if self.decision.is_distr else None
-        if refused is not None:
+        plan, watch, found = self.decision.plan, self.watch, self.found
+        watch.ours = plan.exact == "auto" and self._may_be_ours
+        watch.judge = judge if plan.min_seq_len == "auto" else None
+        if self.decision.is_distr and (refused := self._refused(change)) is not None:
             reason = Reason(refused.code, refused.text)
-            self.decision = Decision("exact", (reason,), self.decision.rank, 0, plan)
-        may_change = plan.exact != "keep" and not (
-            self.found.written_later or self.found.is_sharded
-        )
-        if not self.decision.is_distr and may_change:
-            watch.judge = judge
-            asks = ours and judge is not None
-            if not asks or self._refused(watch, change) is not None:
-                is_sdpa = rewrite_exact(self.graph, self.found, change=change)
-                self.kernel = "sdpa" if is_sdpa else None
-        self.measured, self.refused = watch.measured, watch.refused
-        self.backward = watch.backward if self.decision.is_distr else None
-        self.sharding = watch.sharding if self.decision.is_distr else None
+            self.decision = Decision((reason,), self.decision.rank, 0, plan)
+        is_kept = plan.exact == "keep" or found.written_later or found.is_sharded
+        if self.decision.is_distr or is_kept:
+            return
+        watch.judge = judge
+        asks = watch.ours and judge is not None
+        if asks and self._refused(change) is None:
+            return
+        if rewrite_exact(self.graph, found, change=change):
+            self.kernel = "sdpa"
 
-    def _refused(self, watch: Stopwatch, change: bool) -> RefusedError | None:
+    def _refused(self, change: bool) -> RefusedError | None:
         """Write the op in the site's place; why it cannot be, where it cannot."""
-        try:
-            self._write(watch, change)
-        except RefusedError as refused:
-            return refused
-        return None
-
-    def _write(self, watch: Stopwatch, change: bool) -> None:
         bases = self.bases[0] if self.bases and self.decision.is_distr else None
         given = (self.graph, self.found, self.decision, self.number, bases)
-        limit = rewrite(*given, watch=watch, change=change)
+        try:
+            limit = rewrite(*given, watch=self.watch, change=change)
+        except RefusedError as refused:
+            return refused
         self.decision = replace(self.decision, min_seq_len=limit)
-        self.kernel = watch.kernel
+        self.kernel = self.watch.kernel
+        return None
 
     @property
     def _may_be_ours(self) -> bool:
@@ -283,7 +269,8 @@ class _Site:
 
     def row(self, layer: str, number: int) -> SiteRow:
         """The row of a layer that it stands in."""
-        found, decision, measured = self.found, self.decision, self.measured
+        found, decision, watch = self.found, self.decision, self.watch
+        measured = watch.measured
         keys = (found.batch, found.num_key_heads, found.num_keys)
         return SiteRow(
             layer=layer,
@@ -295,15 +282,13 @@ class _Site:
             },
             dtype=str(found.dtype).removeprefix("torch."),
             mask=found.mask_kind,
-            decision=decision.decision,
             **decision.columns(found.head_dim),
-            reasons=decision.reasons,
             flops=decisions.flops(found),
             site=number,
             kernel=self.kernel,
-            backward=self.backward,
-            sharding=self.sharding,
-            refused=self.refused,
+            backward=watch.backward if decision.is_distr else None,
+            sharding=watch.sharding if decision.is_distr else None,
+            refused=watch.refused,
             min_seq_len=decision.min_seq_len,
             measured=None if measured is None else {**measured.seconds, **measured.gains},
         )

@@ -6,8 +6,9 @@ What a plan comes to at a site, or at the bare shape of a call, is one value, ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,15 +35,13 @@ class Decision:
     """What becomes of one site.
 
     Attributes:
-        decision: ``"distr"`` or ``"exact"``.
-        reasons: every reason for exact; empty for distr.
+        reasons: every reason for exact; empty where it is approximated.
         rank: columns left of Q and K; 0 where the head width is not known.
         min_seq_len: the op itself decides below this length, where sizes are symbolic; else 0.
         plan: what the policy said.
         strict: the estimator takes its prefix form, which sees no later rows.
     """
 
-    decision: Literal["distr", "exact"]
     reasons: tuple[Reason, ...]
     rank: int
     min_seq_len: int
@@ -52,29 +51,25 @@ class Decision:
     @property
     def is_distr(self) -> bool:
         """Whether the site is approximated."""
-        return self.decision == "distr"
+        return not self.reasons
 
     @property
     def approximation(self) -> Approximation:
         """What the op is told where the site is approximated."""
         return _approximation(self.plan, self.rank, self.strict)
 
-    @property
-    def sees(self) -> str:
-        """What the approximation of a row depends on."""
-        estimator = ESTIMATORS[self.plan.estimator]
-        return estimator.prefix_sees if self.strict else estimator.sees
-
     def columns(self, head_dim: Any) -> dict[str, Any]:
-        """What a report's row says of the approximation; empty where there is none."""
+        """What a report's row says of the decision and, if there is one, the approximation."""
         if not self.is_distr:
-            return {}
+            return {"decision": "exact", "reasons": self.reasons}
+        estimator = ESTIMATORS[self.plan.estimator]
         return {
+            "decision": "distr",
             "group_size": head_dim // self.rank if head_dim % self.rank == 0 else None,
             "rank": self.rank,
             "estimator": self.plan.estimator,
             "rounds": self.plan.rounds,
-            "sees": self.sees,
+            "sees": estimator.prefix_sees if self.strict else estimator.sees,
             "grouping_block": self.plan.grouping_block,
         }
 
@@ -94,47 +89,34 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
         text = "gradients are recorded, and an input or the output is written in place afterwards"
         reasons.append(Reason("in-place-write", text))
     if site.dropout_p and not (site.requires_grad and plan.training == "approximate"):
-        text = (
-            "the weights are dropped out, which is approximated in training that the policy calls "
-            '"approximate" only'
-        )
-        reasons.append(Reason("dropout", text))
+        why = 'which is approximated in training that the policy calls "approximate" only'
+        reasons.append(Reason("dropout", f"the weights are dropped out, {why}"))
     elif site.dropout_p and exactly.is_computing_exactly():
-        text = (
-            "the weights are dropped out, by other numbers than the model's, which is checked here"
-        )
-        reasons.append(Reason("dropout", text))
+        why = "by other numbers than the model's, which is checked here"
+        reasons.append(Reason("dropout", f"the weights are dropped out, {why}"))
     if site.dtype not in DTYPES:
         accepted = ", ".join(str(d)[6:] for d in DTYPES)
         reasons.append(Reason("dtype", f"dtype is {str(site.dtype)[6:]}; accepted: {accepted}"))
-    return Decision(
-        decision="exact" if reasons else "distr",
-        reasons=tuple(reasons),
-        rank=_rank(site, plan),
-        min_seq_len=0 if reasons else _run_time_limit(site, plan),
-        plan=plan,
-        strict=not reasons and _takes_prefix_form(site, plan),
-    )
+    return _decision(site, plan, reasons, _limit(plan) if site.symbolic_lengths else 0)
 
 
 def decide_call(shape: Shape, plan: LayerPlan, extra: tuple[Reason, ...] = ()) -> Decision:
-    """The same of a call that is made now, without a graph around it.
-
-    Args:
-        shape: of the call.
-        plan: the policy's wishes for the layer.
-        extra: reasons known to the caller.
-    """
+    """The same of a call of this shape that is made now, without a graph around it."""
     reasons = _reasons(shape, plan, extra)
     if shape.trained and plan.training == "exact":
         reasons.append(_GRADIENTS)
+    return _decision(shape, plan, reasons)
+
+
+def _decision(
+    call: AttentionSite | Shape, plan: LayerPlan, reasons: list[Reason], limit: int = 0
+) -> Decision:
     return Decision(
-        decision="exact" if reasons else "distr",
         reasons=tuple(reasons),
-        rank=_rank(shape, plan),
-        min_seq_len=0,
+        rank=_rank(call, plan),
+        min_seq_len=0 if reasons else limit,
         plan=plan,
-        strict=not reasons and _takes_prefix_form(shape, plan),
+        strict=not reasons and _takes_prefix_form(call, plan),
     )
 
 
@@ -188,32 +170,27 @@ def _reasons(
     call: AttentionSite | Shape, plan: LayerPlan, extra: tuple[Reason, ...]
 ) -> list[Reason]:
     """What the policy and the sizes say for exact, and what the caller knows."""
-    reasons = [*_policy_reasons(call, plan), *extra]
-    if not plan.is_exact:  # else no length would change anything
-        reasons += _size_reasons(call, plan)
-        reasons += _one_block(call, plan)
-    return reasons
+    if plan.is_exact:  # else no length would change anything
+        return [Reason("group-size-1", "the policy says group_size = 1"), *extra]
+    return [*_policy_reasons(call, plan), *extra, *_size_reasons(call, plan)]
 
 
-def _policy_reasons(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
-    if plan.is_exact:
-        return [Reason("group-size-1", "the policy says group_size = 1")]
-    reasons = []
-    if not isinstance(site.head_dim, int):
-        reasons.append(Reason("rank", "the head width is not known while compiling"))
-    elif fault := rank_fault(site.head_dim, plan):
-        reasons.append(Reason("rank", fault))
-    if _must_not_look_ahead(site, plan):
-        estimator, why = ESTIMATORS[plan.estimator], ""
-        if estimator.strict == "never":
-            why = f"causal is strict, and {plan.estimator} sees {estimator.sees}"
-        elif estimator.strict == "prefix" and not site.is_causal and _may_lack_keys(site):
-            why = "causal is strict, and with fewer keys than queries nobody knows which come first"
-        if why and not site.is_causal:
-            why += '; the mask has a row per query and may be causal; causal = "block" if it is not'
-        if why:
-            reasons.append(Reason("looks-ahead", why))
-    return reasons
+def _policy_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> Iterator[Reason]:
+    if not isinstance(call.head_dim, int):
+        yield Reason("rank", "the head width is not known while compiling")
+    elif fault := rank_fault(call.head_dim, plan):
+        yield Reason("rank", fault)
+    if not _must_not_look_ahead(call, plan):
+        return
+    estimator, why = ESTIMATORS[plan.estimator], ""
+    if estimator.strict == "never":
+        why = f"causal is strict, and {plan.estimator} sees {estimator.sees}"
+    elif estimator.strict == "prefix" and not call.is_causal and _may_lack_keys(call):
+        why = "causal is strict, and with fewer keys than queries nobody knows which come first"
+    if why and not call.is_causal:
+        why += '; the mask has a row per query and may be causal; causal = "block" if it is not'
+    if why:
+        yield Reason("looks-ahead", why)
 
 
 def _takes_prefix_form(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
@@ -230,19 +207,6 @@ def _must_not_look_ahead(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
     the end, would make some of these keys later than the row: see ``_may_lack_keys``.
     """
     return plan.causal == "strict" and (call.is_causal or may_be_causal(call))
-
-
-def _one_block(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
-    """The prefix form scores the first block exactly: there must be a second one."""
-    if not _takes_prefix_form(site, plan) or not isinstance(site.num_queries, int):
-        return []
-    block = plan.grouping_block
-    if block == "auto":
-        block = auto_grouping_block(site.num_queries, plan.estimator, strict=True)
-    if site.num_queries > block:
-        return []
-    text = f"causal is strict, and N_q is {site.num_queries}: the first {block} rows are exact"
-    return [Reason("one-block", text)]
 
 
 def _may_lack_keys(site: AttentionSite | Shape) -> bool:
@@ -295,28 +259,27 @@ def may_be_causal(call: AttentionSite | Shape) -> bool:
     return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
 
 
-def _size_reasons(site: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
-    reasons = []
-    queries, keys = site.num_queries, site.num_keys
+def _size_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> Iterator[Reason]:
+    queries, limit = call.num_queries, _limit(plan)
     if isinstance(queries, int) and queries < MIN_QUERIES:
-        reasons.append(
-            Reason("decode", f"N_q is {queries}; fewer than {MIN_QUERIES} rows are always exact")
-        )
-    known = [n for n in (queries, keys) if isinstance(n, int)]
-    if known and min(known) < _limit(plan):
-        text = f"min(N_q, N_k) is {min(known)}, min_seq_len is {_limit(plan)}"
-        reasons.append(Reason("min-seq-len", text))
-    return reasons
+        text = f"N_q is {queries}; fewer than {MIN_QUERIES} rows are always exact"
+        yield Reason("decode", text)
+    known = [n for n in (queries, call.num_keys) if isinstance(n, int)]
+    if known and min(known) < limit:
+        yield Reason("min-seq-len", f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}")
+    if not isinstance(queries, int) or not _takes_prefix_form(call, plan):
+        return
+    block = plan.grouping_block  # the prefix form scores the first exactly: there must be a second
+    if block == "auto":
+        block = auto_grouping_block(queries, plan.estimator, strict=True)
+    if queries <= block:
+        text = f"causal is strict, and N_q is {queries}: the first {block} rows are exact"
+        yield Reason("one-block", text)
 
 
 def _limit(plan: LayerPlan) -> int:
     """The least length to approximate at; of "auto", who rewrites asks how fast it is."""
     return 0 if plan.min_seq_len == "auto" else plan.min_seq_len
-
-
-def _run_time_limit(site: AttentionSite, plan: LayerPlan) -> int:
-    is_static = all(isinstance(n, int) for n in (site.num_queries, site.num_keys))
-    return 0 if is_static else _limit(plan)
 
 
 def flops(site: AttentionSite | Shape) -> int:

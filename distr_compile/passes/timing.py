@@ -34,7 +34,7 @@ class Stopwatch:
         sharding: how the processes of a mesh share the call, if its tensors are DTensors.
     """
 
-    judge: Judge | None
+    judge: Judge | None = None
     ours: bool = True
     measured: Measured | None = None
     kernel: str | None = None

@@ -55,7 +55,7 @@ def codes(*args: Any, **kwargs: Any) -> list[str]:
 
 def test_no_reason_means_distr() -> None:
     decision = decide(site(), FORCED)
-    assert (decision.decision, decision.is_distr, decision.reasons) == ("distr", True, ())
+    assert (decision.is_distr, decision.reasons) == (True, ())
     assert (decision.rank, decision.min_seq_len, decision.plan) == (32, 0, FORCED)
 
 
@@ -152,12 +152,13 @@ def test_strict_causality_leaves_what_looks_ahead_exact(estimator: str) -> None:
         decide(site(causal=Causal(0)), replace(plan, causal="block")),
     ):
         assert (anything_goes.reasons, anything_goes.strict) == ((), False)
-        assert anything_goes.sees == sees
+        assert anything_goes.columns(64)["sees"] == sees
     decision = decide(site(causal=Causal(0), mask_kind="causal"), plan)
     text = f"causal is strict, and {estimator} sees {sees}"
     assert decision.reasons == ((Reason("looks-ahead", text),) if how == "never" else ())
     assert decision.strict == (how == "prefix")
-    assert decision.sees == ("earlier rows and keys only" if how == "prefix" else sees)
+    strictly = {"prefix": "earlier rows and keys only", "never": None}.get(how, sees)
+    assert decision.columns(64).get("sees") == strictly
 
 
 def mask(*shape: int) -> fx.Node:
@@ -258,14 +259,14 @@ def test_auto_refuses_no_length_here() -> None:
     """Who rewrites the site asks how fast it is."""
     assert codes(site(num_queries=20), LayerPlan()) == []
     decision = decide(site(num_queries=symbol(20)), LayerPlan())
-    assert (decision.decision, decision.min_seq_len) == ("distr", 0)
+    assert (decision.is_distr, decision.min_seq_len) == (True, 0)
 
 
 @pytest.mark.parametrize("symbolic", ["num_queries", "num_keys"])
 def test_a_symbolic_length_is_left_to_the_op(symbolic: str) -> None:
     plan = replace(FORCED, min_seq_len=100)
     decision = decide(site(**{symbolic: symbol(20)}), plan)
-    assert (decision.decision, decision.min_seq_len) == ("distr", 100)
+    assert (decision.is_distr, decision.min_seq_len) == (True, 100)
     # The other length is known to be too short.
     other = {"num_queries": "num_keys", "num_keys": "num_queries"}[symbolic]
     assert codes(site(**{symbolic: symbol(200), other: 99}), plan) == ["min-seq-len"]
