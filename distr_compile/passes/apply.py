@@ -164,7 +164,7 @@ def apply(
                 site.blocks = tuple(choice.of_blocks)
             sites.append(site)
             rows += [partial(site.row, layer) for layer in names]
-        elif found.attention:
+        elif found.why.attention:
             rows += [partial(_unmatched_row, found, choice.extra, layer) for layer in names]
         else:
             others += [_not_attention(found, layer) for layer in names]
@@ -320,14 +320,14 @@ def _unmatched_row(found: Unmatched, extra: tuple[Reason, ...], layer: str, numb
         dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
         mask="",
         decision="exact",
-        reasons=(Reason(found.code, found.text), *extra),
+        reasons=(Reason(found.why.code, found.why.text), *extra),
         flops=found.flops,
         site=number,
     )
 
 
 def _not_attention(found: Unmatched, layer: str) -> NotAttention:
-    reason = Reason(found.code, found.text)
+    reason = Reason(found.why.code, found.why.text)
     return NotAttention(layer, found.kind, _shape(shape_of(found.anchor)), reason)
 
 

@@ -49,14 +49,13 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
     try:
         flow = Flow(graph)
     except Exception as error:  # fake tensors and dispatch modes are PyTorch's: anything can happen
-        why = refusal(error)
-        return [Unmatched(n, kind, why.code, str(why), why.attention) for n, kind in anchors]
+        return [Unmatched(node, kind, refusal(error)) for node, kind in anchors]
     inner = {n for a, _ in anchors if isinstance(op := read(a), voc.Softmax) for n in op.inner}
     found = {node: _read_anchor(node, kind, flow) for node, kind in anchors}
     for node in graph.nodes:
         if node not in inner and _is_by_hand(node, flow):
-            why, form = RefusedError("softmax-form", _BY_HAND), target_name(node).strip("_")
-            found[node] = Unmatched(node, "softmax", why.code, why.text, why.attention, form)
+            why = RefusedError("softmax-form", _BY_HAND)
+            found[node] = Unmatched(node, "softmax", why, target_name(node).strip("_"))
     return sorted(found.values(), key=lambda each: flow.memory.position[each.anchor])
 
 
@@ -110,7 +109,7 @@ def _read_anchor(node: fx.Node, kind: str, flow: Flow) -> AttentionSite | Unmatc
         fused = "sdpa" if kind == "sdpa" else target_name(node).strip("_")
         form = walk.form() if kind == "softmax" else fused
         flops = _flops(node, kind, flow) if refused.attention else 0
-        return Unmatched(node, kind, refused.code, refused.text, refused.attention, form, flops)
+        return Unmatched(node, kind, refused, form, flops)
 
 
 def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:

@@ -203,23 +203,24 @@ class OpenSite(AttentionSite):
 
 @dataclass(frozen=True)
 class Unmatched:
-    """An anchor that is no rewritable site: the reason's code and text.
+    """An anchor that is no rewritable site, and why.
 
-    ``attention`` tells rows of the table (attention that stays exact) from nodes that are not
-    attention at all; ``flops`` are those of the exact attention, as far as the graph shows them.
+    ``flops`` are those of the exact attention, as far as the graph shows them.
     """
 
     anchor: fx.Node
     kind: str
-    code: str
-    text: str
-    attention: bool
+    why: RefusedError
     form: str = ""
     flops: int = 0
 
 
 class RefusedError(Exception):
-    """Raised inside the matcher where a walk stops; becomes an :class:`Unmatched`."""
+    """Raised inside the matcher where a walk stops; becomes an :class:`Unmatched`.
+
+    ``attention`` tells rows of the table (attention that stays exact) from nodes that are not
+    attention at all.
+    """
 
     def __init__(self, code: str, text: str, attention: bool = True) -> None:
         super().__init__(text)
