@@ -13,7 +13,6 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from distr_compile.kernels.attention.dropout import MOST_SEEDS
 from distr_compile.passes.memory import call, local_of
 
 STANDS_FOR = "distr_stands_for"
@@ -21,7 +20,7 @@ STANDS_FOR = "distr_stands_for"
 
 
 def erase_idle(graph: fx.Graph, node: fx.Node) -> None:
-    """Take out a node of which nothing comes (:func:`.vocabulary.is_idle`), and its readers."""
+    """Take out a node of which nothing comes, and its readers."""
     for user in list(node.users):
         erase_idle(graph, user)
     graph.erase_node(node)
@@ -125,16 +124,6 @@ class Emitter:
         if isinstance(fake, FakeTensor):
             node.meta["example_value"] = fake.fake_mode.from_tensor(value, static_shapes=True)
         return node
-
-    def seed(self, device: torch.device) -> fx.Node:
-        """A seed for dropout, drawn anew in each run: ``()`` int64."""
-        options = {"dtype": torch.int64, "device": device}
-        return self.function(torch.randint, MOST_SEEDS, (), **options)
-
-    def stand_for(self, output: fx.Node, node: fx.Node) -> None:
-        """Let ``node`` take the place of a site's output."""
-        output.replace_all_uses_with(node)
-        node.meta[STANDS_FOR] = output.name
 
     def undo(self) -> None:
         """Take out everything written so far; nothing may read it yet."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.emit import Emitter, erase_idle
@@ -25,33 +26,24 @@ from distr_compile.passes.memory import Memory
 from distr_compile.passes.site import AttentionSite, Causal, RefusedError, dropped
 from distr_compile.passes.vocabulary import fake, shape_of, target_name
 
-_MHA = inspect.signature(F.multi_head_attention_forward)
-_ENCODER_ARGS = (
-    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps "
-    "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 "
-    "ffn_bias_2 mask mask_type"
-).split()
-
-Attend = Callable[[Emitter, Any, Any, Any, Any, bool, Any], fx.Node]
-"""(emit, q, k, v, mask, is_causal, scale) -> output, all (B, H, N, d): writes the attention."""
+Attend = Callable[[Emitter, Any, Any, Any, Any, Any], fx.Node]
+"""(emit, q, k, v, mask, scale) -> output, all (B, H, N, d): writes the attention."""
 
 
-def _mha_arguments(node: fx.Node) -> dict[str, Any]:
-    bound = _MHA.bind(*node.args, **node.kwargs)
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a module's call by name, those that are left out by their defaults."""
+    target: Any = node.target
+    overloads = get_signature_for_torch_op(target)  # None of what is written in Python
+    bound = (overloads[0] if overloads else inspect.signature(target)).bind(
+        *node.args, **node.kwargs
+    )
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
-def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
-    arguments = dict.fromkeys(_ENCODER_ARGS)
-    arguments.update(zip(_ENCODER_ARGS, node.args, strict=False))
-    arguments.update(node.kwargs)
-    return arguments
-
-
 def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
     """The site of ``F.multi_head_attention_forward``, or ``RefusedError`` with the reason."""
-    a = _mha_arguments(node)
+    a = _arguments(node)
     outputs = [user for user in node.users if user not in memory.dead]
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
         raise RefusedError("weights-reused", "the weights are returned (need_weights)")
@@ -78,7 +70,7 @@ def multi_head_site(node: fx.Node, memory: Memory) -> AttentionSite:
 
 def encoder_layer_site(node: fx.Node) -> AttentionSite:
     """The site of ``torch._transformer_encoder_layer_fwd``, or ``RefusedError`` with the reason."""
-    a = _encoder_arguments(node)
+    a = _arguments(node)
     shape, out = shape_of(a["src"]), voc.tensor_of(node)
     if len(shape) != 3 or out is None or out.is_nested:
         raise RefusedError("layout", "the input is not (B, N, E)")
@@ -118,13 +110,11 @@ def spell_out(site: AttentionSite, emit: Emitter, attend: Attend) -> fx.Node:
     """Write the module's arithmetic as plain calls around ``attend``; what it comes to."""
     spell = _spell_out_multi_head if site.kind == "mha" else _spell_out_encoder
     scale = 1.0 / math.sqrt(site.head_dim)
-    return spell(
-        site, emit, lambda q, k, v, mask, causal: attend(emit, q, k, v, mask, causal, scale)
-    )
+    return spell(site, emit, lambda q, k, v, mask: attend(emit, q, k, v, mask, scale))
 
 
 def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Any) -> fx.Node:
-    a = _mha_arguments(site.anchor)
+    a = _arguments(site.anchor)
     heads, is_batched = site.num_heads, len(shape_of(a["query"])) == 3
     weights = [a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"]]
     if not a["use_separate_proj_weight"]:
@@ -142,7 +132,7 @@ def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Any) -> fx
         for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True)
     )
     mask = None if site.is_causal else _merged_mask(a, emit, heads)
-    out = attend(q, k, v, mask, site.is_causal)
+    out = attend(q, k, v, mask)
     out = emit.method("flatten", emit.method("permute", out, 2, 0, 1, 3), 2)  # (N, B, E)
     if not is_batched:
         out = emit.method("squeeze", out, 1)
@@ -184,7 +174,7 @@ def _merged_mask(a: dict[str, Any], emit: Emitter, heads: int) -> fx.Node | None
 
 
 def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Any) -> fx.Node:
-    a = _encoder_arguments(site.anchor)
+    a = _arguments(site.anchor)
     heads, width = site.num_heads, a["embed_dim"]
 
     def norm(x: fx.Node, which: int) -> fx.Node:
@@ -197,7 +187,7 @@ def _spell_out_encoder(site: AttentionSite, emit: Emitter, attend: Any) -> fx.No
             emit.method("transpose", emit.method("unflatten", part, -1, (heads, -1)), 1, 2)
             for part in emit.thirds(qkv, dim=-1)
         )
-        out = attend(q, k, v, _encoder_mask(a, emit), False)
+        out = attend(q, k, v, _encoder_mask(a, emit))
         out = emit.method("flatten", emit.method("transpose", out, 1, 2), 2)
         return emit.function(F.linear, out, a["proj_weight"], a["proj_bias"])
 

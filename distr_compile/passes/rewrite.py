@@ -6,6 +6,7 @@ stays as it is, with the reason.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from distr_compile.kernels.attention.dropout import MOST_SEEDS
 from distr_compile.lowering.call import Approximation, Scores, op_arguments
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision
-from distr_compile.passes.emit import Emitter
+from distr_compile.passes.emit import STANDS_FOR, Emitter
 from distr_compile.passes.layout import Layout
 from distr_compile.passes.open_up import Attend
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
@@ -31,10 +33,10 @@ def rewrite(
     site: AttentionSite,
     decision: Decision,
     number: int,
-    bases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bases: tuple[torch.Tensor, torch.Tensor] | None,
     *,
-    watch: Stopwatch | None = None,
-    change: bool = True,
+    watch: Stopwatch,
+    change: bool,
 ) -> int:
     """Put ``distr.attention`` in the place of a site.
 
@@ -56,9 +58,7 @@ def rewrite(
     """
     limit = decision.min_seq_len
 
-    def attend(
-        emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
-    ) -> fx.Node:
+    def attend(emit: Emitter, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> fx.Node:
         nonlocal limit
         rest: tuple[Any, ...] = ()
         if bases is not None:
@@ -66,24 +66,26 @@ def rewrite(
         if site.sinks is not None:
             rest = (*(rest or (None, None)), emit.method("flatten", site.sinks))
         if site.dropout_p:
-            rest = (*rest, *(None,) * (3 - len(rest)), emit.seed(site.device))
-        offset = site.causal.offset or None if is_causal and site.causal is not None else None
-        scores = Scores(scale, is_causal, offset, site.softcap, site.dropout_p)
+            drawn = {"dtype": torch.int64, "device": site.device}  # anew in each run
+            seed = emit.function(torch.randint, MOST_SEEDS, (), **drawn)
+            rest = (*rest, *(None,) * (3 - len(rest)), seed)
+        offset = site.causal.offset or None if site.causal is not None else None
+        scores = Scores(scale, site.is_causal, offset, site.softcap, site.dropout_p)
         approximation = Approximation.none(site.head_dim)
         if decision.is_distr:
             approximation = decision.approximation
-        if watch is not None:
-            kind = {"sinks": site.sinks is not None, "trained": site.requires_grad}
-            shape = shape_of_call((q, k, v), mask, scores, site.dtype, **kind)
-            if site.is_sharded:
-                watch.see_shards(*map(tensor_of, (q, k, v)))
-            if decision.is_distr:
-                least = watch.least_length(
-                    shape, approximation, site.symbolic_lengths, mask_grad=_records(mask)
-                )
-                limit = max(limit, least)
-            else:
-                watch.prefer_ours(shape)
+        kind = {"sinks": site.sinks is not None, "trained": site.requires_grad}
+        shape = shape_of_call((q, k, v), mask, scores, site.dtype, **kind)
+        if site.is_sharded:
+            watch.see_shards(*map(tensor_of, (q, k, v)))
+        if decision.is_distr:
+            bias = tensor_of(mask)
+            mask_grad = bias is not None and bias.requires_grad
+            moving = site.symbolic_lengths
+            least = watch.least_length(shape, approximation, moving, mask_grad=mask_grad)
+            limit = max(limit, least)
+        else:
+            watch.prefer_ours(shape)
         arguments = op_arguments(approximation, scores, limit, number)
         op = torch.ops.distr.attention.default
         return emit.function(op, q, k, v, mask, *rest, **arguments)
@@ -97,13 +99,7 @@ def names_of_bases(number: int) -> tuple[str, str]:
     return f"distr_basis_q_{number}", f"distr_basis_k_{number}"
 
 
-def _records(node: fx.Node | None) -> bool:
-    """Whether a gradient of a node is recorded."""
-    value = None if node is None else tensor_of(node)
-    return value is not None and value.requires_grad
-
-
-def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool = True) -> bool:
+def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
     """Put SDPA in the place of an exact site that is spelled out, where it means the same.
 
     Returns:
@@ -117,10 +113,8 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool = True) 
     if not isinstance(site, OpenSite) or not _sdpa_means_the_same(site):
         return False
 
-    def attend(
-        emit: Emitter, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: Any
-    ) -> fx.Node:
-        options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": is_causal, "scale": scale}
+    def attend(emit: Emitter, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> fx.Node:
+        options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": site.is_causal, "scale": scale}
         return emit.function(F.scaled_dot_product_attention, q, k, v, **options)
 
     try:
@@ -175,7 +169,7 @@ def _sdpa_means_the_same(site: OpenSite) -> bool:
 
 
 def _replace(
-    graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool, change: bool = True
+    graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool, change: bool
 ) -> None:
     readers = _shape_readers(site)
     emit = Emitter(graph, site.output)
@@ -192,7 +186,8 @@ def _replace(
         return
     if site.kind == "mha":
         open_up.replace_results(site, out)
-    emit.stand_for(site.output, out)
+    site.output.replace_all_uses_with(out)
+    out.meta[STANDS_FOR] = site.output.name
     for reader, node in readers:
         _read_sizes(reader, node)
     for node in sorted(site.interior, reverse=True):
@@ -211,7 +206,7 @@ def _write(site: OpenSite, emit: Emitter, attend: Attend, share_heads: bool) -> 
     if isinstance(call.scale, fx.Node):
         # As an argument of the call a symbolic float would be specialised; here it is not.
         call.q, call.scale = emit.method("mul", call.q, call.scale), 1.0
-    return layout.output(attend(emit, call.q, k, v, mask, site.is_causal, call.scale))
+    return layout.output(attend(emit, call.q, k, v, mask, call.scale))
 
 
 def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:

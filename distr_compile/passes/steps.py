@@ -148,17 +148,15 @@ class Written:
 # -- the kinds: the way back through each, what it comes to, how it is written ------------------
 
 
-def _keep(way: Way, op: Any, node: fx.Node) -> fx.Node:
+def _keep(way: Way, op: voc.Unary, node: fx.Node) -> fx.Node:
     """Keep what a node does to the scores, and go on to the scores that it reads."""
     way.events.append((op, node))
-    scores: fx.Node = op.x
-    return scores
+    return op.x
 
 
-def _pass(way: Way, op: Any, node: fx.Node) -> fx.Node:
+def _pass(way: Way, op: voc.Unary, node: fx.Node) -> fx.Node:
     """A cast or copy: go on."""
-    scores: fx.Node = op.x
-    return scores
+    return op.x
 
 
 def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:

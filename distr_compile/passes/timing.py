@@ -145,27 +145,22 @@ def shape_of_call(
     ``dtype`` is that of the attention, to which autocast may bring the operands; ``trained`` says
     whether it records gradients.
     """
-    values = [None if node is None else tensor_of(node) for node in (*operands, mask)]
-    if any(value is None for value in values[:3]):
+    q, k, v, bias = map(tensor_of, (*operands, mask))
+    if q is None or k is None or v is None:
         return None
     with _disable_current_modes():
-        Q, K, V, bias = (None if value is None else _known(value) for value in values)
-    assert Q is not None
-    assert K is not None
-    assert V is not None
-    shape = Shape.of(
-        Q,
-        K,
-        V,
-        bias,
-        scores.is_causal,
-        hint(scores.offset or 0),
-        softcap=scores.softcap > 0,
-        sinks=sinks,
-        dropout=scores.dropout_p > 0,
-    )
-    device: torch.device = values[0].device  # type: ignore[union-attr]
-    return shape._replace(device=device, dtype=dtype, trained=trained)
+        shape = Shape.of(
+            _known(q),
+            _known(k),
+            _known(v),
+            None if bias is None else _known(bias),
+            scores.is_causal,
+            hint(scores.offset or 0),
+            softcap=scores.softcap > 0,
+            sinks=sinks,
+            dropout=scores.dropout_p > 0,
+        )
+    return shape._replace(device=q.device, dtype=dtype, trained=trained)
 
 
 def _known(value: Tensor) -> Tensor:
