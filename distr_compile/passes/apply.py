@@ -173,7 +173,8 @@ def apply(
         for row, block in served_by:
             served.setdefault(block, {})[site_number] = row
         outputs += [(place.graph, place.output.name)] * len(names)
-    for site in _from_the_end(sites):
+    # Last output first: an operand may be the output of an attention before it.
+    for site in sorted(sites, key=lambda site: site.found.output, reverse=True):
         site.rewrite(judge, change)
     return Outcome(
         rows=tuple(row(number) for number, row in enumerate(rows)),
@@ -303,12 +304,6 @@ def _inputs(sites: list[_Site]) -> dict[str, dict[str, torch.Tensor]]:
             for block, pair in zip(site.blocks, site.bases, strict=True):
                 inputs.setdefault(block, {}).update(zip(names, pair, strict=True))
     return inputs
-
-
-def _from_the_end(sites: list[_Site]) -> list[_Site]:
-    """Last output first: an operand may be the output of an attention before it."""
-    position = {n: i for graph in {s.graph for s in sites} for i, n in enumerate(graph.nodes)}
-    return sorted(sites, key=lambda site: position[site.found.output], reverse=True)
 
 
 def _unmatched_row(found: Unmatched, extra: tuple[Reason, ...], layer: str, number: int) -> SiteRow:

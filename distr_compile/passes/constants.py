@@ -178,7 +178,7 @@ class Constants:
                 if place != skipped:
                     stack += [n for n in tree_leaves(given) if isinstance(n, fx.Node)]
             stack += memory.writers(current, current, reader)
-        return sorted(found, key=memory.position.__getitem__)
+        return sorted(found)
 
 
 _EMPTY = ("empty", "new_empty")

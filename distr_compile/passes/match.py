@@ -56,7 +56,7 @@ def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
         if node not in inner and _is_by_hand(node, flow):
             why = RefusedError("softmax-form", _BY_HAND)
             found[node] = Unmatched(node, "softmax", why, target_name(node).strip("_"))
-    return sorted(found.values(), key=lambda each: flow.memory.position[each.anchor])
+    return sorted(found.values(), key=lambda each: each.anchor)
 
 
 def _is_by_hand(node: fx.Node, flow: Flow) -> bool:
@@ -137,12 +137,12 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     site = replace(site, is_sharded=is_sharded)
     for writer in nodes:
         # What is written goes with the nodes: nobody else may look at it.
-        for reader, position in memory.position.items() if memory.writes(writer) else ():
+        for reader in writer.graph.nodes if memory.writes(writer) else ():
             looks = any(memory.writes_into(writer, n) for n in reader.all_input_nodes)
             is_input = reader.op in ("placeholder", "get_attr")
             if is_input and memory.writes_into(writer, reader):
                 raise RefusedError("in-place-write", "the scores are written into an input")
-            if looks and position > memory.position[writer] and reader not in nodes | memory.dead:
+            if looks and reader > writer and reader not in nodes | memory.dead:
                 raise RefusedError("in-place-write", f"{reader} reads what is written in place")
     if site.requires_grad:
         last = next(iter(reversed(site.output.graph.nodes)))

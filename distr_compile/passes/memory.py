@@ -45,7 +45,6 @@ class Memory:
     """Writes and aliases of one graph.
 
     Attributes:
-        position: node -> its place in the graph.
         known: nodes that were run and call nothing but ATen operations without chance.
         pure: those of them that do nothing but compute a value: they write nothing.
         dead: pure nodes whose value nobody reads, directly or through others.
@@ -54,7 +53,6 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.known: set[fx.Node] = set()
         self.pure: set[fx.Node] = set()
         self.dead: set[fx.Node] = set()
@@ -83,13 +81,11 @@ class Memory:
 
     def writers(self, node: fx.Node, after: fx.Node, before: fx.Node) -> list[fx.Node]:
         """The nodes between two others that write the memory of ``node``, in order."""
-        place = self.position.__getitem__
         found: set[fx.Node] = set()
         for storage in self.storages(node):
             nodes = self._writers.get(storage, [])
-            first = bisect_right(nodes, place(after), key=place)
-            found.update(nodes[first : bisect_left(nodes, place(before), key=place)])
-        return sorted(found, key=place)
+            found.update(nodes[bisect_right(nodes, after) : bisect_left(nodes, before)])
+        return sorted(found)
 
     def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node that made what ``node`` holds when ``reader`` reads it.

@@ -162,7 +162,7 @@ class Flow:
 
     def _first(self, *products: frozenset[fx.Node]) -> frozenset[fx.Node]:
         found = _NOTHING.union(*products)
-        return frozenset(sorted(found, key=self.memory.position.__getitem__)[:_MAX_PRODUCTS])
+        return frozenset(sorted(found)[:_MAX_PRODUCTS])
 
     def _depend(self, node: fx.Node, op: voc.Op | None, sources: list[Any]) -> frozenset[fx.Node]:
         if isinstance(op, voc.Softmax | voc.Sdpa):

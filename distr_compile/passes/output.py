@@ -32,7 +32,7 @@ def order_to_copy(memory: Memory, out: fx.Node) -> tuple[int, ...] | None:
 
 
 def _order_matters(memory: Memory, out: fx.Node) -> bool:
-    last = next(reversed(memory.position))
+    last = next(iter(reversed(out.graph.nodes)))
     stack = [out]
     while stack:
         node = stack.pop()
