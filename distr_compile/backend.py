@@ -27,13 +27,13 @@ from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.sdpa import best_sdpa
 from distr_compile.lowering.told import Listener, listening
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
-from distr_compile.passes.emit import declare_constants, with_inputs
+from distr_compile.passes.emit import declare_constants
 from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import Attended, LayerPlan, Policy, RuleAudit
 from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
 from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
-from distr_compile.running import Shared, serving
+from distr_compile.running import Shared, serving, with_inputs
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure", "root")

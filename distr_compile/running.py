@@ -9,12 +9,13 @@ in the thread that calls, and :func:`serving` looks it up when the graph runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 
 from distr_compile import identity
 from distr_compile.lowering.told import Listener, listening
@@ -134,3 +135,30 @@ def serving(
             return compiled(*args, *inputs.get(block, {}).values())
 
     return run
+
+
+def with_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph in which constants ``names`` are inputs, after all that it has.
+
+    A copy, since Dynamo looks at the inputs of its own graph once more when that is compiled.
+    """
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    for node in inputs:
+        copies[node] = graph.node_copy(node)
+        copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    for name in names:
+        same = [node for node in module.graph.find_nodes(op="get_attr") if node.target == name]
+        given = graph.placeholder(name)
+        given.meta["example_value"] = same[0].meta["example_value"]
+        given._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        copies |= dict.fromkeys(same, given)
+    result = graph.graph_copy(module.graph, copies, return_output_node=True)
+    assert isinstance(result, tuple)
+    graph.output(*result[:1])
+    copied = fx.GraphModule(module, graph, type(module).__name__)
+    copied.meta = module.meta
+    for key in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(module, key):
+            setattr(copied, key, getattr(module, key))
+    return copied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,33 +36,6 @@ def declare_constants(module: fx.GraphModule) -> None:
     if sources is not None:
         for name, _ in module.named_buffers():
             sources.setdefault(name, ConstantSource(name))
-
-
-def with_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """A copy of a graph in which constants ``names`` are inputs, after all that it has.
-
-    A copy, since Dynamo looks at the inputs of its own graph once more when that is compiled.
-    """
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    inputs = list(module.graph.find_nodes(op="placeholder"))
-    for node in inputs:
-        copies[node] = graph.node_copy(node)
-        copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
-    for name in names:
-        same = [node for node in module.graph.find_nodes(op="get_attr") if node.target == name]
-        given = graph.placeholder(name)
-        given.meta["example_value"] = same[0].meta["example_value"]
-        given._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
-        copies |= dict.fromkeys(same, given)
-    result = graph.graph_copy(module.graph, copies, return_output_node=True)
-    assert isinstance(result, tuple)
-    graph.output(*result[:1])
-    copied = fx.GraphModule(module, graph, type(module).__name__)
-    copied.meta = module.meta
-    for key in ("_param_name_to_source", "compile_subgraph_reason"):
-        if hasattr(module, key):
-            setattr(copied, key, getattr(module, key))
-    return copied
 
 
 class Emitter:
