@@ -44,11 +44,6 @@ class Placed:
     calls: tuple[fx.Node, ...] = ()
 
     @property
-    def output(self) -> fx.Node:
-        """The node that holds its result, or stands for it."""
-        return self.found.anchor if isinstance(self.found, Unmatched) else self.found.output
-
-    @property
     def nodes(self) -> list[fx.Node]:
         """Nodes that tell which layer it belongs to."""
         if isinstance(self.found, AttentionSite):
@@ -152,7 +147,7 @@ def apply(
     outputs: list[tuple[fx.Graph, str]] = []
     served: dict[str, dict[int, int]] = {}
     for place, choice in choices:
-        found, names = place.found, choice.layers
+        found, names, output = place.found, choice.layers, place.found.anchor
         served_by = enumerate(choice.of_blocks, start=len(rows))
         if isinstance(found, AttentionSite):
             count = layers[: len(sites)].count(choice.name), layers.count(choice.name)
@@ -163,6 +158,7 @@ def apply(
                 site.bases = [site.look_up(bases, site_name(each, *count)) for each in owners]
                 site.blocks = tuple(choice.of_blocks)
             sites.append(site)
+            output = found.output
             rows += [partial(site.row, layer) for layer in names]
         elif found.why.attention:
             rows += [partial(_unmatched_row, found, choice.extra, layer) for layer in names]
@@ -172,7 +168,7 @@ def apply(
         site_number = len(outputs)  # of its first row
         for row, block in served_by:
             served.setdefault(block, {})[site_number] = row
-        outputs += [(place.graph, place.output.name)] * len(names)
+        outputs += [(place.graph, output.name)] * len(names)
     # Last output first: an operand may be the output of an attention before it.
     for site in sorted(sites, key=lambda site: site.found.output, reverse=True):
         site.rewrite(judge, change)
@@ -260,7 +256,7 @@ class _Site:
         found = self.found
         return (
             isinstance(found, OpenSite)
-            and found.is_static
+            and not found.symbolic
             and found.num_queries >= MIN_QUERIES
             and found.dtype in {torch.float32, torch.bfloat16, torch.float16}
             and found.compute_dtype is None

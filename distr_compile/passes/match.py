@@ -128,7 +128,7 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     values = [x for n in nodes | read_too if (x := voc.tensor_of(n)) is not None]
     others = {type(x).__name__ for x in values if not is_plain_fake(local_of(x))}
     is_sharded = any(local_of(x) is not x for x in values)
-    if is_sharded and not (isinstance(site, OpenSite) and site.is_static):
+    if is_sharded and not (isinstance(site, OpenSite) and not site.symbolic):
         others.add("DTensor")
     if others:
         raise RefusedError("tensor-subclass", f"a tensor is a {', '.join(sorted(others))}")

@@ -157,9 +157,8 @@ def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
 def _sdpa_means_the_same(site: OpenSite) -> bool:
     """SDPA knows no soft cap and no sinks, takes a float mask in Q's dtype only, and its dropout
     draws other numbers than the model's."""
-    if site.kind != "softmax" or site.softcap or site.sinks or site.compute_dtype:
-        return False
-    if site.dropout_p:  # it would drop others than the model does
+    is_more = site.softcap or site.sinks or site.compute_dtype or site.dropout_p
+    if site.kind != "softmax" or is_more:
         return False
     dtype = fake(site.q.node).dtype
     if any(fake(s.tensor).dtype != dtype for s in site.steps if isinstance(s, AddStep)):

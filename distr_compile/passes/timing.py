@@ -28,10 +28,7 @@ class Stopwatch:
         judge: None where nothing hangs on how fast it is.
         ours: whether exact attention would run in our kernel, if that is faster than SDPA.
         measured: what was found, if anything was asked.
-        kernel: what computes the call.
-        refused: why what comes before it does not, by name.
-        backward: what computes the gradients of an approximated call that records them.
-        sharding: how the processes of a mesh share the call, if its tensors are DTensors.
+        kernel, refused, backward, sharding: of the call, as in a :class:`.reporting.SiteRow`.
     """
 
     judge: Judge | None = None

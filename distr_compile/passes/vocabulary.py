@@ -434,10 +434,6 @@ def _clamp_max(input: Any, other: Any = None, *, max: Any = None) -> Op | None:
     return None if isinstance(high, int | None) else _clamp(input, None, high)
 
 
-def _tanh(input: Any) -> Op | None:
-    return Tanh(input)
-
-
 def _append(tensors: Any, dim: Any = None, *, axis: Any = 0, node: fx.Node) -> Op | None:
     dim, rank = axis if dim is None else dim, len(shape_of(node))
     first, second = tensors
@@ -521,7 +517,7 @@ _TABLE: tuple[tuple[Reader, str, str, str], ...] = (
     (_clamp, "clamp clamp_ clip", "clamp clip", ""),
     (_clamp_min, "clamp_min", "max maximum clamp_min", ""),
     (_clamp_max, "clamp_max", "min minimum clamp_max", ""),
-    (_tanh, "tanh tanh_", "tanh tanh_", ""),
+    (lambda input: Tanh(input), "tanh tanh_", "tanh tanh_", ""),
     (_append, "", "cat concat concatenate", "cat concat"),
     (_cast, "to type type_as float half bfloat16 double", "", "_to_copy"),
     (Reshape, "reshape flatten unsqueeze squeeze", "reshape flatten unsqueeze squeeze", ""),

@@ -103,11 +103,10 @@ class Walk(Way):
         weights = [Level((*lead, *matrix), is_reshaped=True) for lead in self.leads]
         levels = (*self.levels, *weights, out_level)
         q, k, factors, dtype = self._scaled(product, product_op, out, (q, k, v))
-        for x, reader in ((q, product), (k, product), (v, out)):
-            self._check_writes(x.node, reader, out)
-        for step in self.steps:
-            if step.tensor is not None:
-                self._check_writes(step.tensor, step.reader, out)
+        reads = [(q.node, product), (k.node, product), (v.node, out)]
+        reads += [(s.tensor, s.reader) for s in self.steps if s.tensor is not None]
+        for node_read, reader in reads:
+            self._check_writes(node_read, reader, out)
         sinks = self._sinks(Levels(levels, matrix), canonical, out)
         self._erase_dead()
         return open_site(
@@ -428,13 +427,8 @@ def open_site(
 ) -> OpenSite:
     """A site with the operands Q, K and V.
 
-    Args:
-        flow: of the graph.
-        output: the node that the rewrite replaces.
-        operands, levels, canonical, steps: of the site.
-        is_causal: later keys are hidden, besides what the steps hide.
-        share_heads: repeated heads of K and V are looked for.
-        compute_dtype, **rest: fields of the site.
+    ``is_causal``: later keys are hidden, besides what the steps hide. ``share_heads``: repeated
+    heads of K and V are looked for. The others are fields of the site.
     """
     q, k, v = operands
     mask_kind, causal, left = mask_of(flow, levels[0], steps, is_causal)
