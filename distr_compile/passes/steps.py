@@ -166,6 +166,13 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
     )
     if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
         raise RefusedError("scores-edited", "the scores are clamped")
+    scale = 1.0  # of what is clamped, up to the softmax: bounds far out may come near
+    for event, reader in way.events:
+        if isinstance(event, voc.Scale):
+            factor = way.flow.constants.number(event.factor, reader) or math.nan
+            scale = scale / factor if event.divide else scale * factor
+    if not min(-low, high) * abs(scale) >= -voc.HIDDEN:
+        raise RefusedError("scores-edited", "the scores are clamped, and scaled afterwards")
     return op.x
 
 

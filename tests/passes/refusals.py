@@ -311,6 +311,17 @@ def _(q, k, v):
     return (q @ k.mT).clamp(-5, 5).softmax(-1) @ v
 
 
+@refuse("scores clamped far out, then scaled until the bounds are near", "scores-edited")
+def _clamped_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT * 1e5).clamp(-1e4, 1e4) * 1e-5).softmax(-1) @ v
+
+
+@refuse("scores clamped far out, then scaled by a tensor", "scores-edited")
+def _clamped_then_scaled_by_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * 1e5).clamp(-1e4, 1e4)
+    return (scores * (q[..., :1].sigmoid() * 1e-5)).softmax(-1) @ v
+
+
 @refuse("scores clamped from below", "scores-edited")
 def _(q, k, v):
     return (q @ k.mT).clamp_min(0.0).softmax(-1) @ v
