@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -96,20 +96,12 @@ class Outcome:
     """By module, likewise: the constants of the graph in whose place it has its own, by name."""
 
 
-def find_all(module: fx.GraphModule) -> list[Placed]:
-    """All attention of a graph and of the bodies of its higher-order ops."""
-    return [
-        Placed(found, body.graph, calls)
-        for body, calls in _bodies(module, ())
-        for found in match.find(body.graph)
-    ]
+def find_all(module: fx.GraphModule, calls: tuple[fx.Node, ...] = ()) -> list[Placed]:
+    """All attention of a graph and of the bodies of its higher-order ops, each searched once.
 
-
-def _bodies(
-    module: fx.GraphModule, calls: tuple[fx.Node, ...]
-) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node, ...]]]:
-    """A graph module and all it refers to, each once, with the nodes that call it."""
-    yield module, calls
+    ``calls`` are the nodes that call this graph, if it is such a body.
+    """
+    placed = [Placed(found, module.graph, calls) for found in match.find(module.graph)]
     references: dict[str, list[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -118,7 +110,8 @@ def _bodies(
     for target, callers in references.items():
         body = bodies.get(target)
         if isinstance(body, fx.GraphModule):
-            yield from _bodies(body, tuple(callers))
+            placed += find_all(body, tuple(callers))
+    return placed
 
 
 def apply(

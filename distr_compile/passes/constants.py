@@ -343,15 +343,11 @@ def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]
 
 def _literals(node: fx.Node) -> Iterator[int]:
     """The numbers in a node's arguments, or in its size, that a position may be compared with."""
-    stack: list[Any] = [*node.args, *node.kwargs.values()]
-    if isinstance(size := value_of(node), torch.SymInt):
-        stack += [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
+    size, terms = value_of(node), []
+    if isinstance(size, torch.SymInt):
+        terms = [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
     fills = target_name(node) in {"masked_fill", "masked_fill_", "where", "full", "fill_"}
-    while stack:
-        x = stack.pop()
-        if isinstance(x, list | tuple):
-            stack += x
-        elif isinstance(x, slice):
-            stack += [x.start, x.stop, x.step]
-        elif isinstance(x, int | float) and math.isfinite(x) and not (fills and x <= HIDING):
-            yield math.ceil(abs(x))
+    for leaf in tree_leaves([node.args, node.kwargs, terms]):
+        for x in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
+            if isinstance(x, int | float) and math.isfinite(x) and not (fills and x <= HIDING):
+                yield math.ceil(abs(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -77,9 +78,7 @@ class Emitter:
         chunks = self.method("chunk", x, 3, dim)
         return [self.function(operator.getitem, chunks, i) for i in range(3)]
 
-    def additive(
-        self, hidden: fx.Node, dtype: torch.dtype, value: float = float("-inf")
-    ) -> fx.Node:
+    def additive(self, hidden: fx.Node, dtype: torch.dtype, value: float = -math.inf) -> fx.Node:
         """A float tensor that is ``value`` where ``hidden`` is True and 0 elsewhere."""
         zeros = self.function(torch.zeros_like, hidden, dtype=dtype)
         return self.method("masked_fill", zeros, hidden, value)

@@ -123,9 +123,8 @@ def _spell_out_multi_head(site: AttentionSite, emit: Emitter, attend: Any) -> fx
 
     def split_heads(x: fx.Node) -> fx.Node:  # (N, [B,] E) -> (B, H, N, d)
         x = emit.method("unflatten", x, -1, (heads, -1))
-        return emit.method(
-            "permute", x if is_batched else emit.method("unsqueeze", x, 1), 1, 2, 0, 3
-        )
+        x = x if is_batched else emit.method("unsqueeze", x, 1)
+        return emit.method("permute", x, 1, 2, 0, 3)
 
     q, k, v = (
         split_heads(emit.function(F.linear, a[name], weight, bias))

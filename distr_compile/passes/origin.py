@@ -86,14 +86,10 @@ class Flow:
         is_changed = memory.writers(node, node, out) or memory.writers(op.x, node, out)
         return None if is_changed else op
 
-    def is_activation(self, node: fx.Node) -> bool:
-        """Whether a node's values depend on the input or passed a layer."""
-        return bool(self.origins[node] & {INPUT, PROJECTION})
-
     def is_scores(self, product: fx.Node, op: voc.Op | None = None) -> bool:
-        """Whether both factors of a product are activations, as Q and K are."""
-        op = op or self.read(product)
-        return isinstance(op, voc.Product) and self.is_activation(op.a) and self.is_activation(op.b)
+        """Whether both factors of a product, as Q and K, hang on the input or passed a layer."""
+        op, active = op or self.read(product), {INPUT, PROJECTION}
+        return isinstance(op, voc.Product) and all(self.origins[x] & active for x in (op.a, op.b))
 
     def cuts_gradient(self, node: fx.Node, out: fx.Node) -> bool:
         """Whether no gradient of ``out`` passes a node that has inputs which record one."""

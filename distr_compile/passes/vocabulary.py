@@ -586,5 +586,4 @@ def anchor_kind(node: fx.Node) -> str | None:
 def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
     readers = {"reshape_as", "view_as", "expand_as", "type_as"}
-    is_reader = user.op == "call_method" and user.target in readers
-    return is_reader and user.args[0] is not node
+    return user.op == "call_method" and user.target in readers and user.args[0] is not node
