@@ -13,7 +13,7 @@ from distr_compile.lowering import op
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
 from distr_compile.passes.decide import decide_bare, may_be_causal, rank_fault
 from distr_compile.policy import LayerPlan
-from distr_compile.policy.errors import sentence, shown
+from distr_compile.policy.errors import check_type, sentence, shown
 from distr_compile.policy.plan import OPTIONS
 
 
@@ -22,6 +22,9 @@ class _Unsaid(int):
 
 
 _TWO = _Unsaid(2)
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+"""Types of scales and shares, in eager and in a graph."""
 
 
 def attention(
@@ -82,6 +85,7 @@ def attention(
     Raises:
         ValueError: sizes, dtypes or options that do not fit together; ``group_size`` and ``rank``
             both given.
+        TypeError: no tensor, number or bool where there must be one.
         NotImplementedError: a transform of ``torch.func``.
     """
     q, k, v, arguments = planned(
@@ -122,14 +126,21 @@ def planned(
     The mask goes beside them as it is. All arguments of ``attention`` are given.
 
     Raises:
-        ValueError: as ``attention``.
+        ValueError: as ``attention``, and TypeError.
     """
     plan = _plan(**options)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        check_type(name, flag, bool, "True or False", "give one of these")
+    check_type("dropout_p", dropout_p, NUMBERS, "a number from 0 to 1", "give 0.0 for none")
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
+        scale = scale.item()  # as SDPA takes it
+    if scale is not None:
+        check_type("scale", scale, NUMBERS, "a number, or None", "multiply a tensor into query")
     q, k, v = four_axes(query, key, value, attn_mask, enable_gqa)
     approximation = approximated(q, k, v, attn_mask, plan, is_causal)
     if isinstance(approximation, str):
         raise ValueError(approximation)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     scores = Scores(scale, is_causal, dropout_p=dropout_p)
     return q, k, v, op_arguments(approximation, scores)
 
@@ -213,6 +224,16 @@ def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:
     return LayerPlan(**fields, min_seq_len=0)
 
 
+def check_tensors(query: object, key: object, value: object) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: the first of them that is none, by its name.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        check_type(name, t, Tensor, "a tensor", "give Q, K and V as for SDPA")
+
+
 def four_axes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +248,11 @@ def four_axes(
 
     Raises:
         ValueError: other numbers of axes, or sizes that do not broadcast.
+        TypeError: something that is no tensor.
     """
+    check_tensors(query, key, value)
+    if mask is not None:
+        check_type("attn_mask", mask, Tensor, "a tensor, or None", "give a bool or floating tensor")
     axes = query.dim()
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.is_nested:

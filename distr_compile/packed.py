@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.functional import attention
-from distr_compile.policy.errors import sentence
+from distr_compile.functional import attention, check_tensors
+from distr_compile.policy.errors import check_type, sentence, shown
 
 _ALL, _CAUSAL = (-1, -1), (-1, 0)
 
@@ -64,6 +64,7 @@ def attention_varlen(
     Raises:
         ValueError: sizes that do not fit together, a nested tensor, a sliding window, or what
             :func:`distr_compile.attention` raises.
+        TypeError: no tensor or number where there must be one; ``is_causal`` or ``attn_mask``.
     """
     unsupported = {
         "return_aux": return_aux,
@@ -74,6 +75,15 @@ def attention_varlen(
         if given is not None:
             advice = "leave it out, or call torch.nn.attention.varlen.varlen_attn"
             raise ValueError(sentence(name, type(given).__name__, "None", advice))
+    if "is_causal" in options or "attn_mask" in options:
+        name = "is_causal" if "is_causal" in options else "attn_mask"
+        advice = "window_size=(-1, 0) is causal attention; masks are for distr_compile.attention"
+        raise TypeError(sentence(name, shown(options[name]), "no such argument", advice))
+    check_tensors(query, key, value)
+    for name, most in (("max_q", max_q), ("max_k", max_k)):
+        accepted, advice = "an integer", "give the length of the longest sequence"
+        check_type(name, most, (int, torch.SymInt), accepted, advice)
+    check_type("window_size", window_size, (tuple, list), "a pair of integers", "leave it out")
     if tuple(window_size) not in (_ALL, _CAUSAL):
         accepted = "(-1, -1) for all keys, (-1, 0) for causal attention"
         advice = "keep sliding windows exact: torch.nn.attention.varlen.varlen_attn"
@@ -121,6 +131,7 @@ def _bounds(
     name: str, cumulated: Tensor, tokens: int, limit: str, most: int
 ) -> list[tuple[int, int]]:
     """First and last row of each sequence, checked."""
+    check_type(name, cumulated, Tensor, "a tensor of integers", "give torch.tensor([0, ...])")
     is_whole = not (cumulated.is_floating_point() or cumulated.dtype == torch.bool)
     bounds = cumulated.tolist() if cumulated.dim() == 1 and is_whole else []
     rising = all(a <= b for a, b in itertools.pairwise(bounds))
@@ -139,6 +150,7 @@ def _bounds(
 def _used(keys: list[tuple[int, int]], used: Tensor | None) -> list[tuple[int, int]]:
     if used is None:
         return keys
+    check_type("seqused_k", used, Tensor, "a tensor of integers", "leave it out to use all")
     counts = used.tolist()
     if len(counts) != len(keys) or any(
         not 0 <= n <= b - a for n, (a, b) in zip(counts, keys, strict=True)

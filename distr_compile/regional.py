@@ -17,7 +17,7 @@ from distr_compile.backend import Options, compile_graph, plan_of
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.policy import LayerPlan, Policy, RuleAudit
-from distr_compile.policy.errors import collected, sentence
+from distr_compile.policy.errors import check_type, collected, sentence
 from distr_compile.reporting.breaks import passed_over
 from distr_compile.running import Shared, entered
 
@@ -69,11 +69,16 @@ def compile_blocks(
 
     Raises:
         ValueError: there are no such blocks, or an option is unknown.
+        TypeError: no module, or no names of blocks.
         PolicyError: the policy is wrong: for itself, or for this model, as where a rule asks for
             approximation of modules outside of the blocks only; or it has no file of bases where an
             estimator needs one. That bases are of this model is looked at when a block is
             compiled.
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module", "give the whole model")
+    if blocks is not None and not isinstance(blocks, str):
+        accepted, advice = "a name, a list of names, or None", "give classes' or blocks' names"
+        check_type("blocks", blocks, (list, tuple, set, frozenset), accepted, advice)
     checked = Options.parse({**(options or {}), "policy": policy}, None)
     root = identity.root_of(model, checked.root)
     checked.policy.check_ambiguous(naming.ambiguous(model, root.shown))

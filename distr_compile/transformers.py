@@ -29,7 +29,7 @@ from distr_compile.lowering.call import Approximation, Scores, Shape, op_argumen
 from distr_compile.lowering.judge import Judge
 from distr_compile.passes.decide import Decision, decide_call
 from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError
-from distr_compile.policy.errors import sentence
+from distr_compile.policy.errors import check_type, sentence
 from distr_compile.reporting import Reason
 
 NAME = "distr"
@@ -85,7 +85,9 @@ def apply(model: nn.Module, policy: Any = None) -> None:
         PolicyError: the policy is wrong, or a rule names no module.
         ValueError: no model in it asks for ``attn_implementation="distr"``, or all that ask have
             attention that transformers cannot exchange; of some of them a warning tells.
+        TypeError: it is no module.
     """
+    check_type("model", model, nn.Module, "a model of transformers", "give the whole model")
     asked = Policy.from_any(policy)
     shown = naming.canonical(model)
     names: dict[nn.Module, list[str]] = {}

@@ -116,9 +116,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every attention and every output was compared and is within its bound."""
+        """Whether every attention and every output was compared and is within its bound.
+
+        Where there is neither, nothing was compared, and it is not.
+        """
         statuses = [row.status for row in self.rows] + [check.status for check in self.outputs]
-        return all(status == "ok" for status in statuses)
+        return bool(statuses) and all(status == "ok" for status in statuses)
 
     def summary(self) -> str:
         """Say the totals in one line."""

@@ -180,6 +180,8 @@ def test_errors(model: nn.Module, rule: dict[str, Any], message: str) -> None:
 
 
 def test_an_error_of_the_model_is_its_own() -> None:
+    with pytest.raises(TypeError, match=r"model: got 3 \(int\); accepted: a module or a function"):
+        distr_compile.explain(3)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"must have same reduction dim|cannot be multiplied"):
         explain(Attention().eval(), torch.randn(2, TOKENS, 3))
 

@@ -268,6 +268,40 @@ def test_wrong_options(name: str) -> None:
         distr_compile.attention(*same(1, 2, 20, 64), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("query", None, "query: got None (NoneType); accepted: a tensor; give Q, K and V"),
+        ("value", [1.0], "value: got [1.0] (list); accepted: a tensor"),
+        ("attn_mask", 3, "attn_mask: got 3 (int); accepted: a tensor, or None"),
+        ("dropout_p", "x", "dropout_p: got 'x' (str); accepted: a number from 0 to 1"),
+        ("dropout_p", True, "dropout_p: got True (bool); accepted: a number from 0 to 1"),
+        ("scale", "a", "scale: got 'a' (str); accepted: a number, or None"),
+        ("is_causal", 1, "is_causal: got 1 (int); accepted: True or False"),
+        ("enable_gqa", "x", "enable_gqa: got 'x' (str); accepted: True or False"),
+    ],
+)
+def test_other_types(name: str, value: Any, message: str) -> None:
+    given = dict(zip(("query", "key", "value"), same(1, 2, 20, 64), strict=True))
+    with pytest.raises(TypeError, match=re.escape(message)):
+        distr_compile.attention(**{**given, name: value})
+
+
+def test_a_scale_that_is_a_tensor_of_one_number() -> None:
+    q, k, v = same(1, 2, 20, 64)
+    got = distr_compile.attention(q, k, v, scale=torch.tensor(0.25))  # type: ignore[arg-type]
+    assert torch.equal(got, distr_compile.attention(q, k, v, scale=0.25))
+
+
+def test_no_width_and_no_device() -> None:
+    """SDPA runs on either: without columns all scores are 0; on "meta" there are only sizes."""
+    q, k, v = torch.empty(1, 2, 20, 0), torch.empty(1, 2, 30, 0), torch.randn(1, 2, 30, 8)
+    got = distr_compile.attention(q, k, v, group_size=1)
+    torch.testing.assert_close(got, v.mean(2, keepdim=True).expand(-1, -1, 20, -1))
+    q, k, v = (t.to("meta") for t in same(1, 2, 20, 64))
+    assert distr_compile.attention(q, k, v).shape == (1, 2, 20, 64)
+
+
 def test_wrong_tensors() -> None:
     q, k, v = same(1, 2, 20, 64)
     for bad in (q[0, 0], q[None]):

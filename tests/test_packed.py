@@ -146,6 +146,23 @@ def test_wrong_arguments(name: str) -> None:
         distr_compile.attention_varlen(**given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("query", None, "query: got None (NoneType); accepted: a tensor"),
+        ("cu_seq_q", [0, 30], "cu_seq_q: got [0, 30] (list); accepted: a tensor of integers"),
+        ("max_q", "a", "max_q: got 'a' (str); accepted: an integer"),
+        ("window_size", 3, "window_size: got 3 (int); accepted: a pair of integers"),
+        ("seqused_k", [1], "seqused_k: got [1] (list); accepted: a tensor of integers"),
+        ("is_causal", True, "is_causal: got True (bool); accepted: no such argument; window_size"),
+    ],
+)
+def test_other_types(name: str, value: Any, message: str) -> None:
+    given = {"query": Q, "key": Q, "value": Q, "cu_seq_q": BOUNDS, "cu_seq_k": BOUNDS}
+    with pytest.raises(TypeError, match=re.escape(message)):
+        distr_compile.attention_varlen(**{**given, "max_q": 30, "max_k": 30, name: value})
+
+
 def test_nested_tensors_are_refused() -> None:
     parts = [torch.randn(n, 2, 32) for n in (20, 30)]
     nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)

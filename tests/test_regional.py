@@ -197,6 +197,10 @@ def test_blocks_of_which_nothing_was_compiled_are_warned_of_once() -> None:
 
 def test_what_is_wrong() -> None:
     model = net(2)
+    with pytest.raises(TypeError, match=r"model: got None \(NoneType\); accepted: a torch.nn.Mod"):
+        distr_compile.compile_blocks(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"blocks: got 3 \(int\); accepted: a name, a list of"):
+        distr_compile.compile_blocks(torch.nn.Linear(3, 3), blocks=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="blocks: got 'Nothing'; accepted: names of classes, or"):
         distr_compile.compile_blocks(model, POLICY, blocks="Nothing")
     with pytest.raises(ValueError, match="blocks: got no list of modules of one class"):

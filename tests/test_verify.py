@@ -487,3 +487,9 @@ def test_the_command_fails_where_a_rewrite_is_wrong(target: str, capsys: Any) ->
     text = capsys.readouterr()
     assert "wrong" in text.out
     assert "NOT OK" in text.err
+
+
+def test_where_nothing_is_compared_nothing_is_ok() -> None:
+    found = distr_compile.verify(lambda x: None, torch.ones(2))
+    assert not found.ok
+    assert "0 of 0 attention" in found.summary()

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distr_compile.policy.errors import sentence, shown
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -81,7 +83,9 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
             "list, a data loader, or a function that returns an iterable; give list(batches) or a "
             "function"
         )
-    assert isinstance(items, Iterable)
+    if not isinstance(items, Iterable):
+        accepted = "a list, a data loader, or a function that returns an iterable"
+        raise ValueError(sentence("batches", shown(items), accepted, "return the batches there"))
     for item in islice(items, limit):
         yield Batch.of(item)
 

@@ -208,7 +208,8 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     ):
         return False
     # Somebody may have put a kernel of their own in this one's place.
-    key = tensors[0].device.type.upper() if tensors[0] is not None else "CPU"
+    device = tensors[0].device.type if tensors[0] is not None else "cpu"
+    key = torch._C._dispatch_key_for_device(device)
     return not torch._C._dispatch_has_kernel_for_dispatch_key("distr::attention", key)
 
 

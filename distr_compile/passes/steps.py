@@ -173,7 +173,19 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
             scale = scale / factor if event.divide else scale * factor
     if not min(-low, high) * abs(scale) >= -voc.HIDDEN:
         raise RefusedError("scores-edited", "the scores are clamped, and scaled afterwards")
-    return op.x
+    return _keep(way, op, node)
+
+
+def _clamp_forth(way: Way, op: voc.Clamp, node: fx.Node) -> None:
+    constants, scale = way.flow.constants, 1.0  # of what is clamped, down to the product
+    for step in way.steps:
+        if isinstance(step, ScaleStep) and step.tensor is None:
+            factor = constants.number(step.factor, step.reader) or math.nan
+            scale = scale / factor if step.divide else scale * factor
+    for bound in (op.low, op.high):
+        number = None if bound is None else constants.number(bound, node)
+        if number is not None and abs(number) < -voc.HIDDEN * abs(scale):
+            raise RefusedError("scores-edited", "the scores are scaled up and then clamped")
 
 
 def _permute_back(way: Way, op: voc.Permute, node: fx.Node) -> fx.Node:
@@ -199,7 +211,7 @@ def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
         raise RefusedError("concat-scores", "one softmax runs over several score matrices")
     if way.places[way.dim] != len(way.places) - 1:
         raise RefusedError("softmax-axis", "a column is concatenated along another axis than keys")
-    if not all(isinstance(event, voc.Reshape) for event, _ in way.events):
+    if not all(isinstance(event, voc.Reshape | voc.Clamp) for event, _ in way.events):
         raise RefusedError("sinks", "scores and sinks are changed after they are concatenated")
     way.sink = op
     return _keep(way, op, node)
@@ -410,7 +422,7 @@ KINDS: dict[type, Kind] = {
     voc.Scale: Kind(_scale_back, _scale_forth),
     voc.Add: Kind(_add_back, _add_forth),
     voc.Fill: Kind(_fill_back, _fill_forth),
-    voc.Clamp: Kind(_clamp_back),
+    voc.Clamp: Kind(_clamp_back, _clamp_forth),
     voc.Tanh: Kind(_tanh_back, _tanh_forth),
     voc.Append: Kind(_sink_back),
     voc.Permute: Kind(_permute_back),

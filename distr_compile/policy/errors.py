@@ -25,6 +25,19 @@ def sentence(key: object, got: str, accepted: str, advice: str) -> str:
     return f"{key}: got {got}; accepted: {accepted}; {advice}"
 
 
+def check_type(
+    key: str, value: object, kinds: type | tuple[type, ...], accepted: str, advice: str
+) -> None:
+    """Refuse a value of another type than one of ``kinds``; True and False count as no number.
+
+    Raises:
+        TypeError: what was got, what is accepted, and what to do.
+    """
+    is_bool = isinstance(value, bool) and kinds is not bool
+    if is_bool or not isinstance(value, kinds):
+        raise TypeError(sentence(key, shown(value), accepted, advice))
+
+
 def shown(value: object) -> str:
     """A value that was got, with its type; a long one is cut."""
     text = repr(value)

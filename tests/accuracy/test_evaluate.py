@@ -50,6 +50,10 @@ def test_the_limit_and_what_the_pass_did() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="batches: got none"):
         evaluate(stack(), [], ["cosine"], {"none": None})
+    with pytest.raises(
+        ValueError, match=r"batches: got None \(NoneType\); accepted: a list, a data"
+    ):
+        evaluate(stack(), lambda: None, ["cosine"], {"none": None})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="in training mode"):
         evaluate(stack().train(), BATCHES, ["cosine"], {"none": None})
     wrong = Policy(rule=[{"layers": "nowhere", "group_size": 2}])

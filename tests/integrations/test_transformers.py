@@ -442,6 +442,8 @@ def test_a_rule_that_names_nothing() -> None:
 
 
 def test_a_model_that_does_not_ask_for_it() -> None:
+    with pytest.raises(TypeError, match=r"model: got None \(NoneType\); accepted: a model of tran"):
+        distr_compile.transformers.apply(None)
     with pytest.raises(ValueError, match=r"attn_implementation: got a model with 'sdpa'; accepted"):
         distr_compile.transformers.apply(built("llama", "sdpa"), POLICY)
     with pytest.raises(ValueError, match=r"got a model with no config of transformers"):

@@ -316,6 +316,11 @@ def _clamped_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT * 1e5).clamp(-1e4, 1e4) * 1e-5).softmax(-1) @ v
 
 
+@refuse("scores scaled up until bounds far out are near", "scores-edited")
+def _scaled_then_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 1e5).clamp(-1e4, 1e4).softmax(-1) @ v
+
+
 @refuse("scores clamped far out, then scaled by a tensor", "scores-edited")
 def _clamped_then_scaled_by_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT * 1e5).clamp(-1e4, 1e4)
