@@ -109,7 +109,7 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
         is_causal=limit is not None,
         has_mask=has_mask,
     )
-    chunks = _cut(call, prologue, block, workspace)
+    chunks = _chunks_of(call, prologue, block, workspace)
 
     def places_of(chunk: _Chunk) -> Any:
         return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
@@ -148,7 +148,7 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
     one_ahead(chunks, factors, attend, q.device)
 
 
-def _cut(call: Call, prologue: Prologue | None, block: int, workspace: int) -> list[_Chunk]:
+def _chunks_of(call: Call, prologue: Prologue | None, block: int, workspace: int) -> list[_Chunk]:
     """The chunks of a call; one without a prologue, which needs no workspace."""
     q, rank = call.q, call.approximation.rank
     cut = partial(

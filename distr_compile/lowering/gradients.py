@@ -87,21 +87,21 @@ def recorded(*tensors: Tensor | None, **options: Any) -> Tensor:
 _NONE: tuple[int, ...] = (0,)
 
 
-class _Sizes(NamedTuple):
+class _SizesSaved(NamedTuple):
     """The sizes of what is saved beside the output."""
 
     lse: tuple[int, ...]
     bases: tuple[int, ...]
 
 
-def _sizes(q: Tensor, k: Tensor, mask: Tensor | None, how: Approximation) -> _Sizes:
+def _sizes_saved(q: Tensor, k: Tensor, mask: Tensor | None, how: Approximation) -> _SizesSaved:
     """``(B, H, N)``, and ``(B, H_k, blocks, d, r)`` of A and B, or nothing where there are none."""
     batch, heads, num_queries, head_dim = q.shape
     row, bases = ESTIMATORS[how.estimator], _NONE
     if how.rank != head_dim and row.needs == "nothing":
         blocks = number_of_blocks(num_queries, how, mask is not None)
         bases = (batch, k.shape[1], blocks, head_dim, how.rank)
-    return _Sizes((batch, heads, num_queries), bases)
+    return _SizesSaved((batch, heads, num_queries), bases)
 
 
 def _attention_recorded(
@@ -122,7 +122,7 @@ def _attention_recorded(
     """
     arguments = read_arguments(options)
     given = validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
-    sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
+    sizes, dtype = _sizes_saved(q, k, mask, arguments.approximation), dtype_of(q)
     lse = q.new_empty(sizes.lse, dtype=dtype)
     A, B = (q.new_zeros(sizes.bases, dtype=dtype) for _ in "AB")
     is_exact = exactly.is_computing_exactly()
@@ -154,7 +154,7 @@ def _recorded_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = read_arguments(options)
     validate(q, k, v, mask, (basis_q, basis_k), (sinks, dropout_seed), arguments)
-    sizes, dtype = _sizes(q, k, mask, arguments.approximation), dtype_of(q)
+    sizes, dtype = _sizes_saved(q, k, mask, arguments.approximation), dtype_of(q)
     lse, A, B = (q.new_empty(s, dtype=dtype) for s in (sizes.lse, sizes.bases, sizes.bases))
     return empty_output(q, v), lse, A, B, q.new_empty((), dtype=torch.int64)
 

@@ -86,20 +86,20 @@ class Placing:
             causal_offset=causal_offset,
             by_place=self.module.BY_PLACE,
         )
-        return self._cut(found)
+        return self._clamped(found)
 
     def strictly(self, causal_offset: int) -> list[Span]:
         """Where those of the strict form lie."""
         if self.module.ONE_BLOCK:
             return self.by_counts((None, None), None)
         mask = None if self.mask is None or self._is_recorded else four_dimensions(self.mask)
-        return self._cut(strict_spans(mask, self.sizes, self.block_of, causal_offset))
+        return self._clamped(strict_spans(mask, self.sizes, self.block_of, causal_offset))
 
     @property
     def _is_recorded(self) -> bool:
         return self.q.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _cut(self, found: list[Span]) -> list[Span]:
+    def _clamped(self, found: list[Span]) -> list[Span]:
         most = self.sizes[1]
         return [span._replace(block=max(1, min(span.block, most))) for span in found]
 

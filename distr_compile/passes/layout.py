@@ -124,8 +124,8 @@ class Layout:
         if not same_shape(level.shape[-2:], matrix):
             # A bias over split axes (query rows and columns of an image): no broadcast survives.
             front = len(full)
-            whole = emit.method("expand", term, *_sizes(level))
-            sizes = tuple(_sizes(Level(matrix)))
+            whole = emit.method("expand", term, *_arguments_of(level))
+            sizes = tuple(_arguments_of(Level(matrix)))
             term = emit.method("unflatten", emit.method("flatten", whole, front), front, sizes)
             shape = (*full, *matrix)
         while len(shape) > 2 and same_size(shape[0], 1):
@@ -150,7 +150,7 @@ class Layout:
                     raise
                 continue
             if number:
-                given = _sizes(level)[: len(full)]
+                given = _arguments_of(level)[: len(full)]
                 kept = given if number == 2 else [*given[:-1], -1]
                 term = self.emit.method("expand", term, *kept, -1, -1)
             while wanted and same_size(wanted[0], 1):
@@ -169,7 +169,7 @@ class Layout:
         if len(full) <= 2 or len(lead) <= 1:
             return term
         if not same_shape(lead[:-1], full[:-1]):
-            term = self.emit.method("expand", term, *_sizes(canonical)[:-3], -1, -1, -1)
+            term = self.emit.method("expand", term, *_arguments_of(canonical)[:-3], -1, -1, -1)
         return self.emit.method("flatten", term, 0, len(full) - 2)
 
     # -- the output ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def _widest(sizes: tuple[Any, ...]) -> Any:
     return next((size for size in sizes if not same_size(size, 1)), 1)
 
 
-def _sizes(level: Level) -> list[Any]:
+def _arguments_of(level: Level) -> list[Any]:
     """The sizes of a level as arguments: ints, or the nodes its reshape was called with."""
     sizes: list[Any] = []
     for i, size in enumerate(level.shape):
