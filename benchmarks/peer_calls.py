@@ -21,7 +21,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.arms import Inputs, Sample, samples
 from benchmarks.cells import Cell
 from distr_compile.estimators import auto_grouping_block
-from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import call as our
 from distr_compile.lowering import cpu as lowering
@@ -117,7 +116,8 @@ def _output_like(q: Tensor) -> Tensor:
 
 
 def _run(call: our.Call) -> Tensor:
-    lowering.run(call, fused=kernel.available(call.q.dtype))
+    """The call by the fused kernel, which must be there: nothing else has these names."""
+    lowering.run(call, fused=True)
     return call.out
 
 

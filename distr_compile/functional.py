@@ -23,9 +23,6 @@ class _Unsaid(int):
 
 _TWO = _Unsaid(2)
 
-NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-"""Types of scales and shares, in eager and in a graph."""
-
 
 def attention(
     query: Tensor,
@@ -131,17 +128,15 @@ def planned(
     plan = _plan(**options)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         check_type(name, flag, bool, "True or False", "give one of these")
-    check_type("dropout_p", dropout_p, NUMBERS, "a number from 0 to 1", "give 0.0 for none")
-    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
-        scale = scale.item()  # as SDPA takes it
+    share = number_of("dropout_p", dropout_p, "a number from 0 to 1", "give 0.0 for none")
     if scale is not None:
-        check_type("scale", scale, NUMBERS, "a number, or None", "multiply a tensor into query")
+        scale = number_of("scale", scale, "a number, or None", "multiply a tensor into query")
     q, k, v = four_axes(query, key, value, attn_mask, enable_gqa)
     approximation = approximated(q, k, v, attn_mask, plan, is_causal)
     if isinstance(approximation, str):
         raise ValueError(approximation)
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
-    scores = Scores(scale, is_causal, dropout_p=dropout_p)
+    scores = Scores(scale, is_causal, dropout_p=share)
     return q, k, v, op_arguments(approximation, scores)
 
 
@@ -232,6 +227,20 @@ def check_tensors(query: object, key: object, value: object) -> None:
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         check_type(name, t, Tensor, "a tensor", "give Q, K and V as for SDPA")
+
+
+def number_of(key: str, value: Any, accepted: str, advice: str, *, whole: bool = False) -> Any:
+    """A number, also of numpy or in a tensor of one that records no gradient, as PyTorch takes it.
+
+    Raises:
+        TypeError: it is none, or ``whole`` asks for an integer.
+    """
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, kinds):
+        is_one = getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False)
+        value = value.item() if is_one else value
+    check_type(key, value, kinds, accepted, advice)
+    return value
 
 
 def four_axes(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.functional import attention, check_tensors
+from distr_compile.functional import attention, check_tensors, number_of
 from distr_compile.policy.errors import check_type, sentence, shown
 
 _ALL, _CAUSAL = (-1, -1), (-1, 0)
@@ -80,9 +80,9 @@ def attention_varlen(
         advice = "window_size=(-1, 0) is causal attention; masks are for distr_compile.attention"
         raise TypeError(sentence(name, shown(options[name]), "no such argument", advice))
     check_tensors(query, key, value)
-    for name, most in (("max_q", max_q), ("max_k", max_k)):
-        accepted, advice = "an integer", "give the length of the longest sequence"
-        check_type(name, most, (int, torch.SymInt), accepted, advice)
+    accepted, advice = "an integer", "give the length of the longest sequence"
+    max_q = number_of("max_q", max_q, accepted, advice, whole=True)
+    max_k = number_of("max_k", max_k, accepted, advice, whole=True)
     check_type("window_size", window_size, (tuple, list), "a pair of integers", "leave it out")
     if tuple(window_size) not in (_ALL, _CAUSAL):
         accepted = "(-1, -1) for all keys, (-1, 0) for causal attention"

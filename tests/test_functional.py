@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,9 +289,11 @@ def test_other_types(name: str, value: Any, message: str) -> None:
         distr_compile.attention(**{**given, name: value})
 
 
-def test_a_scale_that_is_a_tensor_of_one_number() -> None:
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32])
+def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
+    """SDPA takes them."""
     q, k, v = same(1, 2, 20, 64)
-    got = distr_compile.attention(q, k, v, scale=torch.tensor(0.25))  # type: ignore[arg-type]
+    got = distr_compile.attention(q, k, v, dropout_p=kind(0.0), scale=kind(0.25))
     assert torch.equal(got, distr_compile.attention(q, k, v, scale=0.25))
 
 

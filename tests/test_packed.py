@@ -198,3 +198,11 @@ def test_the_advice_about_jagged_tensors_holds() -> None:
     )
     wanted = distr_compile.attention_varlen(*parts, *[cumulated(lengths)] * 2, 33, 33)
     assert torch.equal(got, wanted)
+
+
+def test_the_longest_lengths_may_be_tensors() -> None:
+    most = BOUNDS.diff().max()
+    given = (Q, Q, Q, BOUNDS, BOUNDS)
+    wanted = distr_compile.attention_varlen(*given, int(most), int(most))
+    got = distr_compile.attention_varlen(*given, most, most)  # type: ignore[arg-type]
+    assert torch.equal(got, wanted)

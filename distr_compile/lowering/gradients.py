@@ -132,7 +132,7 @@ def _attention_recorded(
     out = empty_output(q, v)
     scores = arguments.scores
     dropout = dropout_of(q, scores.dropout_p, dropout_seed)
-    call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout, lse=lse)
+    call = Call(q, k, v, mask, sinks, scores, how, given, out, dropout=dropout)
     saved = Saved(lse, None if how.rank == q.shape[3] or not A.numel() else (A, B))
     if handover := training.forward(call, saved).handover():
         tell(arguments.site, handover)

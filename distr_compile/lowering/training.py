@@ -9,6 +9,7 @@ PyTorch's is in ``cpu_backward.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,7 @@ def _kernels(shape: Shape) -> _Kernels:
 
 def forward(call: Call, saved: Saved) -> Done:
     """Fill ``call.out`` and ``saved``; returns what did."""
+    call = replace(call, lse=saved.lse)
     if not call.out.numel() or call.scores.dropout_p == 1:
         call.out.zero_()
         saved.lse.fill_(-torch.inf)

@@ -90,9 +90,19 @@ def _aligned(lead: Lead, full: Lead | None) -> Lead:
     if full is None or len(lead) > len(full):
         raise RefusedError("layout", "the scores are reshaped over rows or keys")
     lead = (*(1,) * (len(full) - len(lead)), *lead)
-    if not all(same_size(a, 1) or same_size(a, b) for a, b in zip(lead, full, strict=True)):
-        raise RefusedError("layout", "an operand has other leading axes than the scores")
+    _check_part(lead, full)
     return lead
+
+
+def _check_part(lead: Lead, full: Lead) -> None:
+    """Refuse a tensor some axis of which is neither 1 nor as large as that of the scores."""
+    for own, whole in zip(lead, full, strict=True):
+        if same_size(own, 1) or same_size(own, whole):
+            continue
+        text = "an operand has other leading axes than the scores"
+        if hint(own) == hint(whole):
+            text = f"sizes {own} and {whole} of leading axes are not known to be equal"
+        raise RefusedError("layout", text)
 
 
 def _broadcast(lead: Lead, wanted: Lead) -> Lead:
@@ -100,7 +110,9 @@ def _broadcast(lead: Lead, wanted: Lead) -> Lead:
     added = len(wanted) - len(lead)
     if not all_ones(lead[: max(-added, 0)]):
         raise RefusedError("layout", "an operand has other leading axes than the scores")
-    return (*(1,) * max(added, 0), *lead[max(-added, 0) :])
+    lead = (*(1,) * max(added, 0), *lead[max(-added, 0) :])
+    _check_part(lead, wanted)
+    return lead
 
 
 def _reshaped(lead: Lead, full: Lead, wanted: Lead) -> Lead:
@@ -138,5 +150,5 @@ def _groups(full: Sequence[Any], wanted: Sequence[Any]) -> list[tuple[slice, sli
             else:
                 raise RefusedError("layout", "a reshape of leading axes of unknown sizes")
         groups.append((slice(first, i), slice(second, j)))
-    groups.append((slice(i, None), slice(j, None)))  # axes of size 1 that are left
+    groups.append((slice(i, None), slice(j, None)))  # what is left: axes of size 1, or of none
     return groups

@@ -43,6 +43,7 @@ class Way:
         levels: of the events gone over forwards: the shapes that the scores take.
         steps: likewise: what the call must be told of.
         softcap: likewise; 0 for none.
+        clamps: likewise: the nearer bound of each, and the steps before it.
         width: that of scores and sinks together, once the sinks stand beside the scores.
         dropout_p: of the weights, behind the softmax.
     """
@@ -58,6 +59,7 @@ class Way:
     levels: list[Level] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     softcap: float = 0.0
+    clamps: list[tuple[float, int]] = field(default_factory=list)
     width: Any = None
     dropout_p: float = 0.0
 
@@ -166,26 +168,51 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
     )
     if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
         raise RefusedError("scores-edited", "the scores are clamped")
-    scale = 1.0  # of what is clamped, up to the softmax: bounds far out may come near
-    for event, reader in way.events:
-        if isinstance(event, voc.Scale):
-            factor = way.flow.constants.number(event.factor, reader) or math.nan
-            scale = scale / factor if event.divide else scale * factor
-    if not min(-low, high) * abs(scale) >= -voc.HIDDEN:
-        raise RefusedError("scores-edited", "the scores are clamped, and scaled afterwards")
     return _keep(way, op, node)
 
 
 def _clamp_forth(way: Way, op: voc.Clamp, node: fx.Node) -> None:
-    constants, scale = way.flow.constants, 1.0  # of what is clamped, down to the product
-    for step in way.steps:
-        if isinstance(step, ScaleStep) and step.tensor is None:
-            factor = constants.number(step.factor, step.reader) or math.nan
-            scale = scale / factor if step.divide else scale * factor
-    for bound in (op.low, op.high):
-        number = None if bound is None else constants.number(bound, node)
-        if number is not None and abs(number) < -voc.HIDDEN * abs(scale):
-            raise RefusedError("scores-edited", "the scores are scaled up and then clamped")
+    value, constants = voc.tensor_of(op.x), way.flow.constants
+    largest = math.inf if value is None else torch.finfo(value.dtype).max
+    numbers = [constants.number(b, node) for b in (op.low, op.high) if b is not None]
+    near = [abs(number) for number in numbers if number is not None and abs(number) < largest]
+    if near:  # a bound that no number of the dtype passes is none
+        way.clamps.append((min(near), len(way.steps)))
+
+
+def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> None:
+    """Refuse a clamp whose bounds are near, measured as products or as what softmax gets.
+
+    Args:
+        way: gone over forwards.
+        factors: of the product, before all steps.
+        product: reads the factors.
+    """
+    scales = [(0, x.value, x.divide, product) for x in factors]
+    scales += [
+        (i + 1, s.factor, s.divide, s.reader)
+        for i, s in enumerate(way.steps)
+        if isinstance(s, ScaleStep)
+    ]
+    for bound, place in way.clamps:
+        before = after = 1.0
+        for i, factor, divide, reader in scales:
+            number = _size_of(way.flow, factor, reader)
+            if number is None:
+                text = "the scores are clamped, and scaled by a factor that is not known"
+                raise RefusedError("scores-edited", text)
+            number = 1 / number if divide else number
+            before, after = (before * number, after) if i <= place else (before, after * number)
+        if bound < -voc.HIDDEN * before or bound * after < -voc.HIDDEN:
+            raise RefusedError("scores-edited", "the scores are clamped and scaled")
+
+
+def _size_of(flow: Flow, factor: Any, reader: fx.Node) -> float | None:
+    """How large a factor of the scores is; of a symbolic one, when the graph was traced."""
+    number = flow.constants.number(factor, reader)
+    if number is None:
+        number = getattr(getattr(voc.value_of(factor), "node", None), "hint", None)
+    return abs(float(number)) if number else None
 
 
 def _permute_back(way: Way, op: voc.Permute, node: fx.Node) -> fx.Node:

@@ -35,7 +35,7 @@ from distr_compile.passes.site import (
     count,
     dropped,
 )
-from distr_compile.passes.steps import KINDS, Way, drops_sink, mask_of, replay
+from distr_compile.passes.steps import KINDS, Way, check_clamps, drops_sink, mask_of, replay
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
 
@@ -103,6 +103,7 @@ class Walk(Way):
         weights = [Level((*lead, *matrix), is_reshaped=True) for lead in self.leads]
         levels = (*self.levels, *weights, out_level)
         q, k, factors, dtype = self._scaled(product, product_op, out, (q, k, v))
+        check_clamps(self, factors, product)
         reads = [(q.node, product), (k.node, product), (v.node, out)]
         reads += [(s.tensor, s.reader) for s in self.steps if s.tensor is not None]
         for node_read, reader in reads:

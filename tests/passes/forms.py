@@ -300,6 +300,12 @@ def _(q, k, v, bias):
     return F.softmax((scaled - maximum) * 32, dim=-1) @ v
 
 
+@form("clamped where no number is, then divided by a tensor", sdpa=True)
+def _(q, k, v):
+    scores = (q @ k.mT).clamp(min=-torch.inf).clamp(min=torch.finfo(torch.float32).min)
+    return (scores / torch.full((H, 1, 1), 1 / C)).softmax(-1) @ v
+
+
 @form("17: the maximum subtracted and clamped", mask="float")
 def _(q, k, v, bias):
     scores = torch.bmm(q.flatten(0, 1) * C, k.flatten(0, 1).transpose(1, 2))

@@ -321,6 +321,16 @@ def _scaled_then_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 1e5).clamp(-1e4, 1e4).softmax(-1) @ v
 
 
+@refuse("queries scaled up until bounds far out are near", "scores-edited")
+def _queries_scaled_then_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * 1e5) @ k.mT).clamp(-1e4, 1e4).softmax(-1) @ v
+
+
+@refuse("scores scaled by a tensor, then clamped", "scores-edited")
+def _scaled_by_a_tensor_then_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * torch.full((1, 1, 1), 1e5).exp()).clamp(-1e4, 1e4).softmax(-1) @ v
+
+
 @refuse("scores clamped far out, then scaled by a tensor", "scores-edited")
 def _clamped_then_scaled_by_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT * 1e5).clamp(-1e4, 1e4)
