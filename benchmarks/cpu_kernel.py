@@ -29,6 +29,7 @@ from benchmarks import bars
 from distr_compile.kernels.attention import build, cpu
 from distr_compile.lowering import cpu as lowering
 from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.call import call_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,11 +53,13 @@ def arms(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> dict[str, Callable
 
     def approximate(group_size: int, estimator: str, **more: Any) -> Callable[[], object]:
         options = {"rank": d // group_size, "estimator": estimator, **more, **common}
-        return lambda: lowering.attention(q, k, v, **options)
+        ready = call_of(q, k, v, **options)
+        return lambda: lowering.run(ready, fused=True)
 
+    exact = call_of(q, k, v, **common)
     calls: dict[str, Callable[[], object]] = {
         "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
-        "rank d": lambda: cpu_fused.exact_attention(q, k, v, **common),
+        "rank d": lambda: cpu_fused.exact_attention(exact),
         "projection G=2": approximate(2, "projection"),
         "projection G=4": approximate(4, "projection"),
         "calibrated G=2": approximate(2, "calibrated", bases=(basis, basis)),

@@ -33,6 +33,7 @@ from distr_compile.kernels.projection import cpu as projection_cpu
 from distr_compile.kernels.projection import reference as projection
 from distr_compile.lowering import cpu as lowering
 from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.call import call_of
 from tests.regression import gate
 
 TOKENS = {"llama": 512, "gpt2": 256, "tagger": 256, "t5": 256, "minilm": 256}
@@ -160,9 +161,11 @@ def arms(dtype: torch.dtype, d: int, tokens: int, heads: int) -> dict[str, Calla
 
     def approximate(group_size: int, block: int) -> Callable[[], object]:
         options = {"rank": d // group_size, "estimator": "projection", "grouping_block": block}
-        return lambda: lowering.attention(q, k, v, **options, **common)
+        ready = call_of(q, k, v, **options, **common)
+        return lambda: lowering.run(ready, fused=True)
 
-    found = {"rank d": lambda: cpu_fused.exact_attention(q, k, v, **common)}
+    exact = call_of(q, k, v, **common)
+    found: dict[str, Callable[[], object]] = {"rank d": lambda: cpu_fused.exact_attention(exact)}
     for group_size in (2, 4):
         for part in (4, 2, 1):
             found[f"G = {group_size}, N / {part}"] = approximate(group_size, tokens // part)

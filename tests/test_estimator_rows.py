@@ -34,8 +34,8 @@ from distr_compile.kernels.attention import cpu as fused_kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.roles import Asked, Block, Prologue
 from distr_compile.lowering import checks, cpu, cuda
+from distr_compile.lowering.call import call_of
 from distr_compile.tuning import calibrate
-from tests.calls import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu, cuda, pieces
 from distr_compile.lowering import op as op_module
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 
 assert op_module  # registers it
 op: Any = torch.ops.distr.attention

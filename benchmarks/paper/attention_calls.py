@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.paper.rivals import RIVALS, Layer
+from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.lowering import cpu as lowering
 from distr_compile.lowering import cpu_fused
+from distr_compile.lowering.call import call_of
 
 ESTIMATORS = ("projection", "lsh-sample", "lsh-mean")
 MIN_RANK = 16
@@ -34,9 +36,10 @@ def exact_calls(tokens: int, d: int, heads: int) -> Calls:
     """PyTorch's and, where there is a compiler for it, our exact kernel ("exact")."""
     q, k, v = drawn(tokens, d, heads)
     out = torch.empty(1, tokens, heads, d).transpose(1, 2)
+    exact = call_of(q, k, v, scale=d**-0.5, out=out)
     return {
         "SDPA": lambda: F.scaled_dot_product_attention(q, k, v),
-        "exact": lambda: cpu_fused.exact_attention(q, k, v, scale=d**-0.5, out=out),
+        "exact": lambda: cpu_fused.exact_attention(exact),
     }
 
 
@@ -46,7 +49,8 @@ def our_calls(tokens: int, d: int, heads: int, group_sizes: tuple[int, ...]) -> 
     out = torch.empty(1, tokens, heads, d).transpose(1, 2)
 
     def call(**options: Any) -> Callable[[], object]:
-        return lambda: lowering.attention(q, k, v, scale=d**-0.5, out=out, **options)
+        ready = call_of(q, k, v, scale=d**-0.5, out=out, **options)
+        return lambda: lowering.run(ready, fused=kernel.available(q.dtype))
 
     return {
         f"{name}, G={g}": call(rank=d // g, estimator=name)

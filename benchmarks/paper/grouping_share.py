@@ -18,8 +18,10 @@ from benchmarks.paper.attention_calls import Calls, drawn
 from benchmarks.paper.script import NOT_MEASURED, Cells, Script, markdown
 from benchmarks.store import Cell
 from distr_compile.estimators import arithmetic, auto_grouping_block
+from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.roles import Asked
 from distr_compile.lowering import cpu as lowering
+from distr_compile.lowering.call import call_of
 
 WIDTH = 128
 PUBLISHED = {2048: (0.14, 74.8), 4096: (0.14, 37.8), 20480: (0.15, 4.1), 40960: (0.15, 1.3)}
@@ -52,10 +54,10 @@ def calls(tokens: int, estimator: str, rank: int) -> Calls:
     out = torch.empty_like(v)
     module = arithmetic(estimator, "cpu", "groups")
     asked = Asked(estimator, rank, auto_grouping_block(tokens, estimator))
-    given = {"rank": rank, "estimator": estimator, "scale": WIDTH**-0.5, "out": out}
+    call = call_of(q, k, v, rank=rank, estimator=estimator, scale=WIDTH**-0.5, out=out)
     return {
         "grouping": lambda: list(module.groups(q[:, :, None], k, None, None, asked)),
-        "whole": lambda: lowering.attention(q, k, v, **given),
+        "whole": lambda: lowering.run(call, fused=kernel.available(q.dtype)),
     }
 
 

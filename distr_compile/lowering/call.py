@@ -394,3 +394,28 @@ def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
         arguments.get("min_seq_len", 0),
         arguments.get("site", -1),
     )
+
+
+def call_of(
+    *tensors: Tensor | None,
+    out: Tensor,
+    bases: tuple[Tensor, Tensor] | None = None,
+    dropout: Dropout | None = None,
+    lse: Tensor | None = None,
+    **options: Any,
+) -> Call:
+    """The call of an implementation, of the op's keywords; exact where ``rank`` is left out.
+
+    Args:
+        *tensors: q, k and v, perhaps the mask and the sinks.
+        out, bases, dropout, lse: of the call.
+        **options: ``scale``, and whatever else shall differ from the op's defaults.
+    """
+    q, k, v, mask, sinks = (*tensors, None, None)[:5]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    defaults = {"rank": q.shape[3], "estimator": DEFAULT_ESTIMATOR, "grouping_block": 0}
+    given = read_arguments(defaults | options)
+    rest = (given.scores, given.approximation, bases, out)
+    return Call(q, k, v, mask, sinks, *rest, dropout=dropout, lse=lse)

@@ -6,7 +6,6 @@ What a plan comes to at a site, or at the bare shape of a call, is one value, ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,7 @@ class Decision:
     @property
     def is_distr(self) -> bool:
         """Whether the site is approximated."""
-        return not self.reasons
+        return len(self.reasons) == 0  # Dynamo, which traces this, knows no `not` of a tuple
 
     @property
     def approximation(self) -> Approximation:
@@ -175,13 +174,15 @@ def _reasons(
     return [*_policy_reasons(call, plan), *extra, *_size_reasons(call, plan)]
 
 
-def _policy_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> Iterator[Reason]:
+def _policy_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
+    # Lists, not generators: Dynamo traces this where a model of transformers is compiled.
+    found = []
     if not isinstance(call.head_dim, int):
-        yield Reason("rank", "the head width is not known while compiling")
+        found.append(Reason("rank", "the head width is not known while compiling"))
     elif fault := rank_fault(call.head_dim, plan):
-        yield Reason("rank", fault)
+        found.append(Reason("rank", fault))
     if not _must_not_look_ahead(call, plan):
-        return
+        return found
     estimator, why = ESTIMATORS[plan.estimator], ""
     if estimator.strict == "never":
         why = f"causal is strict, and {plan.estimator} sees {estimator.sees}"
@@ -190,7 +191,8 @@ def _policy_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> Iterator[Re
     if why and not call.is_causal:
         why += '; the mask has a row per query and may be causal; causal = "block" if it is not'
     if why:
-        yield Reason("looks-ahead", why)
+        found.append(Reason("looks-ahead", why))
+    return found
 
 
 def _takes_prefix_form(call: AttentionSite | Shape, plan: LayerPlan) -> bool:
@@ -259,22 +261,24 @@ def may_be_causal(call: AttentionSite | Shape) -> bool:
     return any(len(shape) > 1 and not same_size(shape[-2], 1) for shape in shapes)
 
 
-def _size_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> Iterator[Reason]:
-    queries, limit = call.num_queries, _limit(plan)
+def _size_reasons(call: AttentionSite | Shape, plan: LayerPlan) -> list[Reason]:
+    queries, limit, found = call.num_queries, _limit(plan), []
     if isinstance(queries, int) and queries < MIN_QUERIES:
         text = f"N_q is {queries}; fewer than {MIN_QUERIES} rows are always exact"
-        yield Reason("decode", text)
+        found.append(Reason("decode", text))
     known = [n for n in (queries, call.num_keys) if isinstance(n, int)]
     if known and min(known) < limit:
-        yield Reason("min-seq-len", f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}")
+        text = f"min(N_q, N_k) is {min(known)}, min_seq_len is {limit}"
+        found.append(Reason("min-seq-len", text))
     if not isinstance(queries, int) or not _takes_prefix_form(call, plan):
-        return
+        return found
     block = plan.grouping_block  # the prefix form scores the first exactly: there must be a second
     if block == "auto":
         block = auto_grouping_block(queries, plan.estimator, strict=True)
     if queries <= block:
         text = f"causal is strict, and N_q is {queries}: the first {block} rows are exact"
-        yield Reason("one-block", text)
+        found.append(Reason("one-block", text))
+    return found
 
 
 def _limit(plan: LayerPlan) -> int:

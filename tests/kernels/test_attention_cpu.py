@@ -22,7 +22,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import build, cpu, reference
 from distr_compile.kernels.roles import prefix_edge
 from distr_compile.lowering import cpu_fused
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 FACTOR = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0}

@@ -13,7 +13,7 @@ from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.dropout import LOW, MOST_SEEDS, Dropout, philox
 from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
 from distr_compile.lowering import cpu, cuda, pieces
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ import torch
 
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import beside, cuda
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 
 GPU = torch.device("cuda", 0)
 

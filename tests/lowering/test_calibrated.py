@@ -11,8 +11,8 @@ from torch import Tensor
 from distr_compile.kernels.attention import reference
 from distr_compile.kernels.calibrated import launch
 from distr_compile.lowering import cuda
+from distr_compile.lowering.call import call_of
 from distr_compile.lowering.op import attention
-from tests.calls import call_of
 
 OP = torch.ops.distr.attention.default
 OPTIONS: dict[str, Any] = {

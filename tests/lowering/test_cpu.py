@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import cpu, pieces
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 FACTOR = 2.0

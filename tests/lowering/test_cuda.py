@@ -10,8 +10,7 @@ from torch import Tensor
 
 from distr_compile.kernels.attention import reference, triton_fwd
 from distr_compile.lowering import cuda
-from distr_compile.lowering.call import Approximation, Shape
-from tests.calls import call_of
+from distr_compile.lowering.call import Approximation, Shape, call_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,7 +26,7 @@ from distr_compile.kernels.places import places
 from distr_compile.kernels.roles import Asked
 from distr_compile.lowering import cpu, cuda
 from distr_compile.lowering import op as op_module
-from tests.calls import call_of
+from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
 
 assert op_module  # registers it
