@@ -281,7 +281,8 @@ def run_kernels(
     q, k, v, *mask = (t.to(DEVICE) for t in (q, k, v, *mask))
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
     sinks = None if sinks is None else sinks.to(DEVICE)
-    cuda.attention(call_of(q, k, v, *mask, sinks=sinks, out=out, **options))
+    walk = {name: options.pop(name) for name in ("workspace",) if name in options}
+    cuda.attention(call_of(q, k, v, *mask, sinks=sinks, out=out, **options), **walk)
     return out.cpu()
 
 

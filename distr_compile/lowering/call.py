@@ -397,7 +397,12 @@ def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
 
 
 def call_of(
-    *tensors: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
     out: Tensor,
     bases: tuple[Tensor, Tensor] | None = None,
     dropout: Dropout | None = None,
@@ -407,14 +412,16 @@ def call_of(
     """The call of an implementation, of the op's keywords; exact where ``rank`` is left out.
 
     Args:
-        *tensors: q, k and v, perhaps the mask and the sinks.
+        q, k, v, mask, sinks: as the op takes them.
         out, bases, dropout, lse: of the call.
         **options: ``scale``, and whatever else shall differ from the op's defaults.
+
+    Raises:
+        TypeError: an option that is no keyword of the op.
     """
-    q, k, v, mask, sinks = (*tensors, None, None)[:5]
-    assert q is not None
-    assert k is not None
-    assert v is not None
+    known = {keyword.split()[1].partition("=")[0] for keyword in KEYWORDS.split(", ")}
+    if unknown := options.keys() - known:
+        raise TypeError(f"options: got {sorted(unknown)}; accepted: {sorted(known)}")
     defaults = {"rank": q.shape[3], "estimator": DEFAULT_ESTIMATOR, "grouping_block": 0}
     given = read_arguments(defaults | options)
     rest = (given.scores, given.approximation, bases, out)

@@ -15,7 +15,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import choose, cpu, cuda
-from distr_compile.lowering.call import Approximation, Call, Scores, Shape
+from distr_compile.lowering.call import Approximation, Call, Scores, Shape, call_of
 from distr_compile.lowering.choose import Implementation, KernelWarning
 from distr_compile.lowering.told import Listener, listening
 from distr_compile.reporting import Handover
@@ -261,3 +261,9 @@ def test_a_call_knows_its_shape() -> None:
     assert (shape.num_queries, shape.num_keys, shape.causal_offset) == (20, 24, 4)
     assert (shape.softcap, shape.sinks, shape.mask) == (True, False, ((1, 1, 20, 24), torch.bool))
     assert shape.order == ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 2, 3))
+
+
+def test_an_option_that_the_op_has_not_is_refused() -> None:
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match=r"options: got \['sink'\]; accepted: .*'scale'"):
+        call_of(q, k, v, scale=0.2, out=torch.empty_like(q), sink=None)

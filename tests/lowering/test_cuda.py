@@ -29,7 +29,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -
     out = torch.full((B, N, H, v.shape[3]), torch.nan, dtype=q.dtype, device=DEVICE)
     out = out.transpose(1, 2)
     walk = {name: options.pop(name) for name in ("workspace", "by_pointers") if name in options}
-    call = call_of(q, k, v, *rest, out=out, **{"scale": 0.2, "rank": 16} | options)
+    call = call_of(
+        q, k, v, *rest, out=out, **{"scale": 0.2, "rank": 16, "estimator": "lsh-mean"} | options
+    )
     cuda.attention(call, **walk)
     return out
 

@@ -67,7 +67,8 @@ def by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: 
     q, k, v = (t.float().to(DEVICE) for t in (q, k, v))
     out = torch.full((*q.shape[:3], VALUES), torch.nan, device=DEVICE)
     mask = None if mask is None else mask.to(DEVICE)
-    cuda.attention(call_of(q, k, v, mask, out=out, **options))
+    walk = {name: options.pop(name) for name in ("workspace",) if name in options}
+    cuda.attention(call_of(q, k, v, mask, out=out, **options), **walk)
     return out.double().cpu()
 
 
