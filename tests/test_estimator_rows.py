@@ -37,6 +37,7 @@ from distr_compile.lowering import checks, cpu, cuda
 from distr_compile.lowering.call import call_of
 from distr_compile.tuning import calibrate
 from tests.kernels.cpu_kernel import require_kernel
+from tests.walk import by_kernels as walked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.distr.attention.default
@@ -111,8 +112,7 @@ def by_kernels(name: str, **form: Any) -> Tensor:
         A, B = (t.to(DEVICE) for t in bases)
         asked = Asked(name, RANK, q.shape[2], bases=(A, B))
         q, k = module.prologue(q, k, mask, asked).factors(q, k)
-    cuda.attention(call_of(q, k, v, mask, out=out, estimator=name, **OPTIONS | options))
-    return out.cpu()
+    return walked(q, k, v, mask, out=out, estimator=name, **OPTIONS | options).cpu()
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

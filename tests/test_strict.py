@@ -29,9 +29,10 @@ from distr_compile.kernels.projection import launch as projection
 from distr_compile.kernels.projection.launch import projection_factors
 from distr_compile.kernels.random import start_columns
 from distr_compile.kernels.roles import prefix_edge
-from distr_compile.lowering import cpu, cuda, pieces
+from distr_compile.lowering import cpu, pieces
 from distr_compile.lowering import op as op_module
 from distr_compile.lowering.call import call_of
+from tests.walk import by_kernels
 
 assert op_module  # registers it
 op: Any = torch.ops.distr.attention
@@ -281,9 +282,7 @@ def run_kernels(
     q, k, v, *mask = (t.to(DEVICE) for t in (q, k, v, *mask))
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
     sinks = None if sinks is None else sinks.to(DEVICE)
-    walk = {name: options.pop(name) for name in ("workspace",) if name in options}
-    cuda.attention(call_of(q, k, v, *mask, sinks=sinks, out=out, **options), **walk)
-    return out.cpu()
+    return by_kernels(q, k, v, *mask, sinks=sinks, out=out, **options).cpu()
 
 
 def check(run: Callable[..., Tensor], name: str, dtype: torch.dtype = torch.float32) -> None:

@@ -296,30 +296,37 @@ class Call:
         """The same at the full width."""
         return replace(self, approximation=Approximation.none(self.q.shape[3]), bases=None)
 
-    def part(self, entries: slice = ALL, key_heads: slice = ALL, rows: slice = ALL) -> Call:
-        """What some batch entries, key heads with their query heads, and query rows come to.
+    def part(
+        self,
+        entries: slice = ALL,
+        key_heads: slice = ALL,
+        rows: slice = ALL,
+        keys: slice = ALL,
+    ) -> Call:
+        """Some batch entries, key heads with their query heads, and query rows, to some keys.
 
-        All tensors of it are views; a mask has four dimensions. Keys are all there: it is not asked
-        which of them the rows see.
+        All tensors of it are views; a mask has four dimensions. It is not asked which of the keys
+        the rows see.
         """
         first_head, last_head, _ = key_heads.indices(self.k.shape[1])
         heads = slice(first_head * self.rep, last_head * self.rep)
-        first_row, bases, dropout = rows.start or 0, self.bases, self.dropout
+        row, key = rows.start or 0, keys.start or 0
+        mask, bases, dropout = self.mask, self.bases, self.dropout
+        if mask is not None:
+            mask = sliced(four_dimensions(mask), entries, heads, rows, keys)
         if dropout is not None:
-            dropout = dropout.part(batch=entries.start or 0, head=heads.start, row=first_row)
+            dropout = dropout.part(batch=entries.start or 0, head=heads.start, row=row, key=key)
         if bases is not None:
             bases = (bases[0][key_heads], bases[1][key_heads])
-        k, v = (t[entries if t.shape[0] > 1 else ALL, key_heads] for t in (self.k, self.v))
+        k, v = (t[entries if t.shape[0] > 1 else ALL, key_heads, keys] for t in (self.k, self.v))
         return replace(
             self,
             q=self.q[entries, heads, rows],
             k=k,
             v=v,
-            mask=None
-            if self.mask is None
-            else sliced(four_dimensions(self.mask), entries, heads, rows),
+            mask=mask,
             sinks=None if self.sinks is None else self.sinks[heads],
-            scores=replace(self.scores, offset=(self.scores.offset or 0) + first_row),
+            scores=replace(self.scores, offset=(self.scores.offset or 0) + row - key),
             bases=bases,
             out=self.out[entries, heads, rows],
             key=None,

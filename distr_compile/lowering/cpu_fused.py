@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,13 @@ def exact_attention(call: Call) -> None:
     Raises:
         RuntimeError: the kernel is not available; ``kernel.available`` tells.
     """
-    k = call.k[:, :, None]
-    kernel.attention(call.q, k, call.v, call.mask, **call.softmax, out=call.out, lse=call.lse)
+    _compute(call)
+
+
+def _compute(call: Call, **options: Any) -> None:
+    """The kernel on a call; ``options`` are those of ``kernel.attention`` beside the softmax's."""
+    options |= {**call.softmax, "out": call.out, "lse": call.lse}
+    kernel.attention(call.q, call.k[:, :, None], call.v, call.mask, **options)
 
 
 def attend(call: Call, groups: Iterator[Group], asked: Asked) -> None:
@@ -52,19 +57,8 @@ def attend(call: Call, groups: Iterator[Group], asked: Asked) -> None:
         if rows.start >= rows.stop:
             return
         part = call.part(rows=rows)
-        kernel.attention(
-            part.q,
-            part.k[:, :, None],
-            part.v,
-            part.mask,
-            **part.softmax,
-            grouping_block=block,
-            bases=bases,
-            exact=(part.q, part.k) if asked.strict else None,
-            follows=follows,
-            out=part.out,
-            lse=part.lse,
-        )
+        exact = (part.q, part.k) if asked.strict else None
+        _compute(part, grouping_block=block, bases=bases, exact=exact, follows=follows)
 
     start = first
     for group in groups:

@@ -99,8 +99,8 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
     # Here, not above: without Triton this fails, and the next implementation runs.
     from distr_compile.kernels.attention.triton_fwd import attention_fwd
 
-    q, k, limit = call.q, call.k, call.limit
-    block, num_keys = call.asked.block if prologue else max(1, q.shape[2]), k.shape[2]
+    q, limit, num_keys = call.q, call.limit, call.k.shape[2]
+    block = call.asked.block if prologue else max(1, q.shape[2])
     has_mask = call.mask is not None or call.dropout is not None
     tile = tile_of(
         call,
@@ -115,14 +115,15 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
         return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
 
     def factors(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        Q, K = q[chunk.batch, chunk.heads, chunk.rows], _of_key_heads(k, chunk)
         if prologue is None:
-            return Q, K[:, :, None]
+            part = call.part(chunk.batch, chunk.key_heads, chunk.rows)
+            return part.q, part.k[:, :, None]
         offset, seen = _seen_by(chunk, limit, num_keys)
+        part = call.part(chunk.batch, chunk.key_heads, chunk.rows, slice(seen))
         places = places_of(chunk)
         return prologue.factors(
-            Q,
-            K[:, :, :seen],
+            part.q,
+            part.k,
             *_counted_in(prologue, chunk, seen),
             is_causal=limit is not None,
             causal_offset=offset,
@@ -130,14 +131,13 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
         )
 
     def attend(chunk: _Chunk, made: tuple[Tensor, Tensor]) -> None:
-        part = call.part(chunk.batch, chunk.key_heads, chunk.rows)
         offset, seen = _seen_by(chunk, limit, num_keys)
-        mask = part.mask
+        part = call.part(chunk.batch, chunk.key_heads, chunk.rows, slice(seen))
         attention_fwd(
             made[0],
             made[1][:, :, :, :seen],
-            part.v[:, :, :seen],
-            None if mask is None else sliced(mask, *[slice(None)] * 3, slice(seen)),
+            part.v,
+            part.mask,
             **part.softmax | {"causal_offset": offset},
             grouping_block=block,
             tile=tile,
@@ -242,22 +242,17 @@ class _Strict:
         end = num_keys if limit is None else max(0, min(num_keys, rows.stop + limit))
         return prefix_edge(rows.start, num_keys, self.offset), end
 
-    def attend(self, part: Call, Qhat: Tensor, Khat: Tensor, keys: slice, **options: Any) -> None:
-        """Attention of the rows of a part to some keys; its sinks are for one of the halves."""
+    def attend(self, part: Call, Qhat: Tensor, Khat: Tensor, **options: Any) -> None:
+        """Attention of a part's rows to its keys; its sinks are for one of the halves."""
         from distr_compile.kernels.attention.triton_fwd import attention_fwd
 
-        mask, dropout = part.mask, part.dropout
-        if mask is not None:
-            mask = sliced(mask, *[slice(None)] * 3, keys)
-        if dropout is not None:
-            dropout = dropout.part(key=keys.start or 0)
-        own = {"dropout": dropout, "sinks": None, "is_causal": False, "causal_offset": 0}
-        options = {**part.softmax, **own, "grouping_block": self.block, **options}
-        attention_fwd(Qhat, Khat, part.v[:, :, keys], mask, **options)
+        all_see = {"sinks": None, "is_causal": False, "causal_offset": 0}
+        options = {**part.softmax, **all_see, "grouping_block": self.block, **options}
+        attention_fwd(Qhat, Khat, part.v, part.mask, **options)
 
 
 def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
-    block, limit = whole.block, whole.call.limit
+    block = whole.block
     earlier = max(1, chunk.rows.start // block)  # no factors for the first block of all
     if chunk.rows.stop > earlier * block:
         Qhat, Khat = _factors_of_chunk(whole, chunk, earlier)
@@ -267,15 +262,14 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
     for start in range(chunk.rows.start, chunk.rows.stop, block):
         rows = slice(start, min(start + block, chunk.rows.stop))
         edge, end = whole.keys_of(rows)
-        part, here = heads.part(rows=rows), slice(0, rows.stop - start)
+        part, here = heads.part(rows=rows, keys=slice(edge, end)), slice(0, rows.stop - start)
         others = partial(
             whole.attend,
             part,
             part.q,
-            part.k[:, :, None, edge:end],
-            slice(edge, end),
-            is_causal=limit is not None,
-            causal_offset=start + whole.offset - edge,
+            part.k[:, :, None],
+            is_causal=part.scores.is_causal,
+            causal_offset=part.scores.offset,
             sinks=part.sinks,
             tile=whole.exact_tile,
         )
@@ -285,10 +279,9 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
         place = start // block - earlier
         known = partial(
             whole.attend,
-            part,
+            heads.part(rows=rows, keys=slice(edge)),
             Qhat[:, :, place * block :][:, :, here],
             Khat[:, :, place : place + 1, :edge],
-            slice(edge),
             tile=whole.known_tile,
         )
         if edge >= end:
@@ -302,12 +295,12 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
 def _factors_of_chunk(whole: _Strict, chunk: _Chunk, earlier: int) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of the chunk's blocks, from all rows up to its last block."""
     so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
-    part = whole.call.part(chunk.batch, chunk.key_heads, so_far.rows)
     last = (chunk.rows.stop - 1) // whole.block * whole.block
-    num_known = prefix_edge(last, part.k.shape[2], whole.offset)
+    num_known = prefix_edge(last, whole.call.k.shape[2], whole.offset)
+    part = whole.call.part(chunk.batch, chunk.key_heads, so_far.rows, slice(num_known))
     return whole.prologue.factors(
         part.q,
-        part.k[:, :, :num_known],
+        part.k,
         *_counted_in(whole.prologue, so_far, num_known),
         causal_offset=whole.offset,
         earlier=earlier,
@@ -331,21 +324,15 @@ def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What is computed together: batch entries, query heads with their key heads, query rows.
+    """What is computed together: batch entries, key heads with their query heads, query rows.
 
     Where a mask says where the blocks lie those are all rows, of some ``blocks``.
     """
 
     batch: slice
-    heads: slice
     key_heads: slice
     rows: slice
     blocks: slice = field(default_factory=lambda: slice(0, 1))
-
-
-def _of_key_heads(t: Tensor, chunk: _Chunk) -> Tensor:
-    """K or V of a chunk, whose batch may be broadcast."""
-    return t[chunk.batch if t.shape[0] > 1 else slice(None), chunk.key_heads]
 
 
 def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor | None]:
@@ -399,7 +386,6 @@ def _chunks(
                 for first in range(0, blocks if places else 1, some_blocks):
                     yield _Chunk(
                         slice(b, b + some_batches),
-                        slice(h * rep, last * rep),
                         slice(h, last),
                         slice(row, min(row + some_rows, num_queries)),
                         slice(first, first + some_blocks),

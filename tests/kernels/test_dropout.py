@@ -12,9 +12,10 @@ from torch import Tensor
 from distr_compile.kernels.attention import cpu as kernel
 from distr_compile.kernels.attention.dropout import LOW, MOST_SEEDS, Dropout, philox
 from distr_compile.kernels.attention.triton_fwd import Tile, attention_fwd
-from distr_compile.lowering import cpu, cuda, pieces
+from distr_compile.lowering import cpu, pieces
 from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
+from tests.walk import by_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -162,8 +163,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for workspace in (1, 9_000, 1 << 24):
         out = torch.empty_like(q)
-        cuda.attention(call_of(q, k, v, dropout=dropout, out=out, **options), workspace=workspace)
-        found.append(out)
+        found.append(by_kernels(q, k, v, out=out, dropout=dropout, workspace=workspace, **options))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

@@ -11,7 +11,7 @@ import torch
 
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering import beside, cuda
-from distr_compile.lowering.call import call_of
+from tests.walk import by_kernels
 
 GPU = torch.device("cuda", 0)
 
@@ -139,9 +139,7 @@ def test_bits_are_the_same_beside_and_in_turn(
     }  # fmt: skip
 
     def run(workspace: int = 1) -> torch.Tensor:
-        out = torch.empty_like(q)
-        cuda.attention(call_of(q, k, v, out=out, **options), workspace=workspace)
-        return out
+        return by_kernels(q, k, v, out=torch.empty_like(q), workspace=workspace, **options)
 
     in_turn, whole = run(), run(workspace=2**24)
     seen: list[int] = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from distr_compile.kernels.attention import reference, triton_fwd
 from distr_compile.lowering import cuda
 from distr_compile.lowering.call import Approximation, Shape, call_of
+from tests.walk import by_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,12 +29,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -
     B, H, N, _ = q.shape
     out = torch.full((B, N, H, v.shape[3]), torch.nan, dtype=q.dtype, device=DEVICE)
     out = out.transpose(1, 2)
-    walk = {name: options.pop(name) for name in ("workspace", "by_pointers") if name in options}
-    call = call_of(
-        q, k, v, *rest, out=out, **{"scale": 0.2, "rank": 16, "estimator": "lsh-mean"} | options
-    )
-    cuda.attention(call, **walk)
-    return out
+    options = {"scale": 0.2, "rank": 16, "estimator": "lsh-mean"} | options
+    return by_kernels(q, k, v, *rest, out=out, **options)
 
 
 def wanted(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **options: Any) -> Tensor:
@@ -197,12 +194,15 @@ def test_chunks_keep_the_bound_and_cover_everything_once(
     row_bytes = 2 * 64
     rep = H // Hk
     rows_done = 0
+    numbers, keys = torch.arange(H).view(1, H, 1, 1).expand(B, H, N, 1), torch.zeros(1)
+    keys = keys.expand(B, Hk, M, 1)
+    call = call_of(numbers, keys, keys, scale=1.0, out=numbers)  # a head's rows are its number
     for chunk in cuda._chunks(
         torch.Size((B, H, N, 128)), torch.Size((B, Hk, M, 128)), block, 128, limit, *own
     ):
         batches = range(B)[chunk.batch]
         key_heads = range(Hk)[chunk.key_heads]
-        heads = range(H)[chunk.heads]
+        heads = call.part(key_heads=chunk.key_heads).q[0, :, 0, 0].tolist()
         rows = range(N)[chunk.rows]
         assert [h // rep for h in heads] == [h for h in key_heads for _ in range(rep)]
         assert rows.start % block == 0

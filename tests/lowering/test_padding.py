@@ -24,10 +24,11 @@ from distr_compile.kernels.counted import (
 )
 from distr_compile.kernels.places import places
 from distr_compile.kernels.roles import Asked
-from distr_compile.lowering import cpu, cuda
+from distr_compile.lowering import cpu
 from distr_compile.lowering import op as op_module
 from distr_compile.lowering.call import call_of
 from tests.kernels.cpu_kernel import require_kernel
+from tests.walk import by_kernels as walked
 
 assert op_module  # registers it
 op: Any = torch.ops.distr.attention
@@ -67,9 +68,7 @@ def by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: 
     q, k, v = (t.float().to(DEVICE) for t in (q, k, v))
     out = torch.full((*q.shape[:3], VALUES), torch.nan, device=DEVICE)
     mask = None if mask is None else mask.to(DEVICE)
-    walk = {name: options.pop(name) for name in ("workspace",) if name in options}
-    cuda.attention(call_of(q, k, v, mask, out=out, **options), **walk)
-    return out.double().cpu()
+    return walked(q, k, v, mask, out=out, **options).double().cpu()
 
 
 RUNS: dict[str, tuple[Run, float]] = {
