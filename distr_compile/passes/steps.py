@@ -168,16 +168,13 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
     )
     if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
         raise RefusedError("scores-edited", "the scores are clamped")
-    return _keep(way, op, node)
+    return _keep(way, voc.Clamp(op.x, low, high), node)
 
 
 def _clamp_forth(way: Way, op: voc.Clamp, node: fx.Node) -> None:
-    value, constants = voc.tensor_of(op.x), way.flow.constants
-    largest = math.inf if value is None else torch.finfo(value.dtype).max
-    numbers = [constants.number(b, node) for b in (op.low, op.high) if b is not None]
-    near = [abs(number) for number in numbers if number is not None and abs(number) < largest]
-    if near:  # a bound that no number of the dtype passes is none
-        way.clamps.append((min(near), len(way.steps)))
+    near = min(abs(op.low), abs(op.high))
+    if near < torch.finfo(fake(op.x).dtype).max:  # else no number of the dtype passes it
+        way.clamps.append((near, len(way.steps)))
 
 
 def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> None:
