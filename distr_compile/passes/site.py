@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -92,7 +92,31 @@ class Causal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSite:
+class Sizes:
+    """Ints or SymInts; ``batch`` is the product of all leading sizes but the heads."""
+
+    batch: Any
+    num_heads: Any
+    num_key_heads: Any
+    num_queries: Any
+    num_keys: Any
+    head_dim: Any
+    value_dim: Any
+
+    @property
+    def symbolic(self) -> list[str]:
+        """Which of them are no numbers."""
+        names = [each.name for each in fields(Sizes)]
+        return [name for name in names if not isinstance(getattr(self, name), int)]
+
+    @property
+    def symbolic_lengths(self) -> list[str]:
+        """Which of ``num_queries`` and ``num_keys`` are no numbers."""
+        return [name for name in self.symbolic if name in ("num_queries", "num_keys")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Sizes):
     """One ``softmax(Q K^T ...) V`` in a graph: what the report and the decision ask of it.
 
     Attributes:
@@ -101,7 +125,6 @@ class AttentionSite:
         anchor: the node the report counts: the softmax, or the fused call.
         form: the spelling, as names of operations from the product to the output.
         output: the node that the rewrite replaces.
-        batch: the product of all leading sizes but the heads; sizes are ints or SymInts.
         dtype, device, requires_grad: of the output; whether a gradient is recorded for it.
         steps: what happens to the scores between the product and the softmax, in order.
         mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
@@ -122,13 +145,6 @@ class AttentionSite:
     anchor: fx.Node
     form: str
     output: fx.Node
-    batch: Any
-    num_heads: Any
-    num_key_heads: Any
-    num_queries: Any
-    num_keys: Any
-    head_dim: Any
-    value_dim: Any
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool = False
@@ -141,17 +157,6 @@ class AttentionSite:
     interior: tuple[fx.Node, ...] = ()
     written_later: bool = False
     is_sharded: bool = False
-
-    @property
-    def symbolic(self) -> list[str]:
-        """Which of the sizes are no numbers."""
-        names = "batch num_heads num_key_heads num_queries num_keys head_dim value_dim".split()
-        return [name for name in names if not isinstance(getattr(self, name), int)]
-
-    @property
-    def symbolic_lengths(self) -> list[str]:
-        """Which of ``num_queries`` and ``num_keys`` are no numbers."""
-        return [name for name in self.symbolic if name in ("num_queries", "num_keys")]
 
     @property
     def is_causal(self) -> bool:
