@@ -325,10 +325,17 @@ def summary(rows: list[dict[str, Any]]) -> str:
     large = [row for row in rows if row[BEFORE] > ROUNDING]
     lines = [
         [way, *(max(growth(row, way) for row in some) for some in (large, rows)),
+         sum(growth(row, way) > 1.1 for row in rows),
          sum(not math.isfinite(row[way]) for row in rows)]
         for way in WAYS
     ]  # fmt: skip
-    headers = ["way", f"worst growth above {ROUNDING}", "of all", "not finite"]
+    headers = [
+        "way",
+        f"worst growth above {ROUNDING}",
+        "of all",
+        "errors that grow by > 10 %",
+        "not finite",
+    ]
     worst = max(row["grown in fp16"] for row in rows)
     return f"{tabulate(lines, headers)}\nworst growth of {CHOSEN} in fp16: {worst:.3f}"
 
