@@ -21,7 +21,7 @@ from distr_compile import identity, naming
 from distr_compile.backend import run_pass
 from distr_compile.lowering.judge import Judge
 from distr_compile.policy import Policy, PolicyError
-from distr_compile.policy.errors import sentence, shown
+from distr_compile.policy.errors import check_callable
 from distr_compile.reporting import GraphReport, NotAttention, Reason, Report
 
 
@@ -54,9 +54,7 @@ def explain(
             module, modules without attention, or a group size none of its layers can take).
         TypeError: there is nothing to call.
     """
-    if not callable(model):
-        accepted = "a module or a function, compiled or not"
-        raise TypeError(sentence("model", shown(model), accepted, "give what is to be run"))
+    check_callable(model)
     return explain_by(Judge, model, args, kwargs, policy)
 
 

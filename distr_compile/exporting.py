@@ -18,6 +18,7 @@ from distr_compile.lowering.judge import Judge
 from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
 from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import Attended, Policy
+from distr_compile.policy.errors import check_type
 from distr_compile.reporting import GraphReport, SiteRow, record
 from distr_compile.reporting.publish import publish
 
@@ -56,8 +57,10 @@ def export(
 
     Raises:
         PolicyError: the policy is wrong: for itself, or for this model.
+        TypeError: it is no module.
         Exception: what ``torch.export.export`` raises of a model it cannot export.
     """
+    check_type("model", model, torch.nn.Module, "a torch.nn.Module", "wrap a function in one")
     checked = Policy.from_any(policy)
     shown = naming.canonical(model)
     checked.check_ambiguous(naming.ambiguous(model, shown))

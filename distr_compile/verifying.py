@@ -44,6 +44,7 @@ from distr_compile.explaining import untraced
 from distr_compile.lowering.exactly import computing_exactly
 from distr_compile.passes.emit import STANDS_FOR
 from distr_compile.policy import Policy, PolicyError
+from distr_compile.policy.errors import check_callable
 from distr_compile.reporting import SiteRow
 from distr_compile.restoring import RandomState, Snapshot, clones, copied
 
@@ -219,8 +220,10 @@ def verify(
 
     Raises:
         PolicyError: the policy is wrong, for itself or for this model.
+        TypeError: there is nothing to call.
         Exception: whatever the model raises, and whatever the rewritten model raises.
     """
+    check_callable(model)
     checked = _at_any_length(Policy.from_any(policy))
     owner = identity.key_of(model)
     if isinstance(model, nn.Module):

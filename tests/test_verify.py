@@ -489,6 +489,13 @@ def test_the_command_fails_where_a_rewrite_is_wrong(target: str, capsys: Any) ->
     assert "NOT OK" in text.err
 
 
+def test_what_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: got 3 \(int\); accepted: a module or a function"):
+        distr_compile.verify(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model: got 3 \(int\); accepted: a torch.nn.Module"):
+        distr_compile.export(3, ())  # type: ignore[arg-type]
+
+
 def test_where_nothing_is_compared_nothing_is_ok() -> None:
     found = distr_compile.verify(lambda x: None, torch.ones(2))
     assert not found.ok

@@ -74,17 +74,15 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
     """The batches from the first on, ``limit`` of them at most.
 
     Raises:
-        ValueError: ``batches`` is an iterator, which could be walked only once.
+        ValueError: ``batches`` is an iterator, which could be walked only once, or is nothing that
+            can be walked.
     """
     items = batches() if callable(batches) and not isinstance(batches, Iterable) else batches
+    accepted = "a list, a data loader, or a function that returns an iterable"
     if items is batches and isinstance(items, Iterator):
-        raise ValueError(
-            f"batches: got {type(items).__name__}, which can be walked only once; accepted: a "
-            "list, a data loader, or a function that returns an iterable; give list(batches) or a "
-            "function"
-        )
+        got = f"{type(items).__name__}, which can be walked only once"
+        raise ValueError(sentence("batches", got, accepted, "give list(batches) or a function"))
     if not isinstance(items, Iterable):
-        accepted = "a list, a data loader, or a function that returns an iterable"
         raise ValueError(sentence("batches", shown(items), accepted, "return the batches there"))
     for item in islice(items, limit):
         yield Batch.of(item)

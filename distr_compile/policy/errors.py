@@ -38,6 +38,17 @@ def check_type(
         raise TypeError(sentence(key, shown(value), accepted, advice))
 
 
+def check_callable(model: object) -> None:
+    """Refuse a model that cannot be called.
+
+    Raises:
+        TypeError: what was got, what is accepted, and what to do.
+    """
+    if not callable(model):
+        accepted = "a module or a function, compiled or not"
+        raise TypeError(sentence("model", shown(model), accepted, "give what is to be run"))
+
+
 def shown(value: object) -> str:
     """A value that was got, with its type; a long one is cut."""
     text = repr(value)
