@@ -7,6 +7,7 @@ that the model itself made.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -139,28 +140,27 @@ class Layout:
         Where a reshape merges an axis that it has with one that it has not, it is expanded: over
         all axes but the heads, else over those too.
         """
-        full, sizes = self.levels.lead(level) or (), [lead]
-        if not same_shape(lead, full):
-            sizes += [(*full[:-1], lead[-1]), full]
-        for number, own in enumerate(sizes):
-            try:
-                wanted = self.levels.carried(own, level, self.site.canonical)
-            except RefusedError:
-                if number == len(sizes) - 1:
-                    raise
-                continue
-            if number:
-                given = _arguments_of(level)[: len(full)]
-                kept = given if number == 2 else [*given[:-1], -1]
-                term = self.emit.method("expand", term, *kept, -1, -1)
-            while wanted and same_size(wanted[0], 1):
-                wanted = wanted[1:]
-            if not same_shape(own, wanted):
-                args = self.site.canonical.args
-                is_whole = len(wanted) == len(self.site.canonical.lead)
-                term = _regroup(self.emit, term, own, wanted, args if is_whole else None)
-            return term, wanted
-        raise AssertionError("there is at least one")
+        own, wanted = self._least_expanded(lead, level)
+        if own is not lead:
+            sizes = _arguments_of(level)[: len(own)]
+            if same_size(own[-1], lead[-1]):
+                sizes[-1] = -1
+            term = self.emit.method("expand", term, *sizes, -1, -1)
+        while wanted and same_size(wanted[0], 1):
+            wanted = wanted[1:]
+        if not same_shape(own, wanted):
+            is_whole = len(wanted) == len(self.site.canonical.lead)
+            args = self.site.canonical.args if is_whole else None
+            term = _regroup(self.emit, term, own, wanted, args)
+        return term, wanted
+
+    def _least_expanded(self, lead: Lead, level: Level) -> tuple[Lead, Lead]:
+        """The leading axes to give a term, the first that can be carried, and what they become."""
+        full, canonical = self.levels.lead(level) or (), self.site.canonical
+        for own in (lead, (*full[:-1], lead[-1])):
+            with contextlib.suppress(RefusedError):
+                return own, self.levels.carried(own, level, canonical)
+        return full, self.levels.carried(full, level, canonical)
 
     def _four_axes(self, term: fx.Node, lead: Lead) -> fx.Node:
         """Merge all leading axes but the heads, for a call of more than four axes."""
