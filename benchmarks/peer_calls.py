@@ -22,9 +22,8 @@ from benchmarks.arms import Inputs, Sample, samples
 from benchmarks.cells import Cell
 from distr_compile.estimators import auto_grouping_block
 from distr_compile.kernels.attention import reference
-from distr_compile.lowering import call as our
 from distr_compile.lowering import cpu as lowering
-from distr_compile.lowering.call import Approximation, Scores
+from distr_compile.lowering.call import call_of
 
 
 @dataclass(frozen=True)
@@ -115,29 +114,30 @@ def _output_like(q: Tensor) -> Tensor:
     )
 
 
-def _run(call: our.Call) -> Tensor:
-    """The call by the fused kernel, which must be there: nothing else has these names."""
-    lowering.run(call, fused=True)
-    return call.out
+def _ours(cell: Cell, inputs: Inputs, **options: Any) -> Call:
+    """A call by the fused kernel, which must be there: nothing else has the names of these arms."""
+    out = _output_like(inputs.q)
+    options |= {"scale": cell.scale, "is_causal": cell.is_causal, "out": out}
+    call = call_of(inputs.q, inputs.k, inputs.v, inputs.mask, **options)
+
+    def run() -> Tensor:
+        lowering.run(call, fused=True)
+        return out
+
+    return _returning(run)
 
 
 def rank_d(cell: Cell, inputs: Inputs, threads: int) -> Call:
-    q, k, v, mask, out = inputs.q, inputs.k, inputs.v, inputs.mask, _output_like(inputs.q)
-    scores, how = Scores(cell.scale, cell.is_causal), Approximation.none(cell.head_dim)
-    call = our.Call(q, k, v, mask, None, scores, how, None, out)
-    return _returning(lambda: _run(call))
+    return _ours(cell, inputs)
 
 
 def estimated(estimator: str, group_size: int, *, strict: bool = False) -> Arm:
     """The whole call of an estimator, what makes its factors included."""
 
     def make(cell: Cell, inputs: Inputs, threads: int) -> Call:
-        q, k, v, mask, out = inputs.q, inputs.k, inputs.v, inputs.mask, _output_like(inputs.q)
-        scores = Scores(cell.scale, cell.is_causal)
-        how = Approximation(estimator, cell.head_dim // group_size, strict=strict)
+        rank = cell.head_dim // group_size
         bases = _bases(cell, group_size) if estimator == "calibrated" else None
-        call = our.Call(q, k, v, mask, None, scores, how, bases, out)
-        return _returning(lambda: _run(call))
+        return _ours(cell, inputs, rank=rank, estimator=estimator, strict=strict, bases=bases)
 
     def wanted(cell: Cell, inputs: Inputs) -> Iterator[Sample]:
         rank = cell.head_dim // group_size
