@@ -109,7 +109,7 @@ def approximate(
             made = _made(part, module.groups if fused else module.bases, queries, keys, asked)
             made = made if keep is None else _kept(made, keep, some)
             if only_bases:
-                collections.deque(made, maxlen=0)
+                collections.deque(made, maxlen=0)  # run through: ``_kept`` copies
             elif fused:
                 cpu_fused.attend(part, made, asked)
             else:
@@ -130,7 +130,9 @@ def _made(
     rows, offset = slice(asked.first, asked.stop), asked.causal_offset
     if queries is not None:
         queries = queries[..., rows]
+        # None is the shorter way where all count; on a GPU the host would have to wait for that.
         queries = None if queries.is_cpu and bool(queries.all()) else queries
+    # Rows are counted from the first block on, and so is the causal offset.
     own = replace(
         asked, first=0, stop=None, causal_offset=None if offset is None else offset + asked.first
     )
@@ -160,7 +162,7 @@ def _kept(
     for A, B in made:
         if A.dim() == 3:
             all_A, all_B = A[:, None], B[:, None]
-        else:
+        else:  # a ``Group``: A^T, and B padded
             all_A, all_B = A.mT, B[..., :rank]
         blocks = slice(place, place + all_A.shape[1])
         kept_A[:, :, blocks].copy_(all_A.unflatten(0, (-1, key_heads)))
@@ -179,7 +181,7 @@ def _attend_blocks(call: Call, bases: Iterator[Bases], asked: Asked, pieces: Pie
     for (_, rows), (A, B) in zip(asked.blocks(num_queries), bases, strict=False):
         edge = num_keys
         if A is None:
-            edge = 0
+            edge = 0  # every key is scored exactly
         elif asked.strict:
             edge = prefix_edge(rows.start, num_keys, call.scores.offset or 0)
         for first in range(rows.start, rows.stop, pieces.panel):
@@ -209,7 +211,7 @@ def _attend_panel(
     b, h, rep, _, _ = part.Q.shape
     (num_keys, v_dim), limit = part.V.shape[-2:], part.limit
     end = num_keys if limit is None else max(0, min(num_keys, last + limit))
-    Q = stack(part.Q[..., first:last, :])
+    Q = stack(part.Q[..., first:last, :])  # (b h, rows rep, d), token by token
     Qhat = Q if A is None or not edge else torch.bmm(Q, A * part.factor)
     Q = Q * part.factor if edge < end else Qhat
     units, rows, _ = Qhat.shape
@@ -223,6 +225,7 @@ def _attend_panel(
     O = Qhat.new_zeros(units, rows, v_dim)  # noqa: E741
 
     no_empty_row = part.mask is None and (limit is None or limit >= 0)
+    # Cut at ``edge`` too: a chunk of keys is scored by one kind of factors.
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
     at_once = len(chunks) == 2 and no_empty_row and part.is_plain
     for key, key_stop in itertools.pairwise(chunks):
@@ -235,7 +238,7 @@ def _attend_panel(
             seen = key_stop if limit is None else min(key_stop, token_stop + limit)
             if seen <= key:
                 continue
-            tile = slice((token - first) * rep, (token_stop - first) * rep)
+            tile = slice((token - first) * rep, (token_stop - first) * rep)  # of stacked rows
             S = torch.bmm(left[:, tile], right[:, : seen - key].transpose(1, 2))
             if part.softcap:
                 S.tanh_().mul_(part.softcap)
@@ -255,7 +258,7 @@ def _attend_panel(
             P = S.sub_(new_top).exp_()
             top[:, tile].copy_(new_top)
             total[:, tile].mul_(rescale).add_(P.sum(-1, keepdim=True))
-            drop(part.dropout, P.view(view.shape), token, key)
+            drop(part.dropout, P.view(view.shape), token, key)  # ``total`` has them all
             O[:, tile].mul_(rescale).baddbmm_(P, V[:, : seen - key])
     if part.lse is not None:
         lse = total.log().add_(top)

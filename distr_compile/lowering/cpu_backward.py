@@ -81,8 +81,9 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         for name, like in (("k", k), ("v", v), ("mask", wanted.mask), ("sinks", wanted.sinks))
         if like is not None and (name in ("mask", "sinks") or like.shape[0] < q.shape[0])
     }
+    # Rows that see nothing get weights exp(s - inf) = 0.
     lse = saved.lse.masked_fill(saved.lse == -torch.inf, torch.inf)
-    matrices = k.shape[2] * max(q.shape[3], v.shape[3])
+    matrices = k.shape[2] * max(q.shape[3], v.shape[3])  # elements of dK or dV of a key head
     for blocks in _Blocks.of(call, saved):
         pieces = pieces_of(call, blocks.span.block, matrices)
         for some in some_heads(blocks.span.entries, key_heads, pieces.heads):
@@ -92,7 +93,7 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
                     _panel(part, first, min(first + pieces.panel, stop), A, B, edge, pieces)
             for name, made in (("k", part.dK), ("v", part.dV)):
                 split = made.unflatten(0, (-1, part.heads.K.shape[1]))
-                if name in sums:
+                if name in sums:  # one K or V for all entries
                     sums[name][:, some[1]] += split.sum(0, keepdim=True)
                 else:
                     getattr(wanted, name)[some].copy_(split)
@@ -139,6 +140,7 @@ class _Blocks:
                 continue
             if self.offset is not None:
                 edge = prefix_edge(rows.start, self.num_keys, self.offset)
+            # Bases of one entry are for all of them.
             for_some = (slice(None), some[1]) if self.bases[0].shape[0] == 1 else some
             A, B = (basis[for_some][:, :, number] for basis in self.bases)
             yield rows.start, rows.stop, edge, A, B
@@ -181,14 +183,18 @@ def _panel(
     b, h, rep, _, _ = heads.Q.shape
     num_keys, limit = heads.K.shape[2], heads.limit
     end = num_keys if limit is None else max(0, min(num_keys, last + limit))
+    # Rows stacked token by token, (b h, rows rep, width).
     Q, O, dO = (stack(t[..., rows, :]) for t in (heads.Q, heads.out, part.dO))  # noqa: E741
     lse = part.lse[..., rows].transpose(2, 3).reshape(len(Q), -1, 1)
     delta = (dO * O).sum(-1, keepdim=True)
     if heads.sinks is not None and part.dsinks is not None:
+        # The gradient of a sink is minus its weight times delta.
         share = torch.exp(heads.sinks[None, :, None] - lse.view(b, h, last - first, rep))
         part.dsinks.sub_((share * delta.view(b, h, last - first, rep)).sum((0, 2)))
+    # The scale is in Q, and so in dK; dQ gets it at the end.
     Q = Q * heads.factor
     dQ = torch.zeros_like(Q)
+    # Cut at ``edge`` too: a chunk of keys is scored by one kind of factors.
     chunks = [*range(0, min(edge, end), pieces.keys), *range(edge, end, pieces.keys), end]
     if A is not None and B is not None and edge:
         A, B = (units_of(basis, b).to(Q.dtype) for basis in (A, B))
@@ -200,6 +206,7 @@ def _panel(
         rest = (V, part.dV[:, keys], (dO, delta, lse))
         if B is not None and key < edge:
             Khat = torch.bmm(K, B)
+            # Fresh for each chunk, which then gives dK += dKhat B^T.
             dKhat = torch.zeros_like(Khat)
             _chunk(part, rows, keys, (hat, dhat), (Khat, dKhat), *rest, pieces.tile)
             part.dK[:, keys].baddbmm_(dKhat, B.mT)
@@ -238,6 +245,7 @@ def _chunk(
         Q, dQ = (t[:, some] for t in left)
         K, dK = (t[:, : seen - keys.start] for t in right)
         dO, delta, lse = (t[:, some] for t in of_rows)
+        # The forward again: P = exp(S - lse), (b h, rows rep, keys).
         S, slope = torch.bmm(Q, K.mT), None
         if heads.softcap:
             S.tanh_()
@@ -251,6 +259,7 @@ def _chunk(
         if limit is not None:
             apply_causal(view, token + limit - keys.start)
         P = S.sub_(lse).exp_()
+        # dP = dO V^T, through dropout; dV has the weights that were left.
         dP, weights = torch.bmm(dO, V[:, : seen - keys.start].mT), P
         if heads.dropout is not None:
             stays = torch.ones_like(P)
@@ -258,6 +267,7 @@ def _chunk(
             weights = P * stays
             dP.mul_(stays)
         dV[:, : seen - keys.start].baddbmm_(weights.mT, dO)
+        # dS = P (dP - delta); a mask, added after the soft cap, takes it without the slope.
         dS = dP.sub_(delta).mul_(P)
         if part.dmask is not None:
             dmask = sliced(part.dmask, *ranges)

@@ -62,7 +62,7 @@ def attend(call: Call, groups: Iterator[Group], asked: Asked) -> None:
 
     start = first
     for group in groups:
-        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)
+        AT, B = (t.unflatten(0, (-1, key_heads)) for t in group)  # (b, h, blocks, ...)
         rows = slice(start, min(start + AT.shape[2] * asked.block, end))
         if start == first:  # the rows before the first block go with it
             attend_rows(slice(0, first), (AT[:, :, :1], B[:, :, :1]), first, False)
@@ -94,6 +94,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     found = _Found(wanted.q, dk, dv, delta, dmask)
     spans = spans_of(call, saved.bases is not None)
     parts = [part for span in spans for part in _parts(span, call.q.shape[2])]
+    # Several parts add to them; one fills them itself.
     if len(parts) > 1:
         for sums in (dk, dv, *([] if dmask is None else [dmask])):
             sums.zero_()
@@ -133,6 +134,7 @@ def _parts(span: Span, num_queries: int) -> Iterator[_Part]:
     """The rows of a span that have blocks, those before them and those after."""
     entries, first, stop, block = span[:4]
     yield _Part(entries, slice(first, stop), block, slice(0, -(-(stop - first) // block)))
+    # Rows before the first block use its A and B, those after the last those of the last.
     if first > 0:
         yield _Part(entries, slice(0, first), first, slice(0, 1))
     if stop < num_queries:
@@ -153,6 +155,7 @@ def _backward_of_part(
     sums = [t if t.shape[0] == 1 else t[part.entries] for t in (found.k, found.v)]
     if found.mask is not None:
         sums.append(sliced(found.mask, *of_rows))
+    # The kernel fills what it is given: where parts are added, each has tensors of its own.
     made = sums if parts == 1 else [torch.empty(t.shape, dtype=t.dtype) for t in sums]
     if bases is not None:
         few = slice(None) if bases[0].shape[0] == 1 else part.entries

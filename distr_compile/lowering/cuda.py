@@ -100,6 +100,7 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
     from distr_compile.kernels.attention.triton_fwd import attention_fwd
 
     q, limit, num_keys = call.q, call.limit, call.k.shape[2]
+    # Exact: one block of all rows.
     block = call.asked.block if prologue else max(1, q.shape[2])
     has_mask = call.mask is not None or call.dropout is not None
     tile = tile_of(
@@ -115,9 +116,10 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
         return prologue and prologue.places and prologue.places.part(chunk.batch, chunk.blocks)
 
     def factors(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        if prologue is None:
+        if prologue is None:  # Q and K in the places of Qhat and Khat
             part = call.part(chunk.batch, chunk.key_heads, chunk.rows)
             return part.q, part.k[:, :, None]
+        # Keys from ``seen`` on are seen by no row of the chunk.
         offset, seen = _seen_by(chunk, limit, num_keys)
         part = call.part(chunk.batch, chunk.key_heads, chunk.rows, slice(seen))
         places = places_of(chunk)
@@ -145,6 +147,7 @@ def _attend(call: Call, prologue: Prologue | None, workspace: int, by_pointers: 
             places=places_of(chunk) or None,
         )
 
+    # On a GPU the factors of a chunk are made beside attention of the one before.
     one_ahead(chunks, factors, attend, q.device)
 
 
@@ -257,6 +260,7 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
     if chunk.rows.stop > earlier * block:
         Qhat, Khat = _factors_of_chunk(whole, chunk, earlier)
     heads = whole.call.part(chunk.batch, chunk.key_heads)
+    # Room for the exact half of a block that has two; used again by every block.
     O_others = torch.empty_like(heads.out[:, :, :block])
     lse, lse_others = heads.q.new_empty(2, *O_others.shape[:3], dtype=torch.float32)
     for start in range(chunk.rows.start, chunk.rows.stop, block):
@@ -273,10 +277,10 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
             sinks=part.sinks,
             tile=whole.exact_tile,
         )
-        if not edge:
+        if not edge:  # no earlier keys: all are exact
             others(out=part.out)
             continue
-        place = start // block - earlier
+        place = start // block - earlier  # among the blocks that have factors here
         known = partial(
             whole.attend,
             heads.part(rows=rows, keys=slice(edge)),
@@ -284,9 +288,10 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
             Khat[:, :, place : place + 1, :edge],
             tile=whole.known_tile,
         )
-        if edge >= end:
+        if edge >= end:  # earlier keys only
             known(sinks=part.sinks, out=part.out)
             continue
+        # Two halves. The sinks, which count once, go with the exact one.
         known(out=part.out, lse=lse[:, :, here])
         others(out=O_others[:, :, here], lse=lse_others[:, :, here])
         _add_part(part.out, lse[:, :, here], O_others[:, :, here], lse_others[:, :, here])
@@ -295,7 +300,8 @@ def _attend_chunk(whole: _Strict, chunk: _Chunk) -> None:
 def _factors_of_chunk(whole: _Strict, chunk: _Chunk, earlier: int) -> tuple[Tensor, Tensor]:
     """Qhat and Khat of the chunk's blocks, from all rows up to its last block."""
     so_far = replace(chunk, rows=slice(0, chunk.rows.stop))
-    last = (chunk.rows.stop - 1) // whole.block * whole.block
+    last = (chunk.rows.stop - 1) // whole.block * whole.block  # first row of the last block
+    # Later keys are approximated by no block of the chunk.
     num_known = prefix_edge(last, whole.call.k.shape[2], whole.offset)
     part = whole.call.part(chunk.batch, chunk.key_heads, so_far.rows, slice(num_known))
     return whole.prologue.factors(
@@ -317,6 +323,7 @@ def _add_part(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
         other: see ``out``.
         other_lse: see ``lse``.
     """
+    # The other part's share of both denominators: e^other_lse / (e^lse + e^other_lse).
     share = torch.sigmoid(other_lse - lse)  # NaN where both are -inf; both parts are 0 there
     share = share.masked_fill_(other_lse == -torch.inf, 0)[..., None]
     torch.add(out * (1 - share), other * share, out=out)
@@ -341,6 +348,7 @@ def _counted_in(prologue: Prologue, chunk: _Chunk, seen: int) -> Iterator[Tensor
         if rows is None:
             yield None
         else:
+            # Queries have an axis for the query heads of a key head, keys do not.
             within = (slice(None),) * (rows.dim() - 3)
             yield sliced(rows, chunk.batch, chunk.key_heads, *within, place)
 
@@ -367,11 +375,13 @@ def _chunks(
     key_heads, num_keys = k_shape[1:3]
     rep = heads // key_heads
     blocks = -(-num_queries // block)
+    # Bytes of a grouping block of one key head: its Qhat, its Khat and what makes them.
     of_block = (rep * block + num_keys) * row_bytes + block_bytes
     if places:
         blocks, of_block = places.blocks, num_keys * row_bytes + block_bytes
-        head_bytes += rep * num_queries * row_bytes
+        head_bytes += rep * num_queries * row_bytes  # rows are not cut then: Qhat once a head
     of_head = blocks * of_block + head_bytes
+    # Key heads that fit with all of their blocks; 0 where not even one does.
     together = batch * key_heads if limit is None else limit // max(1, of_head)
     some_batches = max(1, min(batch, together // key_heads))
     some_heads = max(1, min(key_heads, together))
@@ -415,11 +425,13 @@ def _refuses_pointers(shape: Shape, approximation: Approximation) -> str | None:
 
 def _run(call: Call, by_pointers: bool = False) -> None:
     how, factors = call.approximation, None
+    # Bases are multiplied by PyTorch, outside of the plan; the rest is exact, of width r.
     if call.bases is not None:
         module = arithmetic(how.estimator, "gpu", "prologue")
         factors = partial(_factors_of_bases, module, how.estimator, how.rank)
         Q, K = factors(call.q, call.k, call.mask, call.bases)
         call = replace(call, q=Q, k=K).exactly()
+    # The strict form has PyTorch's calls between its launches, which no plan repeats.
     if call.key is None or how.strict:
         attention(call, by_pointers=by_pointers)
         return

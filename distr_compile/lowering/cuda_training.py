@@ -79,10 +79,10 @@ def forward(call: Call, saved: Saved, *, by_pointers: bool = False) -> None:
 
     bases = saved.bases
     if bases is not None:
-        cpu.run(call, fused=False, keep=bases, only_bases=True)
+        cpu.run(call, fused=False, keep=bases, only_bases=True)  # fills ``saved.bases``
     elif call.bases is not None and call.approximation.rank < call.q.shape[3]:
         A, B = call.bases
-        bases = A[None, :, None], B[None, :, None]
+        bases = A[None, :, None], B[None, :, None]  # one block for all entries
     block = rows_of_a_block(call, Saved(saved.lse, bases))
     tile = cuda.tile_of(
         call,
@@ -119,7 +119,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         rank=call.approximation.rank,
         dtype=call.q.dtype,
     )
-    if wanted.sinks is not None:
+    if wanted.sinks is not None:  # from which the parts subtract
         wanted.sinks.zero_()
     # Where only one of K and V is broadcast, the other one has a gradient for each entry.
     is_mixed = call.k.shape[0] != call.v.shape[0]
@@ -151,6 +151,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
                 delta=delta,
             )
             if wanted.sinks is not None and sinks is not None and delta is not None:
+                # Where a row sees nothing its sink has no share: exp(sink - inf) is 0.
                 seen = lse.masked_fill(lse == -torch.inf, torch.inf)
                 share = torch.exp(sinks.float()[None, :, None] - seen)
                 wanted.sinks[part.heads] -= (share * delta).sum((0, 2)).to(wanted.sinks.dtype)
@@ -205,9 +206,11 @@ def _parts(call: Call, bases: Bases | None, block: int) -> Iterator[_Part]:
         blocks, rank = bases[0].shape[2], bases[0].shape[4]
         size = _bytes(q.shape[2] * call.rep, k.shape[2], blocks, rank, q.dtype)
         at_once = max(1, WORKSPACE_BYTES // size)
+    # One of K and V is broadcast: it gets a gradient for each entry, summed by the caller.
     if not is_shared and k.shape[0] != v.shape[0]:
         k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
         call = replace(call, k=k, v=v)
+    # A part of shared keys has all entries: key heads are what is counted.
     counted = max(1, at_once // batch) if is_shared else at_once
     for entries, some in some_heads(slice(0, 1 if is_shared else batch), key_heads, counted):
         entries = ALL if is_shared else entries
@@ -225,6 +228,7 @@ def _factors(Q: Tensor, K: Tensor, bases: Bases | None, block: int) -> tuple[Ten
     A, B = (t.to(Q.dtype) for t in bases)
     Khat = K[:, :, None] @ B
     blocks, num_queries = A.shape[2], Q.shape[2]
+    # Padded to whole blocks: Q (b, H_k, rep, L, l, d) times A (b or 1, H_k, 1, L, d, r).
     rows = F.pad(Q, (0, 0, 0, blocks * block - num_queries)) if blocks > 1 else Q
     rows = rows.unflatten(2, (blocks, -1)).unflatten(1, (K.shape[1], -1))
     Qhat = (rows @ A[:, :, None]).flatten(1, 2).flatten(2, 3)

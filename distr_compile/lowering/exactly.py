@@ -85,6 +85,7 @@ def attention(
     batch, heads, num_queries, head_dim = q.shape
     row_bytes = batch * heads * k.shape[2] * dtype.itemsize
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    # Converted once, Q chunk by chunk.
     wide_k, wide_v = k.to(dtype), v.to(dtype)
     has_rows = mask is not None and mask.dim() > 1 and mask.shape[-2] != 1
     parts = [

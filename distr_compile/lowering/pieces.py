@@ -42,6 +42,7 @@ class Pieces:
 def pieces_of(call: Call, block: int, matrices: int) -> Pieces:
     """Cut a call up so that what is cut fits ``CHUNK``, and so do the ``matrices`` of a head."""
     rep, num_keys, width = call.rep, call.k.shape[2], max(call.q.shape[3], call.v.shape[3])
+    # Keys first, then as many rows as leave each temporary within ``CHUNK``.
     keys = max(1, min(num_keys, KEY_ROWS, CHUNK // width))
     panel = max(1, min(block, PANEL_ROWS // rep, CHUNK // (rep * width)))
     tile = max(1, min(panel, CHUNK // (keys * rep)))
@@ -128,6 +129,7 @@ def drop(dropout: Dropout | None, weights: Tensor, row: int, key: int) -> None:
         return
     b, h, tokens, rep, keys = weights.shape
     part = dropout.part(row=row, key=key)
+    # Of (b, h, rep, tokens, keys), where weights have tokens before rep.
     stays = part.kept(part.numbers(b, h, rep), tokens, keys).transpose(2, 3)
     weights.mul_(stays).mul_(dropout.scale)
 

@@ -197,6 +197,7 @@ template <bool PAIRS> struct Backward {
     }
     std::memset(to + rows * padded, 0, 4 * (all - rows) * padded);
   }
+  // Rows of a tile as [word][QUERY_TILE], with PAIRS of bf16 pairs of columns.
   void turn(const float* from, int64_t words, int64_t width, float* buffer, float* to) const {
     read_transposed(false, reinterpret_cast<const char*>(from), F32, words, 1, QUERY_TILE, width,
                     buffer, to);
@@ -224,10 +225,11 @@ template <bool PAIRS> struct Backward {
   void read_tile(const Head& h, const Tile& t, Scratch& s) const {
     const int64_t at_rp = t.place * QUERY_TILE * rp, at_dp = t.place * QUERY_TILE * dp;
     float *hat = s.hat.rows + at_rp, *grad = s.grad + t.place * QUERY_TILE * vp;
+    // Q lies where it is a factor itself: with `strict` beside Qhat, in an exact call as Qhat.
     float* rows = c.strict ? s.exact.rows + at_dp : bases ? s.q_rows : hat;
     read_rows(at(c.q, c.q_strides, h.batch, h.head, t.row), c.q_strides[2], c.q_strides[3], t.rows,
               QUERY_TILE, d, dp, rows);
-    if (bases)
+    if (bases)  // Qhat = Q A
       product<false, false>(reinterpret_cast<const char*>(rows), 4 * dp,
                             basis(c.a, c.basis_strides, h, t.block), rp, QUERY_TILE, d,
                             int(rp / LANES), {hat, rp, 1.f, nullptr});
@@ -236,6 +238,7 @@ template <bool PAIRS> struct Backward {
       turn(rows, dp, d, s.buffer, s.exact.rows_t + at_dp);
       std::memset(s.exact.d_rows_t + at_dp, 0, 4 * QUERY_TILE * dp);
     }
+    // dO by rows and transposed, O by rows for delta.
     read_rows(at(c.grad, c.grad_strides, h.batch, h.head, t.row), c.grad_strides[2],
               c.grad_strides[3], t.rows, QUERY_TILE, dv, vp, grad);
     turn(grad, vp, dv, s.buffer, s.grad_t + t.place * QUERY_TILE * vp);
@@ -244,6 +247,7 @@ template <bool PAIRS> struct Backward {
     std::memset(s.hat.d_rows_t + at_rp, 0, 4 * QUERY_TILE * rp);
     const int64_t first = (h.batch * c.heads + h.head) * c.queries + t.row;
     for (int64_t i = 0; i < QUERY_TILE; i++) {
+      // The row's sum of dO times O, and its lse.
       float *lse = s.lse + t.place * QUERY_TILE, *delta = s.delta + t.place * QUERY_TILE;
       vf sum{};
       for (int64_t j = 0; j < vp; j += LANES)
@@ -273,7 +277,7 @@ template <bool PAIRS> struct Backward {
 
   void write_tile(const Head& h, const Tile& t, Scratch& s) const {
     float* rows = s.q_rows;  // QUERY_TILE x dp, and rp is no more
-    if (!edge_of(t.block)) {
+    if (!edge_of(t.block)) {  // no key was scored by Khat
       gather(t, s.exact, rows);
     } else {
       gather(t, s.hat, rows);
@@ -313,6 +317,7 @@ template <bool PAIRS> struct Backward {
     const float *bias = s.bias, *stays = s.stays + from * QUERY_TILE;
     const float *k = PAIRS ? side.k_words : side.k, *v = PAIRS ? s.v_words : s.v_rows;
     const int64_t k_row = words_of(PAIRS, side.padded), v_row = words_of(PAIRS, vp);
+    // S^T = Khat Qhat^T times the factor, dP^T = V dO^T, both [key][QUERY_TILE].
     product<PAIRS, false>(reinterpret_cast<const char*>(k + from * k_row), 4 * k_row,
                           side.rows_t + t.place * QUERY_TILE * side.padded, QUERY_TILE, n,
                           words_of(PAIRS, side.width), t.vectors,
@@ -332,7 +337,7 @@ template <bool PAIRS> struct Backward {
         vf x = load<vf>(p), slope = splat(1.f);
         if (c.softcap) {
           x = tanh_of(x);
-          slope = cap - x * x * cap;
+          slope = cap - x * x * cap;  // d(cap tanh(y)) / dy
           x = x * cap;
         }
         if (has_bias) {
@@ -349,6 +354,7 @@ template <bool PAIRS> struct Backward {
         const vf z = DROPS ? load<vf>(stays + j * QUERY_TILE + u * LANES) : splat(1.f);
         store(p, DROPS ? weight * z : weight);
         vf ds = weight * ((DROPS ? load<vf>(q) * z : load<vf>(q)) - delta);
+        // The mask is added after the soft cap: its gradient has no slope.
         if (c.dmask) store(s.d_bias + (p - s.scores), ds);
         if (c.softcap) ds = ds * slope;
         store(q, ds);
@@ -405,6 +411,7 @@ template <bool PAIRS> struct Backward {
     if (c.dmask) add_to_mask(h, t, key + from, n, s);
     const char *P = reinterpret_cast<char*>(s.scores), *dS = reinterpret_cast<char*>(s.d_scores);
     const int64_t row_bytes = 4 * QUERY_TILE, words = side.padded;
+    // dV += P^T dO, dKhat += dS^T Qhat, dQhat^T += Khat^T dS^T.
     product<false, false>(P, row_bytes, s.grad + t.place * QUERY_TILE * vp, vp, n, t.rows,
                           int(vp / LANES), {s.d_v + from * vp, vp, 1.f, nullptr, true});
     product<false, false>(dS, row_bytes, side.rows + t.place * QUERY_TILE * words, words, n, t.rows,
@@ -437,16 +444,19 @@ template <bool PAIRS> struct Backward {
   }
 
   void chunk(const Head& h, int64_t first, int64_t stop, Scratch& s) const {
+    // The chunk's rows are read once; then every key tile meets them.
     tiles(first, stop, [&](const Tile& t) { read_tile(h, t, s); });
     const int64_t end = keys_seen(stop);
     for (int64_t key = 0; key < end; key += KEY_TILE) {
       const int64_t n = std::min<int64_t>(KEY_TILE, end - key);
       read_keys(h.key_batch, h.key_head, key, n, s);
+      // Sums of this chunk, which are added to dK and dV when the tile is done.
       zero(s.d_v, n * vp);
       zero(s.d_k, n * dp);
       for (int64_t block = first / c.block; block * c.block < stop; block++) {
         if (keys_seen(std::min(stop, (block + 1) * c.block)) <= key) continue;
         const int64_t known = std::max<int64_t>(0, std::min(n, edge_of(block) - key));
+        // Khat of the block, and a fresh dKhat, as each block has a B of its own.
         float* d_k_hat = s.hat.d_k;
         zero(d_k_hat, n * rp);
         if (bases && known)
@@ -461,6 +471,7 @@ template <bool PAIRS> struct Backward {
           pack_panels(s.exact, known, n - known);
         }
         meet(h, first, stop, block, key, n, known, s);
+        // dK += dKhat B^T; where the call is exact Khat is K, and rp is dp.
         for (int64_t i = 0; i < n * rp; i++) d_k_hat[i] *= factor;
         if (bases && known)
           product<false, false>(reinterpret_cast<char*>(d_k_hat), 4 * rp,
@@ -471,6 +482,7 @@ template <bool PAIRS> struct Backward {
         if (c.strict)
           for (int64_t i = known * dp; i < n * dp; i++) s.d_k[i] += s.exact.d_k[i] * factor;
       }
+      // All blocks of the chunk have added to the tile.
       const int64_t *ks = c.dk_strides, *vs = c.dv_strides;
       add_rows(s.d_k, dp, n, d, c.dk + h.key_batch * ks[0] + h.key_head * ks[1] + key * ks[2],
                ks[2]);
@@ -482,6 +494,7 @@ template <bool PAIRS> struct Backward {
 
   void unit(int64_t index, Scratch& s) const {
     const int64_t first_entry = index / c.key_heads * c.entries, key_head = index % c.key_heads;
+    // All that shares the key head, in one order.
     for (int64_t entry = first_entry; entry < first_entry + c.entries; entry++)
       for (int64_t i = 0; i < rep; i++)
         for (int64_t first = 0; first < c.queries; first += chunk_rows()) {

@@ -106,12 +106,14 @@ def backward(
         RuntimeError: the kernel is not available.
     """
     lib = kernel.library() if lib is None else lib
+    # The kernel adds to them, chunk of rows after chunk of rows.
     dk.zero_()
     dv.zero_()
     queries = q.shape[2]
     call = _Gradients(size=ctypes.sizeof(_Gradients), scale=scale, softcap=softcap)
     call.batch, call.heads, call.queries, call.head_dim = q.shape
     call.key_heads, call.keys, call.value_dim = v.shape[1:]
+    # One task takes all entries that share a K and V, so that no two tasks add to one sum.
     call.shares = call.entries = call.batch // k.shape[0]
     call.strict = strict
     call.rank, call.block = call.head_dim, min(grouping_block or queries, queries)
@@ -123,14 +125,16 @@ def backward(
     if mask is not None:
         call.mask_kind = kernel.MASK_DTYPES[mask.dtype]
         tensors["mask"] = four_dimensions(mask)
+    # The struct has addresses only: what they point to must outlive the call.
     keep = [kernel.point(call, name, t) for name, t in tensors.items()]
     if dmask is not None:
         keep.append(kernel.point(call, "dmask", dmask.zero_()))
-        if dmask.shape[0] < call.batch:
+        if dmask.shape[0] < call.batch:  # entries share its sums as well
             call.entries = call.batch
     if bases is not None:
         call.rank = bases[0].shape[4]
         A, B = (t.float() for t in bases)
+        # Each product reads its matrix row by row: both come as they are and transposed.
         for names, strides, made in (
             (("a", "b"), "basis_strides", (_padded(A), _padded(B))),
             (("a_t", "b_t"), "basis_t_strides", (_padded(A.mT), _padded(B.mT))),

@@ -37,6 +37,7 @@ template <bool PAIRS> __attribute__((noinline)) float chains(int64_t rounds, flo
 
 extern "C" {
 
+// -1: the caller's struct has another size. Engine<true>, Backward<true>: bf16 dot products.
 __attribute__((visibility("default"))) int64_t distr_workspace(const Call* call) {
   if (call->size != int64_t(sizeof(Call))) return -1;
   if (HAS_BF16_DOT && call->dtype == BF16) return Engine<true>(*call).workspace();
@@ -79,6 +80,7 @@ __attribute__((visibility("default"))) int64_t distr_peak(int64_t bf16, int64_t 
   const volatile float kept =
       pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);
   (void)kept;
+  // Of each lane a multiplication and an addition, or two of both.
   return rounds * 12 * LANES * (pairs ? 4 : 2);
 }
 

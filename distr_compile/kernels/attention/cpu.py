@@ -92,6 +92,7 @@ def _library() -> build.Library:
         return build.Library(None, 0, f"{build.SWITCH}=0 forbids it")
     if _loaded is None:
         with _lock:
+            # Another thread may have loaded it meanwhile.
             if _loaded is None:
                 _loaded = build.load(_self_test)
     return _loaded
@@ -152,6 +153,7 @@ def _wrong(library: build.Library) -> str | None:
         inputs = [t.to(dtype) for t in (q, k, v)]
         options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
         exact = reference.attention(*(t.double() for t in inputs), rank=24, **options)
+        # What the kernel leaves out stays NaN, which is within no bound.
         out = torch.full_like(inputs[0], torch.nan)
         query, key, value = inputs
         attention(query, key[:, :, None], value, out=out, lib=library, **options)
@@ -255,8 +257,10 @@ def attention(
     call.block = min(grouping_block or queries, queries)
     call.is_causal, call.causal_offset = is_causal, causal_offset
     call.dtype, call.mask_kind = DTYPES[q.dtype], NO_MASK
+    # The struct has addresses only: what they point to must outlive the call.
     keep = [point(call, "q", q), point(call, "v", v), point(call, "out", out)]
     keep.append(point(call, "k", k))
+    # The width of q is both; bases say another rank, exact another head_dim.
     call.head_dim = call.rank = q.shape[3]
     if bases is not None:
         call.rank = bases[0].shape[3]
@@ -298,6 +302,7 @@ Group = tuple[Tensor, Tensor]
 def stacked(bases: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Group]:
     """Groups from A and B ``(b h, d, r)`` of each block in turn."""
     for first in bases:
+        # As many blocks together as ``BASES`` elements hold.
         at_once = max(1, BASES // (first[0].numel() + first[1].numel()))
         some = [first, *itertools.islice(bases, at_once - 1)]
         A, B = (torch.stack(matrices, 1) for matrices in zip(*some, strict=True))
@@ -320,9 +325,11 @@ def _run(lib: build.Library, call: Any) -> None:
 
 def point(call: Any, name: str, t: Tensor) -> Tensor:
     """Point the call at ``t``; a dimension of size 1 is broadcast."""
+    # The kernel reads memory, where a lazy negation is not done yet.
     t = t.resolve_neg()
     setattr(call, name, t.data_ptr())
     strides = [s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True)]
+    # Rows of these have columns that are walked: one column counts as dense.
     if name in ("q", "k", "v", "out", "q_exact", "k_exact"):
         strides[-1] = t.stride(-1) if t.shape[-1] > 1 else 1
     getattr(call, f"{name}_strides")[:] = strides

@@ -18,6 +18,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 // The high halves of the products of words and a number; the low ones are x * y.
 inline vu high_of(vu x, uint32_t y) {
 #if defined(__AVX512F__)
+  // Products of even and of odd lanes, 64 bits each; their high halves are put side by side.
   const __m512i a = (__m512i)x, b = _mm512_set1_epi64(y);
   const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
@@ -49,11 +50,12 @@ void read_dropout(const Dropout& d, int64_t batch, int64_t head, int64_t row, in
   const uint32_t number = uint32_t(d.head + batch * d.heads + head);
   for (int u = 0; u < vectors; u++) {
     const vu rows = bits<vu>(iota()) + uint32_t(d.row + row + u * LANES);
+    // One Philox gives each row the numbers of four successive keys.
     for (int64_t j = 0; j < n; j += 4) {
       vu words[4];
       philox(uint32_t((key + j) / 4) - vu{}, rows, number, uint64_t(d.seed), words);
       for (int64_t i = 0; i < 4 && j + i < n; i++) {
-        const vi is_kept = bits<vi>(words[i] >= uint32_t(d.threshold));
+        const vi is_kept = bits<vi>(words[i] >= uint32_t(d.threshold));  // all bits set, or none
         store(to + (j + i) * QUERY_TILE + u * LANES, bits<vf>(is_kept & bits<vi>(splat(stays))));
       }
     }

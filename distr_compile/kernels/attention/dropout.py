@@ -90,10 +90,12 @@ class Dropout:
         Returns:
             ``(*heads.shape, rows, keys)`` bool.
         """
+        # Whole groups of four keys, from that of the first key on; the ends are cut off below.
         first, device = self.key // 4, heads.device
         groups = torch.arange(first, -(-(self.key + keys) // 4), device=device)
         row = torch.arange(self.row, self.row + rows, device=device)[:, None]
         nothing = torch.zeros_like(self.seed)
+        # Four of (*heads.shape, rows, groups); stacked last they are the keys in order.
         words = philox((groups, row, heads[..., None, None], nothing), self.seed)
         stays = torch.stack([word >= self.threshold for word in words], -1).flatten(-2)
         return stays[..., self.key - 4 * first :][..., :keys]

@@ -66,8 +66,11 @@ struct Wave {
 
 template <bool PAIRS> struct Engine {
   const Call& c;
+  // Whether factors are made here; whether K, and exact K, are read where they lie.
   const bool bases, k_direct, exact_direct;
+  // rep: query heads of a key head; query_tiles: of one block.
   const int64_t rep, blocks, query_tiles, key_tiles, units;
+  // Words of a packed key, by Khat and by K; tile_words: of one column of V in a key tile.
   const int64_t hat_words, exact_words, padded_rank, tile_words;
   int64_t unit_words, v_words, pair_words;  // per key tile
   Wave wave{};
@@ -93,6 +96,7 @@ template <bool PAIRS> struct Engine {
     const bool kind = PAIRS ? c.dtype == BF16 && width % 2 == 0 : c.dtype == F32;
     return kind && stride == 1 && (row_stride == width || c.queries <= 2 * QUERY_TILE);
   }
+  // O^T, top and total of a query tile.
   int64_t state_words() const { return round_up((c.value_dim + 2) * QUERY_TILE, 16); }
   int64_t pack_tiles() const {  // key tiles of one unit and one pair that fit
     return std::max<int64_t>(1, std::min(key_tiles, PACK_BYTES / 4 / (unit_words + pair_words)));
@@ -109,8 +113,10 @@ template <bool PAIRS> struct Engine {
 
   Scratch scratch(Arena& arena) const {
     Scratch s{};
+    // Room for LANES rows of Q or a mask, to be transposed, or for one of V.
     const int64_t widest = std::max({c.head_dim, c.rank, c.value_dim, int64_t(KEY_TILE)});
     s.rows = arena.take(LANES * round_up(widest, LANES));
+    // Q^T and rows of K in fp32, from which the factors are made; the factors before rounding.
     if (bases) {
       s.q_rows = arena.take(c.head_dim * QUERY_TILE);
       s.k_rows = arena.take(KEY_TILE * c.head_dim);
@@ -119,6 +125,7 @@ template <bool PAIRS> struct Engine {
     }
     s.q = arena.take(words_of(PAIRS, c.rank) * QUERY_TILE);
     if (c.strict) s.q_exact = arena.take(exact_words * QUERY_TILE);
+    // [key][QUERY_TILE]; P takes the place of S, but as pairs of keys it has one of its own.
     s.scores = s.weights = arena.take(KEY_TILE * QUERY_TILE);
     if (PAIRS) s.weights = arena.take(KEY_TILE / 2 * QUERY_TILE);
     if (c.mask_kind != NONE) s.bias = arena.take(KEY_TILE * QUERY_TILE);
@@ -131,6 +138,7 @@ template <bool PAIRS> struct Engine {
   }
 
   int64_t workspace() const {
+    // The same pieces in the same order as run() and work() take them.
     Arena arena{nullptr};
     arena.take(pack_words());
     if (in_parts()) arena.take(items_with_state() * state_words());
@@ -143,6 +151,7 @@ template <bool PAIRS> struct Engine {
   float *packs = nullptr, *state = nullptr;
   Arena workers{nullptr};
 
+  // Packs of a wave: for each unit its key tiles, V and then exact K; behind them Khat by pair.
   int64_t first_unit() const { return wave.pair / blocks; }
   int64_t wave_units() const { return (wave.pair + wave.pairs - 1) / blocks - first_unit() + 1; }
   float* packed_v(int64_t unit, int64_t tile) const {
@@ -185,6 +194,7 @@ template <bool PAIRS> struct Engine {
     float* to = packed_v(unit, tile);
     for (int64_t j = 0; j < n; j += PAIRS ? 2 : 1) {
       const char* row = from + (first + j) * st[2] * element_bytes(c.dtype);
+      // A row that lies as it is wanted is copied from there.
       const float* words = s.rows;
       if (PAIRS) join_rows(row, j + 1 < n ? row + 2 * st[2] : nullptr, st[3], s.rows);
       else if (c.dtype == F32 && st[3] == 1) words = reinterpret_cast<const float*>(row);
@@ -200,6 +210,7 @@ template <bool PAIRS> struct Engine {
       }
     }
   }
+  // Values of two keys as words, the first in the low half; 0 for a second that is missing.
   void join_rows(const char* low, const char* high, int64_t stride, float* to) const {
     const uint16_t *p = reinterpret_cast<const uint16_t*>(low),
                    *q = reinterpret_cast<const uint16_t*>(high);
@@ -221,6 +232,7 @@ template <bool PAIRS> struct Engine {
   void pack_k(int64_t pair, int64_t tile, Scratch& s) const {
     const int64_t first = tile * KEY_TILE, unit = pair / blocks, block = pair % blocks;
     const int64_t rows_end = std::min((block + 1) * c.block, c.queries);
+    // No more than is scored by Khat and seen by a row of the block.
     const int64_t end = std::min(edge_of(block), keys_seen(rows_end));
     const int64_t n = std::min<int64_t>(KEY_TILE, end - first);
     if (n <= 0) return;
@@ -231,6 +243,7 @@ template <bool PAIRS> struct Engine {
                    to + j * hat_words);
       return;
     }
+    // K as rows of fp32: where it lies, or converted.
     const char* rows = k_at(pair, first);
     int64_t row_bytes = 4 * c.k_strides[3];
     if (c.dtype != F32 || c.k_strides[4] != 1) {
@@ -272,12 +285,13 @@ template <bool PAIRS> struct Engine {
   void read_queries(const Item& t, Scratch& s) const {
     const int64_t *st = c.q_strides, edge = edge_of(t.block);
     const char* from = at(c.q, t.batch * st[0] + t.head * st[1] + t.row * st[2]);
+    // Q itself only where these rows see keys beyond the edge.
     if (c.strict && edge < keys_seen(t.row + t.rows)) {
       const int64_t* e = c.q_exact_strides;
       read_transposed(PAIRS, at(c.q_exact, t.batch * e[0] + t.head * e[1] + t.row * e[2]), c.dtype,
                       e[2], e[3], t.rows, c.head_dim, s.rows, s.q_exact);
     }
-    if (!edge) return;
+    if (!edge) return;  // no key is scored by Qhat
     if (!bases)
       return read_transposed(PAIRS, from, c.dtype, st[2], st[3], t.rows, c.rank, s.rows, s.q);
     read_transposed(false, from, c.dtype, st[2], st[3], t.rows, c.head_dim, s.rows, s.q_rows);
@@ -288,6 +302,7 @@ template <bool PAIRS> struct Engine {
                           c.rank, c.head_dim, t.vectors, {wide, QUERY_TILE, 1.f, nullptr});
     if (!PAIRS) return;
     if (c.rank % 2) std::memset(wide + c.rank * QUERY_TILE, 0, 4 * QUERY_TILE);
+    // Two columns of Qhat side by side as one of bf16 pairs, an odd last one beside zeros.
     for (int64_t i = 0; i < c.rank; i += 2)
       for (int u = 0; u < t.vectors; u++) {
         const float* p = wide + i * QUERY_TILE + u * LANES;
@@ -306,6 +321,7 @@ template <bool PAIRS> struct Engine {
   void score(const Item& t, int64_t key, int64_t n, Scratch& s) const {
     const float factor = float(c.softcap ? c.scale / c.softcap : c.scale);
     const int64_t tile = key / KEY_TILE;
+    // The first `known` keys of the tile by Qhat and Khat, the others by Q and K.
     const int64_t known = std::max<int64_t>(0, std::min(n, edge_of(t.block) - key));
     if (known) {
       const bool direct = k_direct;
@@ -337,12 +353,14 @@ template <bool PAIRS> struct Engine {
     if (c.mask_kind != NONE) {
       const float* bias = s.bias;
       auto add = [](vf x, vf y) { return y == -INFINITY ? y : x + y; };  // hides NaN as well
+      // A mask that is broadcast over rows has one number a key.
       if (c.mask_strides[2])
         each([&](vf x, int64_t j, int u) {
           return add(x, load<vf>(bias + j * QUERY_TILE + u * LANES));
         });
       else each([&](vf x, int64_t j, int) { return add(x, splat(bias[j])); });
     }
+    // Only in tiles with a key that the first row does not see.
     if (c.is_causal && key + n - 1 > t.row + c.causal_offset)
       each([&](vf x, int64_t j, int u) {
         const int64_t first = key + j - c.causal_offset - t.row;  // row that sees the key
@@ -358,6 +376,7 @@ template <bool PAIRS> struct Engine {
       read_dropout(c.dropout, t.batch, t.head, t.row, key, n, t.vectors, 1.f, s.stays);
     for (int u = 0; u < t.vectors; u++) {
       const int at = u * LANES;
+      // LANES rows: their maximum so far, then P and its sum.
       const vf before = load<vf>(s.top + at);
       vf top = before, sum[4] = {};  // four sums: shorter chains, smaller rounding
       for (int64_t j = 0; j < n; j++) top = vmax(load<vf>(s.scores + j * QUERY_TILE + at), top);
@@ -376,6 +395,7 @@ template <bool PAIRS> struct Engine {
       };
       constexpr int STEP = PAIRS ? 2 : 1;
       int64_t j = 0;
+      // Four keys a step, each in a sum of its own; those that are left go into the first ones.
       for (; j + 4 <= n; j += 4)
         for (int place = 0; place < 4; place += STEP) weigh(j + place, place);
       for (; j < n; j += STEP) weigh(j, 0);
@@ -408,8 +428,9 @@ template <bool PAIRS> struct Engine {
     to += (t.batch * st[0] + t.head * st[1] + t.row * st[2]) * bytes;
     for (int u = 0; u < t.vectors; u++) {
       vf total = load<vf>(s.total + u * LANES);
-      total = total == 0.f ? splat(1.f) : total;
-      if (c.dropout.scale) total = total / float(c.dropout.scale);
+      total = total == 0.f ? splat(1.f) : total;  // a row without keys stays 0
+      if (c.dropout.scale) total = total / float(c.dropout.scale);  // so O is multiplied by it
+      // Columns of O^T become rows, LANES x LANES at a time.
       for (int64_t i = 0; i < c.value_dim; i += LANES) {
         const int64_t n = std::min<int64_t>(LANES, c.value_dim - i);
         vf x[LANES];
@@ -433,6 +454,7 @@ template <bool PAIRS> struct Engine {
   void attend(int64_t index, Scratch& s) const {
     if (c.is_causal) index = wave.items - 1 - index;  // long rows first
     const int64_t item = wave.item + index;
+    // Items by pair, then query head, then tile, which varies fastest.
     const int64_t tile = item % query_tiles, block = item / items_in_pair();
     Item t{};
     t.pair = wave.pair + block;
@@ -445,6 +467,7 @@ template <bool PAIRS> struct Engine {
     if (stop <= t.row) return;  // the last block may be shorter
     t.rows = stop - t.row;
     t.vectors = int((t.rows + LANES - 1) / LANES);
+    // Where keys take several waves, O, top and total live on from one to the next.
     if (!(wave.first && wave.last)) {
       float* saved = state + index_in_state(item) * state_words();
       s.out = saved;
@@ -453,10 +476,11 @@ template <bool PAIRS> struct Engine {
     }
     if (wave.first) start(t, s);
     read_queries(t, s);
+    // Up to the last key of this wave that a row of the tile sees.
     const int64_t end = std::min(keys_seen(stop), (wave.tile + wave.tiles) * KEY_TILE);
     for (int64_t key = wave.tile * KEY_TILE; key < end; key += KEY_TILE) {
       const int64_t n = std::min<int64_t>(KEY_TILE, end - key);
-      if (c.mask_kind != NONE && !read_bias(t, key, n, s)) continue;
+      if (c.mask_kind != NONE && !read_bias(t, key, n, s)) continue;  // adds nothing to any row
       score(t, key, n, s);
       if (c.dropout.scale) accumulate<true>(t, key, n, s);
       else accumulate<false>(t, key, n, s);
@@ -475,9 +499,10 @@ template <bool PAIRS> struct Engine {
     for (int64_t worker = begin; worker < end; worker++) {
       Arena arena{e.workers.base};
       Scratch s{};
+      // The worker's own piece lies behind those of the workers before.
       for (int64_t i = 0; i <= worker; i++) s = e.scratch(arena);
       for (int64_t i; (i = e.next.fetch_add(1, std::memory_order_relaxed)) < e.total;) {
-        Scratch own = s;
+        Scratch own = s;  // attend() points it into the state
         if (e.packing) e.pack(i, own);
         else e.attend(i, own);
       }
@@ -492,6 +517,7 @@ template <bool PAIRS> struct Engine {
     else c.parallel_for(0, n, 1, work, this);
   }
   void run_wave() {
+    // All is packed before any of it is read.
     phase(true, wave.tiles * (wave_units() + (k_direct ? 0 : wave.pairs)));
     phase(false, wave.items);
   }
@@ -504,6 +530,7 @@ template <bool PAIRS> struct Engine {
     const int64_t pairs = units * blocks;
     for (int64_t pair = 0; pair < pairs;) {
       if (in_parts()) {
+        // One pair at a time: as many query tiles as the state holds, over all waves of keys.
         for (int64_t item = 0; item < items_in_pair(); item += items_with_state())
           for (int64_t tile = 0; tile < key_tiles; tile += pack_tiles()) {
             const int64_t tiles = std::min(pack_tiles(), key_tiles - tile);
@@ -514,6 +541,7 @@ template <bool PAIRS> struct Engine {
         pair++;
         continue;
       }
+      // All keys at once, for several pairs.
       wave = {pair, 1, 0, key_tiles, 0, items_in_pair(), true, true};
       while (pair + wave.pairs < pairs) {  // as many as fit
         wave.pairs++;

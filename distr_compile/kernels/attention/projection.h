@@ -50,9 +50,11 @@ struct Projection {
       : c(call), d(call.head_dim), r(call.rank), dp(round_up(d, WIDTH_UNIT)),
         rp(round_up(r, WIDTH_UNIT)), units(call.batch * call.key_heads), matrix(d * dp + 16) {}
 
+  // Of one worker: more than either gram() or solve() cuts up.
   int64_t scratch_words() const {
     return KEY_TILE * 2 * dp + 2 * matrix + 4 * d * rp + 3 * r * dp + 2 * r * rp + dp + rp + 64;
   }
+  // Partial sums, [unit][block][Q or K][piece].
   int64_t partial_words() const { return units * c.blocks * 2 * MOST_PIECES * matrix; }
   int64_t workspace() const { return 4 * (partial_words() + c.threads * scratch_words()); }
 
@@ -72,6 +74,7 @@ struct Projection {
     else if (c.limited) seen = std::min((block + 1) * c.block, c.num_queries) + c.causal_offset;
     return std::max<int64_t>(0, std::min(c.num_keys, seen));
   }
+  // Rows whose sums a block adds to those of the block before, of Q only with `strict`.
   Range new_keys(int64_t block) const { return {keys_of(block - 1), keys_of(block)}; }
   Range new_queries(int64_t block) const {
     if (c.strict) return {std::max<int64_t>(0, block - 1) * c.block, block * c.block};
@@ -106,6 +109,7 @@ struct Projection {
   float read_rows(int64_t unit, bool keys, int64_t head, int64_t first, int64_t n,
                   float* rows) const {
     const int64_t stride = keys ? c.k_strides[3] : c.q_strides[4];
+    // As integers magnitudes compare as the numbers do.
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
       float* row = rows + i * dp;
@@ -180,8 +184,10 @@ struct Projection {
             continue;
           }
         }
+        // In fp32: other dtypes, and bf16 from extreme numbers on.
         const float here = read_rows(unit, keys, head, row, n, rows);
         if (here == 0) continue;
+        // A larger number: what is summed so far is brought to its unit.
         if (here > largest) {
           const float before = largest > 0 ? now : unit_for(here);
           largest = here;
@@ -191,6 +197,7 @@ struct Projection {
         if (now != 1) scale(rows, n * dp, 1 / now);
         add_product<false>(rows, n, panels, ones, C);
       }
+    // The blocks below the diagonal, which add_product left out, by symmetry.
     for (int64_t i = 0; i < d; i++)
       for (int64_t j = 0; j < i / 64 * 64; j++) C[i * dp + j] = C[j * dp + i];
     C[d * dp] = now;
@@ -245,6 +252,7 @@ struct Projection {
     int e, u;
     std::frexp(norm, &e);
     std::frexp(C[d * dp + 1] ? C[d * dp] : 1.f, &u);
+    // norm / 4^exponent is in [1, 4); log2 of the unit of C is u - 1.
     const int exponent = norm > 0 ? (e - 1) >> 1 : -1;
     if (norm > 0) scale(C, d * dp, std::ldexp(1.f, -2 * exponent));
     else std::memset(C, 0, 4 * d * dp);
@@ -253,6 +261,7 @@ struct Projection {
   }
 
   void sum_pieces(int64_t index, float* scratch) const {
+    // Tasks by unit, then block, then Q or K, then piece, which varies fastest.
     const int64_t piece = index % MOST_PIECES, keys = index / MOST_PIECES % 2;
     const int64_t block = index / (2 * MOST_PIECES) % c.blocks;
     const int64_t unit = index / (2 * MOST_PIECES) / c.blocks;
@@ -261,7 +270,7 @@ struct Projection {
                      std::min(all.stop, all.first + (piece + 1) * all.piece())};
     float* C = partial(unit, block, keys, piece);
     if (some.stop > some.first) gram(unit, keys, some, C, scratch);
-    else C[d * dp + 1] = 0;
+    else C[d * dp + 1] = 0;  // no rows
   }
 
   // ---- the small algebra ------------------------------------------------------------------------
@@ -310,10 +319,11 @@ struct Projection {
   // Row of length 1, orthogonal to the j rows of XT; false where it has lost its direction.
   bool orthogonal(float* row, const float* XT, const float* X, int64_t j, float* factors) const {
     float size = std::sqrt(dot(row, row, dp)), *change = factors + rp;
+    // At least twice, and until no more than half of the length is lost.
     for (int turn = 0; turn < 4; turn++) {
       if (!(size > 1e-18f && size < INFINITY)) return false;
       scale(row, dp, 1 / size);
-      multiply(row, dp, X, 1, d, rp, factors);
+      multiply(row, dp, X, 1, d, rp, factors);  // (1, rp): inner products with the rows before
       multiply(factors, rp, XT, 1, j, dp, change);
       subtract(row, 1, change, dp);
       size = std::sqrt(dot(row, row, dp));
@@ -338,9 +348,10 @@ struct Projection {
     const int64_t block = index % c.blocks, unit = index / c.blocks;
     float *Ck = scratch, *Cq = Ck + matrix, *X = Cq + matrix, *Y = X + d * rp, *Z = Y + d * rp;
     float *XT = Z + d * rp, *G = XT + r * dp, *P = G + r * rp, *factors = P + r * rp;
+    // Gram matrices: what calls before summed, then the pieces of this call up to the block.
     std::memcpy(Ck, carried(unit, true), 4 * matrix);
     std::memcpy(Cq, carried(unit, false), 4 * matrix);
-    if (!c.strict) Cq[d * dp + 1] = 0;
+    if (!c.strict) Cq[d * dp + 1] = 0;  // Q's are of the block alone
     for (int64_t i = 0; i <= block; i++)
       for (int64_t piece = 0; piece < MOST_PIECES; piece++) {
         add(Ck, partial(unit, i, true, piece));
@@ -352,6 +363,7 @@ struct Projection {
     }
     const int q_exponent = normalise(Cq, float(c.ridge)), k_exponent = normalise(Ck, 0);
 
+    // Subspace iteration, X = orthonormal columns of Ck Cq X: X (d, rp), XT (r, dp).
     std::memset(X, 0, 4 * d * rp);
     for (int64_t i = 0; i < d; i++)
       for (int64_t j = 0; j < r; j++) X[i * rp + j] = c.start[i * r + j] / 64;
@@ -361,6 +373,7 @@ struct Projection {
       transposed(Z, d, r, rp, XT, dp);
       orthonormalise(XT, X, factors);
     }
+    // A: X made orthonormal in the product of Cq, by Cholesky of G = X^T Cq X = L L^T.
     multiply(Cq, dp, X, d, d, rp, Y);
     multiply(XT, dp, Y, r, d, rp, G);
     cholesky(G);
@@ -372,10 +385,12 @@ struct Projection {
     transposed(XT, r, d, dp, X, rp);  // A
     multiply(Cq, dp, X, d, d, rp, Y);  // B
     multiply(XT, dp, Y, r, d, rp, P);  // A^T B, the identity but for rounding
+    // A Newton-Schulz step: A P and B P with P = 1.5 I - 0.5 A^T B.
     for (int64_t i = 0; i < r; i++)
       for (int64_t j = 0; j < rp; j++)
         P[i * rp + j] = (i == j ? 1.5f : 0.f) - 0.5f * (j < r ? P[i * rp + j] : 0.f);
     multiply(X, rp, P, d, r, rp, Z);
+    // Into the caller's A^T and B, balanced.
     const float size = balance(Cq, Ck, q_exponent, k_exponent, c.first_block + block);
     float* A = c.a + index * r * d;
     for (int64_t i = 0; i < d; i++)
@@ -385,6 +400,7 @@ struct Projection {
     scale(B, d * rp, 1 / size);
   }
 
+  // As balance() of the definition.
   float balance(const float* Cq, const float* Ck, int q_exponent, int k_exponent,
                 int64_t block) const {
     double energy = 0;
@@ -420,6 +436,7 @@ struct Projection {
     else c.parallel_for(0, n, 1, work, this);
   }
   void run() {
+    // All sums are there before a block is solved.
     phase(true, units * c.blocks * 2 * MOST_PIECES);
     phase(false, units * c.blocks);
   }

@@ -97,6 +97,7 @@ def estimate(
     counts: tuple[Tensor | None, Tensor | None] = None, None
     if mask is not None:
         mask = four_dimensions(mask)
+        # Given bases have one block of all rows, and the strict form asks the mask itself.
         if bases is None and not strict:
             counts = counted_rows(mask, num_queries, num_keys, key_heads, heads // key_heads)
     offset = causal_offset if is_causal or strict else None
@@ -124,6 +125,7 @@ def estimate(
             stop=span.stop,
             seen=span.seen,
         )
+        # A batch of size 1 stands for every entry.
         q, k = (t if t.shape[0] == 1 else t[span.entries] for t in (Q, K))
         some = mask if mask is None or mask.shape[0] == 1 else mask[span.entries]
         made = module.factors(q.unflatten(1, (key_heads, -1)), k, some, asked)
@@ -159,9 +161,10 @@ def scores(Q: Tensor, K: Tensor, blocks: list[Block]) -> Tensor:
     rep, num_keys = Q.shape[1] // K.shape[1], K.shape[2]
     S = Q.new_zeros(*Q.shape[:3], num_keys)
     for b in blocks:
-        known = b.Khat.shape[2]
+        known = b.Khat.shape[2]  # M, or with strict the keys before the block
         hat = b.Qhat @ b.Khat.repeat_interleave(rep, dim=1).mT
         q, k = (t if t.shape[0] == 1 else t[b.entries] for t in (Q, K))
+        # The keys from there on are scored exactly: none, but with strict.
         exact = q[:, :, b.start : b.stop] @ k[:, :, known:].repeat_interleave(rep, dim=1).mT
         S[b.entries, :, b.start : b.stop] = torch.cat([hat, exact], dim=3)
     return S
@@ -180,9 +183,11 @@ def masked_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     Returns:
         ``(B, H, N, M)``, without the sinks' share.
     """
+    # Without a sink the softmax of such a row would be NaN.
     sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)
     num_keys = scores.shape[-1]
     if sinks is not None:
+        # The sinks as one more key, (B, H, N, 1); its weight is cut off below.
         column = sinks.to(scores.dtype)[:, None, None].expand_as(scores[..., :1])
         scores = torch.cat([scores, column], dim=-1)
     return scores.softmax(-1)[..., :num_keys].masked_fill(sees_nothing, 0)
@@ -240,7 +245,7 @@ def attention(
     _, heads, num_queries, head_dim = Q.shape
     rep, num_keys = heads // K.shape[1], K.shape[2]
     if rank == head_dim:
-        blocks = [Block(0, num_queries, Q, K)]
+        blocks = [Block(0, num_queries, Q, K)]  # Q and K in the places of Qhat and Khat
     else:
         blocks = estimate(
             Q,
@@ -256,6 +261,7 @@ def attention(
             bases=bases,
             strict=strict,
         )
+    # (B, H, N, M): scaled and capped, then hidden by mask and causality.
     S = scores(Q, K, blocks) * scale
     if softcap:
         S = softcap * torch.tanh(S / softcap)

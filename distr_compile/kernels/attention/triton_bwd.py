@@ -126,14 +126,18 @@ def attention_bwd(
     Qhat, Khat, V, grad, out = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (Qhat, Khat, V, grad, out)
     )
+    # The kernels find lse and delta by the number of a row through entries and heads.
     lse = lse.contiguous()
     if delta is None:
         delta = torch.empty_like(lse)
     if mask is not None:
         mask = mask.expand(batch, heads, num_queries, num_keys)
+    # The kernels read their rows as r numbers one after another.
     A, B = (None, None) if bases is None else (t.contiguous() for t in bases)
     block = max(1, num_queries if blocks == 1 else grouping_block)
+    # Tiles are no longer than the longest block.
     length = min(block, num_queries)
+    # What both kernels take; only ``BLOCK_R`` differs, see ``_padded_rank``.
     options: dict[str, Any] = {
         **dropped(dropout),
         **_described(Qhat, Khat, V, mask, grad, d),
@@ -149,6 +153,7 @@ def attention_bwd(
     with torch.cuda.device_of(Qhat):
         if num_queries and batch * heads:
             _launch_delta(out, grad, delta)
+        # Also where there are no query rows: dK and dV become 0.
         if num_keys and dk.shape[0] * key_heads:
             cut = tile.for_keys.fitted(length, num_keys)
             launch(
@@ -160,7 +165,7 @@ def attention_bwd(
                 DK=dk,
                 DV=dv,
                 key_heads=key_heads,
-                shares=batch // dk.shape[0],
+                shares=batch // dk.shape[0],  # entries of Q for each of K and V
                 blocks=blocks,
                 **strides("b", "bhl", B),
                 **strides("dk", "bhm", dk),
@@ -168,9 +173,11 @@ def attention_bwd(
                 **options | {"BLOCK_R": _padded_rank(options["BLOCK_R"], cut["BLOCK_N"])},
                 **cut,
             )
+        # Also where there are no keys: dQ becomes 0.
         if num_queries and batch * heads:
             cut = tile.for_queries.fitted(length, num_keys)
             tiles_per_block = cdiv(block, cut["BLOCK_M"])
+            # The last block may be shorter, and take fewer tiles.
             last = cdiv(num_queries - (blocks - 1) * block, cut["BLOCK_M"])
             launch(
                 _queries_bwd,
@@ -245,8 +252,9 @@ def _described(
         "BLOCK_R": power_of_two(r),
         "BLOCK_D": power_of_two(head_dim),
         "BLOCK_V": power_of_two(d_v),
-        "BY_COLUMNS": not (half or is_amd),
+        "BY_COLUMNS": not (half or is_amd),  # where a product is three tf32 ones
         "PRECISION": "ieee" if is_amd else "tf32x3",
+        # Results of 16 bits have no more precision than a tf32 number.
         "BASIS_PRECISION": "ieee" if is_amd else "tf32" if half else "tf32x3",
         "enable_fp_fusion": True,
     }

@@ -51,8 +51,9 @@ def _weights(
     IS_CUT: tl.constexpr,
 ):
     """exp(scores - lse), and the slope of the soft cap; ``mask_offsets``, ``lse`` broadcast."""
-    slope = s
+    slope = s  # any tensor: not used without a soft cap
     if SOFTCAP != 0.0:
+        # tanh as in triton_fwd.py; its slope is 1 - tanh^2.
         root = tl.rsqrt(tl.exp2(s * (scale * (2.0 * LOG2_E / SOFTCAP))) + 1.0)
         tanh = 1.0 - 2.0 * (root * root)
         slope = 1.0 - tanh * tanh
@@ -65,6 +66,7 @@ def _weights(
             s = tl.where(mask, s, float("-inf"))
         else:
             s += mask.to(tl.float32)
+    # Hides later keys, and rows and keys past the end.
     if IS_CUT:
         s = tl.where(is_seen, s, float("-inf"))
     return tl.exp2((s - lse) * LOG2_E), slope
@@ -89,6 +91,7 @@ def _delta(
     BLOCK_V: tl.constexpr,
 ):
     """Sums of dO times O of BLOCK_M of all rows ``(B, H, N)``."""
+    # Rows are numbered through batch entries and heads.
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     n, head = row % num_queries, row // num_queries
@@ -183,22 +186,27 @@ def _keys_bwd(
 ):
     """dV and dK of BLOCK_N keys of one key head, from all query heads and entries that share it."""
     first_key = tl.program_id(0) * BLOCK_N
+    # A unit: a key head of an entry of K and V, which ``shares`` entries of Q use.
     unit = tl.program_id(1)
     key_b, key_h = (unit // key_heads).to(tl.int64), (unit % key_heads).to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_N)
     is_key = keys < num_keys
-    wide_keys = keys.to(tl.int64)
+    wide_keys = keys.to(tl.int64)  # offsets may exceed 2^31
     in_r, in_d, in_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    # [BLOCK_N, BLOCK_V], once for all rows; with BY_COLUMNS a product reads V itself.
     v = _rows(
         V + key_b * stride_vb + key_h * stride_vh + wide_keys[:, None] * stride_vm + in_v[None, :],
         is_key, in_v < D_V, BLOCK_V == D_V,
     )  # fmt: skip
     scale = tl.cast(scale, tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    # Of width d where B leads back to K, else of width r.
     dk = tl.zeros([BLOCK_N, BLOCK_D if B is not None else BLOCK_R], tl.float32)
+    # Every grouping block of every entry that shares these keys, one after another.
     for part in range(shares * blocks):
         b = key_b * shares + part // blocks
         block = (part % blocks).to(tl.int64)
+        # Rows [start, stop) of the block; none where causality hides the tile from all of it.
         start = part % blocks * grouping_block
         stop = tl.minimum(start + grouping_block, num_queries)
         if IS_CAUSAL:  # the first row that sees a key of the tile
@@ -209,13 +217,15 @@ def _keys_bwd(
             + wide_keys[:, None] * stride_km + in_r[None, :],
             is_key, in_r < R, BLOCK_R == R,
         )  # fmt: skip
+        # Fresh for each block, which has a B of its own: dK += dKhat B^T once the block is done.
         dkhat = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        # The block's rows in all query heads of the key head, heads one after another.
         for step in range(rep * tiles):
             h = key_h * rep + step // tiles
             rows = start + step % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
             is_row = rows < stop
             wide_rows = rows.to(tl.int64)
-            place = (b * heads + h) * num_queries + wide_rows
+            place = (b * heads + h) * num_queries + wide_rows  # in Lse and Delta, (B, H, N)
             q = _rows(
                 Qhat + b * stride_qb + h * stride_qh + wide_rows[:, None] * stride_qn
                 + in_r[None, :],
@@ -230,9 +240,11 @@ def _keys_bwd(
             lse = tl.load(Lse + place, mask=is_row, other=float("inf"))
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(Delta + place, mask=is_row, other=0.0)
+            # Tiles of scores are [BLOCK_N, BLOCK_M] from here on: a row per key.
             is_seen = is_key[:, None] & is_row[None, :]
             if IS_CAUSAL:
                 is_seen = is_seen & (keys[:, None] <= rows[None, :] + causal_offset)
+            # S^T = Khat Qhat^T, not scaled.
             if BY_COLUMNS:
                 s = _product_by_columns(
                     Khat
@@ -249,15 +261,17 @@ def _keys_bwd(
                 )
             else:
                 s = tl.dot(khat, tl.trans(q), input_precision=PRECISION)
-            mask_offsets = is_seen
+            mask_offsets = is_seen  # any tensor: not used without a mask
             if Mask is not None:
                 mask_offsets = (
                     b * stride_mb + h * stride_mh + wide_rows[None, :] * stride_mn
                     + wide_keys[:, None] * stride_mm
                 )  # fmt: skip
+            # P^T. Keys past the end need no cut: what their rows of dV and dK become is not stored.
             p, slope = _weights(
                 s, lse[None, :], Mask, mask_offsets, is_seen, scale, SOFTCAP, IS_CAUSAL
             )
+            # dP^T = V dO^T.
             if BY_COLUMNS:
                 dp = _product_by_columns(
                     V + key_b * stride_vb + key_h * stride_vh + wide_keys * stride_vm,
@@ -270,6 +284,7 @@ def _keys_bwd(
                 )
             else:
                 dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            # Dropout: dV takes what is left of P, dP passes through it; in dS P is that before it.
             kept_p = p
             if Seed is not None:
                 number = drop_head + b * drop_heads + h
@@ -281,6 +296,7 @@ def _keys_bwd(
                 kept_p = p * stays
                 dp = dp * stays
             dv = tl.dot(kept_p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+            # dS^T without the scale, which dK gets at the end.
             ds = p * (dp - delta[None, :])
             if SOFTCAP != 0.0:
                 ds = ds * slope
@@ -295,7 +311,7 @@ def _keys_bwd(
             dk = tl.dot(dkhat, basis, dk, input_precision=BASIS_PRECISION)
         else:
             dk += dkhat
-    dk = dk * scale
+    dk = dk * scale  # once, not in every tile
     DK += key_b * stride_dkb + key_h * stride_dkh + wide_keys[:, None] * stride_dkm
     DV += key_b * stride_dvb + key_h * stride_dvh + wide_keys[:, None] * stride_dvm
     if B is not None:
@@ -386,6 +402,7 @@ def _queries_bwd(
     BASIS_PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of one query head and grouping block."""
+    # A tile of rows lies inside one grouping block: one Khat and one A are for all of it.
     tile, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     key_h = h // rep
@@ -405,12 +422,14 @@ def _queries_bwd(
         is_row, in_v < D_V, BLOCK_V == D_V,
     )  # fmt: skip
     place = head.to(tl.int64) * num_queries + wide_rows
+    # Rows that are none, or that see nothing, have weights of 0.
     lse = tl.load(Lse + place, mask=is_row, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(Delta + place, mask=is_row, other=0.0)
     Khat += b * stride_kb + key_h * stride_kh + block.to(tl.int64) * stride_kl
     V += b * stride_vb + key_h * stride_vh
     scale = tl.cast(scale, tl.float32)
+    # One past the last key that a row of the tile sees; at most 0 where none sees any.
     end = num_keys
     if IS_CAUSAL:
         end = tl.minimum(num_keys, tl.minimum(stop_row, first_row + BLOCK_M) + causal_offset)
@@ -425,9 +444,11 @@ def _queries_bwd(
         v = _rows(
             V + wide_keys[:, None] * stride_vm + in_v[None, :], is_key, in_v < D_V, BLOCK_V == D_V
         )
+        # Tiles of scores are [BLOCK_M, BLOCK_N] from here on: a row per query.
         is_seen = is_row[:, None] & is_key[None, :]
         if IS_CAUSAL:
             is_seen = is_seen & (keys[None, :] <= rows[:, None] + causal_offset)
+        # S = Qhat Khat^T, not scaled.
         if BY_COLUMNS:
             s = _product_by_columns(
                 Qhat + b * stride_qb + h * stride_qh + wide_rows * stride_qn,
@@ -440,7 +461,7 @@ def _queries_bwd(
             )
         else:
             s = tl.dot(q, tl.trans(khat), input_precision=PRECISION)
-        mask_offsets = is_seen
+        mask_offsets = is_seen  # any tensor: not used without a mask
         if Mask is not None:
             mask_offsets = (
                 b * stride_mb + h * stride_mh + wide_rows[:, None] * stride_mn
@@ -451,6 +472,7 @@ def _queries_bwd(
             s, lse[:, None], Mask, mask_offsets, is_seen, scale, SOFTCAP,
             IS_CAUSAL or not KEYS_FIT,
         )  # fmt: skip
+        # dP = dO V^T.
         if BY_COLUMNS:
             dp = _product_by_columns(
                 Grad + b * stride_gb + h * stride_gh + wide_rows * stride_gn,
@@ -469,7 +491,8 @@ def _queries_bwd(
                 tl.load(Seed), threshold, number, drop_row + rows, drop_key + first_key,
                 BLOCK_N, True,
             )  # fmt: skip
-            dp = tl.where(kept, dp * drop_scale, 0.0)
+            dp = tl.where(kept, dp * drop_scale, 0.0)  # P stays that before dropout
+        # dS without the scale, which dQhat gets at the end.
         ds = p * (dp - delta[:, None])
         if SOFTCAP != 0.0:
             ds = ds * slope

@@ -110,9 +110,10 @@ def _walk_keys(
     number, or one per row). With USE_TMA Khat and V are tensor descriptors, read at ``k_at`` and
     ``v_at``, which give 0 outside of the tensor; else pointers to the first key.
     """
+    # Widths are padded to powers of two: columns from R and D_V on are 0.
     in_r = tl.arange(0, BLOCK_R) < R
     in_v = tl.arange(0, BLOCK_V) < D_V
-    first = tl.cast(start, tl.int64)
+    first = tl.cast(start, tl.int64)  # offsets in elements may exceed 2^31
     if not USE_TMA:
         Khat += first * stride_km
         V += first * stride_vm
@@ -123,7 +124,9 @@ def _walk_keys(
     for n in tl.range(start, stop, BLOCK_N, num_stages=stages, warp_specialize=WARP_SPECIALIZE):
         keys = n + tl.arange(0, BLOCK_N)
         in_keys = keys < num_keys
+        # Without BOUNDARY all tiles are whole: no key of theirs lies past the end.
         past_end: tl.constexpr = BOUNDARY and not KEYS_FIT
+        # Scores: k [BLOCK_N, BLOCK_R], s = Qhat Khat^T [BLOCK_M, BLOCK_N] in fp32, not scaled.
         if USE_TMA:
             k = Khat.load([k_at[0], k_at[1], k_at[2], n, 0]).reshape(BLOCK_N, BLOCK_R)
         else:
@@ -136,15 +139,18 @@ def _walk_keys(
             s = SOFTCAP - (2.0 * SOFTCAP) * (root * root)
         elif not FOLD_SCALE:
             s = s * scale
+        # With FOLD_SCALE s is not scaled yet: then the mask is a bool one, which has no units.
         if Mask is not None:
             mask = tl.load(Mask, mask=in_keys[None, :], other=0) if past_end else tl.load(Mask)
             if Mask.dtype.element_ty == tl.int1:
                 s = tl.where(mask, s, float("-inf"))
             else:
                 s += mask.to(tl.float32)
+        # ``last_key`` is at most the last key of all: this hides columns past the end as well.
         if BOUNDARY:
             s = tl.where(keys[None, :] <= last_key[:, None], s, float("-inf"))
 
+        # Running softmax: ``highest`` is in log2 units with FOLD_SCALE, in natural ones without.
         # The maximum starts at the lowest finite number: -inf scores then give 0 without a test.
         if FOLD_SCALE:
             new_highest = tl.maximum(highest, tl.max(s, 1) * scale)
@@ -154,6 +160,7 @@ def _walk_keys(
             new_highest = tl.maximum(highest, tl.max(s, 1))
             p = tl.exp2((s - new_highest[:, None]) * LOG2_E)
             shrink = tl.exp2((highest - new_highest) * LOG2_E)
+        # Before dropout, which acts on the weights: dropped ones count in the denominator.
         total = total * shrink + tl.sum(p, 1)
         if Seed is not None:
             seed = tl.load(Seed)
@@ -161,6 +168,7 @@ def _walk_keys(
                 seed, threshold, drop_head, drop_rows, drop_key + n, BLOCK_N, DROP_BY_FOUR
             )
             p = tl.where(kept, p, 0.0)
+        # acc [BLOCK_M, BLOCK_V]: what was added relative to a lower maximum shrinks, then += P V.
         acc = acc * shrink[:, None]
         if USE_TMA:
             v = V.load([v_at[0], v_at[1], n, 0]).reshape(BLOCK_N, BLOCK_V)
@@ -256,6 +264,7 @@ def _attention_fwd(
     Heads are walked ``heads_together`` at a time, tile by tile and head by head, and causal tiles
     with the most keys first: the last programs to start are the short ones.
     """
+    # Which tile of which head; within a group of heads the head varies fastest.
     program = tl.program_id(0)
     first_head = program // (tiles * heads_together) * heads_together
     width = tl.minimum(heads_together, batch_heads - first_head)
@@ -271,6 +280,7 @@ def _attention_fwd(
     block, first_row, stop_row = rows_of_tile(
         Ends, b, tile, grouping_block, num_queries, tiles_per_block, BLOCK_M
     )
+    # With a mask's blocks the grid is an upper bound, and some programs have no rows.
     if Ends is not None and first_row >= stop_row:
         return
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -289,9 +299,11 @@ def _attention_fwd(
         Qhat += b * stride_qb + h * stride_qh
         Qhat += safe_rows[:, None] * stride_qn + in_r[None, :]
         q = _load(Qhat, rows, in_r < R, False, BLOCK_R != R)
+    # Batch entry (0 where all share one), key head and block: where descriptors are read.
     k_at = (head // heads % k_batches, key_h.to(tl.int32), block)
     v_at = (head // heads % v_batches, key_h.to(tl.int32))
     if not USE_TMA:
+        # The hint lets loads be wide; the launch works out what divides all of these strides.
         Khat += tl.multiple_of(
             b * stride_kb + key_h * stride_kh + block.to(tl.int64) * stride_kl, ALIGNED
         )
@@ -301,9 +313,10 @@ def _attention_fwd(
     if Mask is not None:
         Mask += b * stride_mb + h * stride_mh
         Mask += keys[None, :] * stride_mm
-        if MASK_PER_ROW:
+        if MASK_PER_ROW:  # else [1, BLOCK_N]: one row for all queries
             Mask += safe_rows[:, None] * stride_mn
 
+    # What s is multiplied by: to log2 units with FOLD_SCALE, to 2x in log2 units for tanh(x).
     scale = tl.cast(scale, tl.float32)
     if FOLD_SCALE:
         scale = scale * LOG2_E
@@ -322,6 +335,7 @@ def _attention_fwd(
             highest = tl.maximum(highest, sink)
             total = tl.exp2((sink - highest) * LOG2_E)
 
+    # Two walks: whole tiles of keys that all rows see, then up to ``seen`` with a test per row.
     if IS_CAUSAL:
         whole = tl.minimum(tl.maximum(first_row + causal_offset + 1, 0), num_keys)
         seen = tl.minimum(tl.maximum(stop_row + causal_offset, 0), num_keys)
@@ -332,6 +346,7 @@ def _attention_fwd(
         seen = num_keys
         last_key = tl.full([1], 0, tl.int32) + (num_keys - 1)
     whole = whole // BLOCK_N * BLOCK_N
+    # Dropout knows heads by their number through the batch, rows by that in the whole call.
     drop_head = drop_head + head // heads * drop_heads + head % heads
     drop_rows = drop_row + rows
     acc, total, highest = _walk_keys(
@@ -348,9 +363,10 @@ def _attention_fwd(
             FOLD_SCALE, SOFTCAP, True, KEYS_FIT, USE_TMA, False, DROP_BY_FOUR, PRECISION,
         )  # fmt: skip
 
+    # A row that saw no key has an acc of 0, and stays 0.
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    acc = acc * (drop_scale / total)[:, None]
+    acc = acc * (drop_scale / total)[:, None]  # drop_scale: 1 / (1 - p) of the kept weights
     in_block = rows < stop_row
     rows = rows.to(tl.int64)
     Out += b * stride_ob + h * stride_oh
@@ -361,7 +377,7 @@ def _attention_fwd(
     )
     if Lse is not None:
         if FOLD_SCALE:
-            highest = highest * LN_2
+            highest = highest * LN_2  # from log2 units
         lse = tl.where(nothing, float("-inf"), highest + tl.log2(total) * LN_2)
         tl.store(Lse + b * stride_lb + h * stride_lh + rows * stride_ln, lse, mask=in_block)
 
@@ -453,7 +469,8 @@ def attention_fwd(
     d_v = V.shape[-1]
     Qhat, Khat, V = (t if t.stride(-1) == 1 else t.contiguous() for t in (Qhat, Khat, V))
     if mask is not None:
-        mask = mask.expand(batch, heads, num_queries, num_keys)
+        mask = mask.expand(batch, heads, num_queries, num_keys)  # stride 0 where it is broadcast
+    # One Khat for all rows: tiles are cut as if they were one block.
     if blocks == 1:
         grouping_block = max(num_queries, 1)
     if places:
@@ -463,10 +480,11 @@ def attention_fwd(
     keys_at_once = tile.block_n if dropout is None else max(16, tile.block_n // 2)
     block_n = min(keys_at_once, power_of_two(num_keys))
     tiles_per_block = cdiv(grouping_block, block_m)
+    # The last block may be shorter, and take fewer tiles.
     last_block = num_queries - (blocks - 1) * grouping_block
     tiles = (blocks - 1) * tiles_per_block + cdiv(last_block, block_m)
     if places:
-        tiles = cdiv(num_queries, block_m) + blocks - 1
+        tiles = cdiv(num_queries, block_m) + blocks - 1  # each block may end in part of a tile
     rep = heads // key_heads
     bytes_of_head = max(num_keys * (r + d_v) * V.element_size(), 1)
     together = min(rep * max(1, L2_BYTES // bytes_of_head), batch * heads)
@@ -505,6 +523,7 @@ def attention_fwd(
             Lse=lse,
             scale=float(scale),
             **dropped(dropout),
+            # Beyond these bounds all keys are seen, or none: an int32 for any offset.
             causal_offset=min(max(causal_offset, -num_queries), num_keys),
             batch_heads=batch * heads,
             heads=heads,
@@ -514,7 +533,7 @@ def attention_fwd(
             grouping_block=grouping_block,
             tiles=tiles,
             tiles_per_block=tiles_per_block,
-            heads_together=together if is_causal else 1,
+            heads_together=together if is_causal else 1,  # else all tiles take as long
             k_batches=Khat.shape[0],
             v_batches=V.shape[0],
             **strides("q", "bhn", Qhat),

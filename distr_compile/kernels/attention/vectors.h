@@ -98,7 +98,7 @@ inline vf exp_negative(vf x) {
   vf y = x < -104.f ? splat(-104.f) : x;
   vf t = y * LOG2E + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which then is in the low bits
   vf p = exp2_polynomial((y * LOG2E - (t - 12582912.f)) + y * LOG2E_REST);
-  p = bits<vf>(bits<vi>(p) + (bits<vi>(t) << 23));
+  p = bits<vf>(bits<vi>(p) + (bits<vi>(t) << 23));  // n to the exponent of p
   return y < -87.f ? vf{} : p;
 #endif
 }
@@ -138,8 +138,9 @@ inline vi pair_of(vf low, vf high) {
 
 inline float half_to_float(uint16_t h) {
   uint32_t size = uint32_t(h & 0x7fff) << 13;
+  // The exponent bias of fp16 is 15, that of fp32 127.
   float x = bits<float>(size) * 0x1p112f;  // exact, also for subnormal numbers
-  uint32_t u = size >= 0x0f800000u ? size | 0x7f800000u : bits<uint32_t>(x);
+  uint32_t u = size >= 0x0f800000u ? size | 0x7f800000u : bits<uint32_t>(x);  // infinity and NaN
   return bits<float>(u | uint32_t(h & 0x8000) << 16);
 }
 inline uint16_t half_of(float x) {
@@ -148,6 +149,7 @@ inline uint16_t half_of(float x) {
 #else
   uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000u;
   u &= 0x7fffffffu;
+  // From 2^16 on; what only rounds up to it carries over into infinity below.
   if (u >= 0x47800000u) return uint16_t(sign | (u > 0x7f800000u ? 0x7e00u : 0x7c00u));
   if (u < 0x38800000u)  // subnormal: the sum rounds to a multiple of 2^-24
     return uint16_t(sign | (bits<uint32_t>(bits<float>(u) + 0.5f) - 0x3f000000u));
@@ -161,6 +163,7 @@ template <int... I> struct List {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> { typedef List<I...> type; };
 
+// A step of the transposition: in blocks of 2 S x 2 S the quarters beside the diagonal swap.
 template <int S, bool HIGH, int... I> inline vf exchange(vf x, vf y, List<I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(
@@ -235,6 +238,7 @@ template <bool PAIRS, bool PANEL, int C>
 void product_columns(const char* left, int64_t row_bytes, const float* right, int64_t right_words,
                      int64_t rows, int64_t n, Target target) {
   for (int64_t i = 0; i < rows;) {
+    // Also where rows are interleaved: a panel of R rows takes R times row_bytes.
     const char* at = left + i * row_bytes;
     const int step = next_rows(rows - i);
 #define BLOCK(R) product_block<PAIRS, PANEL, R, C>(at, row_bytes, right, right_words, n, target)
@@ -253,6 +257,7 @@ template <bool PAIRS, bool PANEL>
 void product(const char* left, int64_t row_bytes, const float* right, int64_t right_words,
              int64_t rows, int64_t n, int vectors, Target target) {
   for (int u = 0, step; u < vectors; u += step) {
+    // Four vectors at a time where there are registers for it, then two, then one.
     step = COLUMNS == 4 && vectors - u >= 4 ? 4 : vectors - u >= 2 ? 2 : 1;
     auto columns = step == 4   ? product_columns<PAIRS, PANEL, COLUMNS>
                    : step == 2 ? product_columns<PAIRS, PANEL, 2>
@@ -304,6 +309,7 @@ void read_transposed(bool pairs, const char* from, int64_t kind, int64_t row_str
                      int64_t rows, int64_t width, float* buffer, float* to) {
   const int64_t words = words_of(pairs, width), padded = round_up(words, LANES);
   for (int64_t first = 0; first < rows; first += LANES) {
+    // LANES rows into the buffer, from where LANES words of each are transposed.
     for (int i = 0; i < LANES; i++) {
       float* row = buffer + i * padded;
       if (first + i >= rows) { std::memset(row, 0, 4 * padded); continue; }
@@ -339,7 +345,7 @@ bool read_mask(const void* mask, int64_t place, int64_t kind, int64_t row_stride
     for (int64_t j = 0; j < n; j++) any |= out[j] != -INFINITY;
     seen |= any;
   };
-  if (!row_stride) {
+  if (!row_stride) {  // broadcast over rows
     row(0, to);
     return seen;
   }
@@ -358,6 +364,7 @@ bool read_mask(const void* mask, int64_t place, int64_t kind, int64_t row_stride
   return seen;
 }
 
+// n numbers of fp32 to a row of dtype `kind`: F32, F16 or BF16.
 void write_row(const float* from, int64_t kind, int64_t stride, int64_t n, char* to) {
   if (kind == F32) {
     float* p = reinterpret_cast<float*>(to);

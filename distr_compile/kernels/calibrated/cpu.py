@@ -34,6 +34,7 @@ def bases(
     """A and B of ``asked.bases``, once, for each batch entry of Q, in its working dtype."""
     assert asked.bases is not None
     dtype = torch.promote_types(Q.dtype, torch.float32)
+    # A copy for each entry: A and B are of (entry, key head).
     A, B = (basis.to(dtype).repeat(Q.shape[0], 1, 1) for basis in asked.bases)
     yield A, B
 

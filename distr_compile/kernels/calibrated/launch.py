@@ -63,6 +63,7 @@ def prepared(basis: Tensor, dtype: torch.dtype, rep: int) -> Tensor:
         ``(H_k rep, d, r)``.
     """
     stream = torch.cuda.current_stream(basis.device).cuda_stream if basis.is_cuda else 0
+    # Tensors of inference mode do not count their writes.
     is_kept = not basis.is_inference()
     if is_kept and basis.is_cuda:
         is_kept = not torch.cuda.is_current_stream_capturing()
@@ -72,6 +73,7 @@ def prepared(basis: Tensor, dtype: torch.dtype, rep: int) -> Tensor:
         return known[2]
     made = saturate(basis if rep == 1 else basis.repeat_interleave(rep, 0), dtype)
     if is_kept and not (basis.is_cuda and _has_graphs(basis.device)):
+        # Goes when the basis does: another tensor may get its number.
         _prepared[name] = weakref.ref(basis, lambda _: _prepared.pop(name, None)), what, made
     return made
 

@@ -23,5 +23,6 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     assert asked.bases is not None
     dtype = torch.promote_types(Q.dtype, torch.float32)
     A, B = (basis.to(dtype) for basis in asked.bases)
+    # (B, H_k, rep, N, d) times (H_k, 1, d, r).
     Qhat = saturate((Q.to(dtype) @ A[:, None]).flatten(1, 2), Q.dtype)
     return [Block(0, Q.shape[3], Qhat, saturate(K.to(dtype) @ B, Q.dtype))]

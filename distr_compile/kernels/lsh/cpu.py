@@ -76,17 +76,18 @@ def _group_bases(Q: Tensor, counts: Tensor | None, asked: Asked) -> tuple[Tensor
     rank = asked.rank
     sample, signed = variant_of(asked.estimator)
     projected: Tensor | None = None
+    # Partial sums of Q^T P over panels of rows.
     for first in range(0, rows, asked.panel):
         some = slice(first, first + asked.panel)
         part = Q[..., some, :]
         if counts is not None:
             part = part.where(counts[..., some, None], 0)
         stacked = stack(part)
-        start = first * rep
+        start = first * rep  # rows are stacked token by token
         P = _projections(start, start + stacked.shape[1], asked.seed).to(Q.device, stacked.dtype)
         if signed:  # the first projection is the sum of a column
             P = torch.cat([P.new_ones(len(P), 1), P[:, 1:]], dim=1)
-        product = torch.matmul(P.T, stacked)
+        product = torch.matmul(P.T, stacked)  # (b h, 16, d)
         projected = product if projected is None else projected.add_(product)
     if projected is None:  # no query rows, nothing to compute
         projected = Q.new_zeros(Q.shape[0] * Q.shape[1], NUM_PROJECTIONS, head_dim)
@@ -94,15 +95,16 @@ def _group_bases(Q: Tensor, counts: Tensor | None, asked: Asked) -> tuple[Tensor
     if signed:
         sign = torch.where(projected[:, 0] > 0, sign, -sign)
         projected *= sign[:, None]
-    order = order_of_projected(projected)
+    order = order_of_projected(projected)  # (b h, d): the column at each place
 
     group_size = head_dim // rank
     unit = torch.arange(order.shape[0], device=Q.device)[:, None]
     group = torch.arange(rank, device=Q.device)
     B = projected.new_zeros(order.shape[0], head_dim, rank)
+    # Place i of the order belongs to group i // G.
     B[unit, order, group.repeat_interleave(group_size)] = sign.gather(-1, order)
     if not sample:
-        return B / group_size, B
+        return B / group_size, B  # Qhat has means
     A = torch.zeros_like(B)
-    A[unit, order[:, ::group_size], group] = 1
+    A[unit, order[:, ::group_size], group] = 1  # the first column of each group
     return A, B

@@ -42,6 +42,7 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
     """
     key_heads, num_keys = K.shape[1:3]
     rep = Q.shape[1] // key_heads
+    # Keys have no part in a hash.
     queries, where = counted_rows(mask, Q.shape[2], num_keys, key_heads, rep)[0], None
     if mask is not None and queries is not None:
         where = places(mask, queries, Q.shape[0], num_keys, asked, keys_count=False)
@@ -110,9 +111,11 @@ def lsh_factors(
     Khat = new(Q, batch, key_heads, num_blocks, num_keys, rank)
     variant = variant_of(estimator)
     signed = variant.signed
+    # Launches 1 and 2: partial sums of projections, then the order of the columns.
     projected = _project(Q, key_heads, grouping_block, seed, signed, queries, places)
     order = _order(projected, signed)
 
+    # Launch 3: programs of K by unit, span of blocks and tile, then those of Q.
     rows = _tile_rows(Q, GROUP_TILE_BYTES)
     key_tiles = cdiv(num_keys, rows)
     spans = cdiv(num_blocks, BLOCKS_PER_PROGRAM)
@@ -120,7 +123,7 @@ def lsh_factors(
     tiles_per_block = cdiv(min(grouping_block, num_rows), rows)
     query_tiles = num_blocks * tiles_per_block
     if places:
-        query_tiles = cdiv(num_rows, rows) + num_blocks - 1
+        query_tiles = cdiv(num_rows, rows) + num_blocks - 1  # a block may end in part of a tile
     launch(
         _group_kernel,
         (key_programs + batch * heads * query_tiles,),
@@ -192,6 +195,7 @@ def _project(
     chunk_rows = max(CHUNK_ROWS, cdiv(cdiv(block_rows, MAX_CHUNKS), rows) * rows)
     num_chunks = cdiv(block_rows, chunk_rows)
     num_blocks = places.blocks if places else cdiv(num_rows, grouping_block)
+    # Stride 0 where they are broadcast.
     if queries is not None:
         queries = queries.expand(batch, key_heads, -1, -1)
     partial = new(

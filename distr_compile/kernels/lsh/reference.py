@@ -61,6 +61,7 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     variant, blocks = variant_of(asked.estimator), []
     key_heads, rep, num_queries, _ = Q.shape[1:]
     counts, _ = counted_rows(mask, num_queries, K.shape[2], key_heads, rep)
+    # Rows that do not count have no part in the hash, but a Qhat like all others.
     hashed = Q if counts is None else Q.where(counts[..., None], 0)
     for counted, rows in asked.blocks(num_queries):
         columns = group_columns(hashed[..., counted, :], seed=asked.seed, signed=variant.signed)
@@ -73,9 +74,11 @@ def _group_factors(
     Q: Tensor, K: Tensor, rank: int, variant: Variant, order: Tensor, sign: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Qhat ``(B, H_k, rep, l, r)`` and Khat ``(B, H_k, M, r)`` of one grouping block."""
+    # Turned in both, a column's product stays what it is.
     K = (K * sign[:, :, None].to(K.dtype)).expand(Q.shape[0], -1, -1, -1)
     Q = Q * sign[:, :, None, None].to(Q.dtype)
     group_size = Q.shape[-1] // rank
+    # Columns in their order, (..., r, G).
     Q_groups = Q.gather(-1, order[:, :, None, None, :].expand_as(Q))
     Q_groups = Q_groups.unflatten(-1, (rank, group_size))
     K_groups = K.gather(-1, order[:, :, None, :].expand_as(K)).unflatten(-1, (rank, group_size))
@@ -132,6 +135,7 @@ def group_columns(Q: Tensor, *, seed: int = 0, signed: bool = False) -> tuple[Te
         ``(B, H_k, d)`` the sign of every column, -1 where it is turned, in at least fp32.
     """
     rep, rows = Q.shape[-3:-1]
+    # (B, H_k, l rep, d), token by token.
     stacked = Q.transpose(-3, -2).flatten(-3, -2)
     stacked = stacked.to(torch.promote_types(Q.dtype, torch.float32))
     P = projections(0, rows * rep, seed=seed).to(Q.device, stacked.dtype)

@@ -71,12 +71,14 @@ def _project_kernel(
     by token. With SIGNED the first projection is the sum of a column. Rows that are not
     ``counted``, where that is given, are 0.
     """
+    # A program has one chunk of rows of one grouping block of one unit.
     pid = tl.program_id(0)
     chunk = pid % num_chunks
     i = pid // num_chunks % num_blocks
     unit = (pid // num_chunks // num_blocks).to(tl.int64)
     b, h = unit // key_heads, unit % key_heads
     first_token, stop = counted_rows_of(places, b, i, block, num_rows)
+    # Rows are stacked: token * rep + head, from the first token of the block on.
     first = chunk * chunk_rows
     last = min(first + chunk_rows, (stop - first_token) * rep)
 
@@ -99,6 +101,7 @@ def _project_kernel(
             mask=is_row[:, None] & is_column[None, :],
             other=0.0,
         )
+        # [ROWS, NUM], rows of the matrix by their place in the block.
         P = random_numbers(row[:, None] * NUM + p[None, :], offset)
         if SIGNED:
             P = tl.where((p == 0)[None, :], 1, P)
@@ -136,20 +139,25 @@ def _order_kernel(
     column, p = tl.arange(0, WIDTH), tl.arange(0, NUM)
     is_column = column < HEAD_DIM
     partial += pid * num_chunks * (HEAD_DIM * NUM)
+    # In one order, whichever program made them first: equal bits every time.
     sums = tl.zeros([WIDTH, NUM], tl.float32)
     for chunk in range(num_chunks):
         entry = (chunk * HEAD_DIM + column[:, None]) * NUM + p[None, :]
         sums += tl.load(partial + entry, mask=is_column[:, None], other=0.0)
 
+    # Projection 0 is the sum of the column: turning flips it and all others.
     if SIGNED:
         turned = tl.sum(tl.where((p == 0)[None, :] & (sums > 0), 1, 0), 1) == 0
         sums = tl.where(turned[:, None], -sums, sums)
+    # Signs as bits, projection 0 highest; then the place of that code among Gray codes.
     position = tl.sum((sums > 0).to(tl.int32) << (NUM - 1 - p)[None, :], 1)
     position ^= position >> 8
     position ^= position >> 4
     position ^= position >> 2
     position ^= position >> 1
+    # By position, ties by column; what is no column comes last.
     key = tl.where(is_column, position * WIDTH + column, 2**31 - 1)
+    # Counted, not sorted: how many keys are less, [WIDTH, WIDTH].
     place = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
     order += pid * (2 * HEAD_DIM)
     at_place, of_column = column, place
@@ -190,6 +198,7 @@ def _group_tile(
     ``tile`` holds the rows at ``x``; in fp32 it is not used, hence never loaded.
     """
     group = tl.arange(0, GROUPS)
+    # fp32: columns are gathered and added, since a tf32 product would round them.
     if tile.dtype == tl.float32:
         sums = tl.zeros([ROWS, GROUPS], tl.float32)
         is_group = group < HEAD_DIM // GROUP_SIZE
@@ -208,11 +217,13 @@ def _group_tile(
             sums += entry
         return sums
     else:
+        # 16 bits: a product with the 0/1 matrix [WIDTH, GROUPS], -1 for a column that is turned.
         column = tl.arange(0, WIDTH)
         place = tl.load(order + HEAD_DIM + column, mask=column < HEAD_DIM, other=0)
         is_turned = place < 0
         if SIGNED:
             place = tl.where(is_turned, ~place, place)
+        # COUNT is 1 where a group's first column stands for it.
         counts = (column < HEAD_DIM) & (place % GROUP_SIZE < COUNT)
         member = (tl.where(counts, place // GROUP_SIZE, -1)[:, None] == group[None, :]).to(tl.int32)
         if SIGNED:
@@ -280,6 +291,7 @@ def _group_kernel(
     tile_row, group = tl.arange(0, ROWS), tl.arange(0, GROUPS)
     is_group = (group < RANK)[None, :]
     if pid < key_programs:
+        # Khat: one tile of keys for all grouping blocks of a span.
         first_key = pid % key_tiles * ROWS
         first_block = pid // key_tiles % spans * SPAN
         last_block = min(first_block + SPAN, num_blocks)
@@ -291,7 +303,7 @@ def _group_kernel(
             first_block = max(first_block, from_block)
             last_block = min(last_block, last)
             if first_row >= num_rows:
-                first_block = last_block
+                first_block = last_block  # no row sees the tile
         if first_block < last_block:
             key = (first_key + tile_row).to(tl.int64)
             is_key = key < num_keys
@@ -326,6 +338,7 @@ def _group_kernel(
                 )
     else:
         pid -= key_programs
+        # Qhat: one tile of rows of one head, in one grouping block.
         head = (pid // query_tiles).to(tl.int64)  # counted over the batch
         heads = key_heads * rep
         i, first, last = rows_of_tile(
@@ -350,7 +363,7 @@ def _group_kernel(
             SIGNED,
         )
         if not SAMPLE:
-            qhat *= 1.0 / GROUP_SIZE
+            qhat *= 1.0 / GROUP_SIZE  # the mean of a group
         out = Qhat + (head * num_rows + row) * RANK
         tl.store(
             out[:, None] + group[None, :],

@@ -76,6 +76,7 @@ def bases(
             rows = slice(first, min(first + key_rows, seen))
             sum_k.add(K[..., rows, :], None if keys is None else keys[..., rows])
         added = seen
+        # (b, h, d, d), and from them A and B (b, h, d, r).
         Cq, Q_exponent = sum_q.normalised(ridge=projection.RIDGE)
         Ck, K_exponent = sum_k.normalised(ridge=0)
         A, B = projection.projection_bases(Cq, Ck, begin, rounds=asked.rounds)
@@ -98,9 +99,11 @@ def groups(
     num_queries, head_dim = Q.shape[3:]
     start, carry = start_from(head_dim, asked.rank, asked.seed), None
     units = Q.shape[0] * Q.shape[1]
+    # Blocks a call, by the bounds on Gram matrices and on A and B.
     at_once = max(1, SUMS // (units * library.SUMS * library.matrix_size(head_dim)))
     at_once = min(at_once, max(1, attention.BASES // (2 * units * head_dim * asked.rank)))
     blocks = -(-num_queries // asked.block)
+    # The sums of the blocks so far are carried from call to call.
     for first in range(0, blocks, at_once):
         AT, B, carry = library.projection_bases(
             Q, K, queries, keys, start, carry,
@@ -139,7 +142,7 @@ class _GramSum:
         # Ten times as fast as a maximum over two dimensions.
         largest = rows.abs().flatten(-2).amax(-1)[..., None, None]
         before, self._largest = self._largest, torch.maximum(self._largest, largest)
-        unit = projection.power_of_two(self._largest)
+        unit = projection.power_of_two(self._largest)  # so that scaling is exact
         # more than 1 only where nothing was added yet
         shrink = (projection.power_of_two(before) / unit).clamp(max=1)
         rows = rows / unit

@@ -64,6 +64,7 @@ def _gram_of_rows(
     column = tl.arange(0, WIDTH)
     some = first_column + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = X.dtype.element_ty
+    # Some columns of X^T X so far, [WIDTH, COLUMNS], in units of 4^exponent.
     sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
     exponent = -127
     for start in range(first, last, ROWS):
@@ -86,6 +87,7 @@ def _gram_of_rows(
             # largest so far; 2^-127 is no normal number, so 126 is the last.
             largest = tl.max(tl.max(tl.abs(left.to(tl.float32)), 1), 0)
             grown = tl.maximum(exponent, tl.minimum(exponent_of(largest), 126))
+            # What was summed before goes over to the larger unit.
             sums *= power_of_two(2 * (exponent - grown))
             exponent = grown
             unit = power_of_two(-exponent)
@@ -93,7 +95,7 @@ def _gram_of_rows(
             right = (right.to(tl.float32) * unit).to(dtype)
         sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION)
     if dtype == tl.float16:
-        exponent = 0
+        exponent = 0  # never scaled
     tl.store(out + column[:, None] * WIDTH + some[None, :], sums)
     tl.store(out_exponent, exponent)
 
@@ -168,7 +170,7 @@ def _gram_kernel(
     out = partial + tl.program_id(0).to(tl.int64) * (WIDTH * WIDTH)
     exponents += tl.program_id(0)
     if job < (earlier + num_blocks) * query_chunks:
-        i = job // query_chunks - earlier
+        i = job // query_chunks - earlier  # below 0 for blocks before row 0
         begin, end = counted_rows_of(places, b, i, block, num_rows)
         first_token = begin.to(tl.int64)
         first = job % query_chunks * CHUNK
@@ -201,6 +203,7 @@ def _gram_kernel(
         first = job * CHUNK
         last = min(first + CHUNK, num_keys)
         if job >= key_chunks:
+            # The rest of block i: keys that it sees beyond its last whole chunk.
             i = job - key_chunks
             if seen is not None:
                 last = tl.load(seen + b * num_blocks + i)
@@ -283,6 +286,7 @@ def _sum_kernel(
     unit = (tl.program_id(0) // matrices).to(tl.int64)
     matrix = tl.program_id(0) % matrices
     rest = jobs  # none
+    # Cq: the chunks of its block, or of all blocks before it.
     if matrix < num_blocks:
         first = matrix * query_chunks
         last = first + query_chunks
@@ -290,6 +294,7 @@ def _sum_kernel(
             last = first + earlier * query_chunks
             first = tl.full([], 0, tl.int32)
     else:
+        # Ck: all chunks of K, or the whole ones that block i sees, and its rest.
         first = (earlier + num_blocks) * query_chunks
         last = first + key_chunks
         if CAUSAL:
@@ -302,6 +307,7 @@ def _sum_kernel(
             last = first + keys // CHUNK
 
     exponents += unit * jobs
+    # The parts have units of their own: all are brought to the largest, by powers of two.
     largest = -127
     for job in range(first, last):
         largest = tl.maximum(largest, tl.load(exponents + job))

@@ -83,6 +83,7 @@ def prologue(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> Prologu
     rep, block = heads // key_heads, asked.block
     sizes, where = (num_queries, num_keys, key_heads, rep), None
     counted = counted_for(mask, *sizes, asked)
+    # Where the blocks of the strict form lie its caller says.
     if not asked.strict and mask is not None and counted[0] is not None:
         where = places(mask, counted[0], Q.shape[0], num_keys, asked, keys_count=True)
         block = where.rows
@@ -151,6 +152,7 @@ def projection_factors(
         ValueError: d or r is out of range.
     """
     call = _prepared(Q, K, rank, grouping_block, is_causal, causal_offset, earlier, places)
+    # As Q in ``_prepared``: the kernel reads the rows before at negative places.
     if earlier and queries is not None:
         queries = queries[..., earlier * grouping_block :]
     partial, exponents = _partial_grams(call, queries, keys)
@@ -218,6 +220,7 @@ class _Call:
     def cut(self) -> tuple[int, int, int, int]:
         """Chunks of a block of Q, chunks of K, partial matrices and their sums; see ``_cut``."""
         num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
+        # Of the longest block: beside ``earlier`` ones, which are whole, few rows may be left.
         rows = self.block if self.earlier or self.places else min(self.block, num_rows)
         return _chunk_counts(
             rows * self.rep, num_keys, self.num_blocks, self.is_limited, self.earlier
@@ -234,6 +237,7 @@ def _prepared(
     earlier: int,
     places: Places | None,
 ) -> _Call:
+    # Q begins with the first block that is wanted; the Gram kernel reads the rows before it.
     if earlier:
         Q, causal_offset = Q[:, :, earlier * block :], causal_offset + earlier * block
     num_rows, head_dim = Q.shape[2:]
@@ -271,6 +275,7 @@ def _partial_grams(
     if queries is not None and keys is not None:
         queries = queries.expand(*K.shape[:2], -1, -1)
         keys = keys.expand(*K.shape[:2], -1)
+    # A sum [width, columns] is held in registers.
     columns = width if width <= 128 else 64
     launch(
         _gram_kernel,
@@ -316,7 +321,7 @@ def _sum_grams(call: _Call, partial: Tensor, exponents: Tensor) -> tuple[Tensor,
     size = call.width**2
     grams = new(partial, call.units, matrices, call.width, call.width)
     gram_exponents = new(exponents, call.units, matrices)
-    tile = min(size, 2048)
+    tile = min(size, 2048)  # entries of a sum per program
     launch(
         _sum_kernel,
         (call.units * matrices, size // tile),
@@ -353,7 +358,7 @@ def _solve(
     if call.places:  # the numbers of rows and of keys matter little here: as if all were full
         where = (call.num_blocks * call.block, where[1], *where[2:4], where[1])
     shape = (call.units, call.num_blocks, 2)
-    bases = new(grams, *shape[:2], 3, call.width, call.ranks)
+    bases = new(grams, *shape[:2], 3, call.width, call.ranks)  # X, Y and room
     parts = new(call.Q, *shape, num_parts, call.width, call.ranks)
     factors = new(grams, *shape)
     launch(
@@ -406,6 +411,7 @@ def _multiply(call: _Call, parts: Tensor, factors: Tensor) -> tuple[Tensor, Tens
     key_programs = call.units * spans * key_tiles
     tiles_per_block = cdiv(min(call.block, num_rows), rows)
     query_tiles = num_blocks * tiles_per_block
+    # An upper bound: each block may end in part of a tile.
     if call.places:
         query_tiles = cdiv(num_rows, rows) + num_blocks - 1
     launch(
@@ -484,6 +490,8 @@ def workspace_bytes(
     panels = padded(head_dim, LEAST_WIDTH) * cdiv(rank, PANEL) * PANEL
     query_chunks, key_chunks, _, _ = _chunk_counts(rows * rep, num_keys, 1, False)
     parts = element_bytes * (1 if element_bytes == 4 else 2)
+    # Once: chunks of K and their sum. Each block: chunks of Q, two sums and the rest of K;
+    # X, Y and room in fp32, A and B in parts.
     # In the strict form those of all earlier blocks are there, however few blocks are made.
     chunks_once, chunks = (strict_blocks * query_chunks, 0) if strict_blocks else (0, query_chunks)
     return (
@@ -500,6 +508,7 @@ def _chunk_counts(
     The chunks of a block and of K do not depend on what else is in the call.
     """
     query_chunks = cdiv(rows_of_block, CHUNK_ROWS)
+    # With causality whole chunks only: a block has a matrix for the keys after its last one.
     key_chunks = num_keys // CHUNK_ROWS if is_causal else cdiv(num_keys, CHUNK_ROWS)
     blocks_of_keys = num_blocks if is_causal else 0
     return (

@@ -30,6 +30,7 @@ def _multiply_tile(
     for first in range(0, RANKS, COLUMNS):
         x = tl.load(block_of(parts, 0, first, RANKS, WIDTH, COLUMNS))
         hat = tl.dot(tile, x, input_precision=PRECISION)
+        # In 16 bits A and B are sums of two parts: two products, added in fp32.
         if tile.dtype != tl.float32:
             low = tl.load(block_of(parts + WIDTH * RANKS, 0, first, RANKS, WIDTH, COLUMNS))
             hat = tl.dot(tile, low, hat)
@@ -105,8 +106,10 @@ def _multiply_kernel(
     pid = tl.program_id(0)
     tile_row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_column = (column < HEAD_DIM)[None, :]
+    # Numbers of one A and its B, each in PARTS.
     PAIR: tl.constexpr = 2 * PARTS * WIDTH * RANKS
     if pid < key_programs:
+        # Khat: one tile of keys for all grouping blocks of a span.
         first_key = pid % key_tiles * ROWS
         first_block = pid // key_tiles % spans * SPAN
         last_block = min(first_block + SPAN, num_blocks)
@@ -117,7 +120,7 @@ def _multiply_kernel(
             if STRICT:  # the blocks after its own
                 first_row = max(first_key - causal_offset + block, 0)
             elif first_row >= num_rows:
-                first_block = last_block
+                first_block = last_block  # no row sees the tile
             from_block, last = blocks_from(places, unit // key_heads, first_row, block, num_blocks)
             first_block = max(first_block, from_block)
             last_block = min(last_block, last)
@@ -130,6 +133,7 @@ def _multiply_kernel(
                 mask=is_key[:, None] & is_column,
                 other=0.0,
             )
+            # Each block has a B of its own for the same tile.
             for i in range(first_block, last_block):
                 unit_block = unit * num_blocks + i
                 _multiply_tile(
@@ -147,6 +151,7 @@ def _multiply_kernel(
                 )
     else:
         pid -= key_programs
+        # Qhat: one tile of rows of one head, in one grouping block.
         head = (pid // query_tiles).to(tl.int64)  # counted over the batch
         heads = key_heads * rep
         i, first, last = rows_of_tile(

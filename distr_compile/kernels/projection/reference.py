@@ -48,6 +48,7 @@ def factors(Q: Tensor, K: Tensor, mask: Tensor | None, asked: Asked) -> list[Blo
     for number, (counted, rows) in enumerate(asked.blocks(num_queries)):
         seen = keys_of_block(asked, number, counted.stop, num_keys)
         if asked.strict:
+            # From what comes before the block.
             seen = prefix_edge(rows.start, num_keys, offset)
             counted = slice(asked.first, counted.start)
         A, B = _bases(
@@ -123,6 +124,7 @@ def gram(rows: Tensor, counts: Tensor | None, *, ridge: float) -> tuple[Tensor, 
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     kept = rows.isfinite() if counts is None else rows.isfinite() & counts[..., None]
     rows = rows.where(kept, 0)
+    # A power of two: exact, and no square overflows.
     largest = power_of_two(rows.abs().amax((-2, -1), keepdim=True))
     rows = rows / largest
     return normalised(rows.mT @ rows, largest, ridge=ridge)
@@ -140,7 +142,7 @@ def normalised(C: Tensor, unit: Tensor, *, ridge: float) -> tuple[Tensor, Tensor
         As ``gram``.
     """
     norm = C.square().sum((-2, -1), keepdim=True).sqrt()
-    exponent = (torch.frexp(norm).exponent - 1) // 2
+    exponent = (torch.frexp(norm).exponent - 1) // 2  # C / 4^exponent has a norm in [1, 4)
     C = C * torch.ldexp(torch.ones_like(norm), -2 * exponent)
     identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     C = torch.where(norm > 0, C + ridge * identity, identity)
@@ -167,12 +169,13 @@ def projection_bases(
     Returns:
         A and B, ``(..., d, r)``: A^T Cq A = I and B = Cq A.
     """
-    X = start.to(Cq.device, Cq.dtype) / 64
+    X = start.to(Cq.device, Cq.dtype) / 64  # integers of at most 60 before
     for _ in range(rounds):
         # Any orthonormal basis of the span will do. Directions that are lost in rounding come out
         # as any others: a larger span is never worse.
         X = torch.linalg.qr(Ck @ (Cq @ X)).Q
     # With orthonormal X no eigenvalue of X^T Cq X is below the ridge: Cholesky cannot fail.
+    # A = X L^-T: orthonormal in the product of Cq.
     L = torch.linalg.cholesky(X.mT @ (Cq @ X))
     A = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
     B = Cq @ A

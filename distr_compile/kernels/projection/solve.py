@@ -42,6 +42,7 @@ def _scales_of_grams(Cq, Ck, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RIDGE:
         products += cq * ck
         q_diagonal += tl.where(on, cq, 0.0)
         k_diagonal += tl.where(on, ck, 0.0)
+    # Norms go to [1, 4) by a power of 4, as in ``normalised`` of reference.py.
     q_norm = tl.sqrt(tl.sum(tl.sum(q_squares, 1), 0))
     k_norm = tl.sqrt(tl.sum(tl.sum(k_squares, 1), 0))
     # Of 0 the identity is made.
@@ -51,6 +52,7 @@ def _scales_of_grams(Cq, Ck, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RIDGE:
     k_factor = tl.where(k_norm > 0, power_of_two(-2 * k_exponent), 0.0)
     q_ridge = tl.where(q_norm > 0, RIDGE, 1.0)
     k_ridge = tl.where(k_norm > 0, 0.0, 1.0)
+    # Of Cq * Ck as they are scaled and with what is added to their diagonals.
     energy = q_factor * k_factor * tl.sum(tl.sum(products, 1), 0) + q_ridge * k_ridge * HEAD_DIM
     energy += q_ridge * k_factor * tl.sum(tl.sum(k_diagonal, 1), 0)
     energy += k_ridge * q_factor * tl.sum(tl.sum(q_diagonal, 1), 0)
@@ -98,7 +100,7 @@ def _apply_gram(
             y = _add_product(y, c, x, PRECISION)
         x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
         tl.store(block_of(Y, rows, first, RANKS, SLICE, COLUMNS), factor * y + ridge * x)
-    tl.debug_barrier()
+    tl.debug_barrier()  # other threads read Y next
 
 
 @triton.jit
@@ -155,6 +157,7 @@ def _inverse_factor(
     place = block_of(S, 0, 0, STRIDE, COLUMNS, COLUMNS)
     tl.store(place, W)
     tl.debug_barrier()
+    # Scales for a diagonal of 1, along rows and along columns.
     row_scale = tl.rsqrt(tl.maximum(tl.load(S + row * (STRIDE + 1)), TINY))
     column_scale = tl.rsqrt(tl.maximum(tl.load(S + column * (STRIDE + 1)), TINY))
     T = tl.load(place) * row_scale * column_scale  # no longer in the layout of a product
@@ -163,6 +166,7 @@ def _inverse_factor(
     D = S  # of the next pivot
     across, along = S + column, S + row  # of its row
     for j in range(0, COLUMNS, 4):
+        # The rows of the four pivots go through memory: every thread needs them.
         tl.store(place, T, mask=(row >= j) & (row < j + 4))
         tl.debug_barrier()
         t0, t1 = tl.load(across), tl.load(across + STRIDE)
@@ -195,6 +199,7 @@ def _inverse_factor(
         t2 = (t2 - w20 * t0 - w21 * t1) * r2
         t3 = tl.where(inside, tl.where(column == j + 3, 1.0, 0.0), t3)
         t3 = (t3 - w30 * t0 - w31 * t1 - w32 * t2) * r3
+        # One update for both: W behind the pivots, the inverse before them.
         T = tl.where(inside, 0.0, T) - m0 * t0 - m1 * t1 - m2 * t2 - m3 * t3
         tl.debug_barrier()
         tl.store(across, t0)
@@ -205,6 +210,7 @@ def _inverse_factor(
         across += 4 * STRIDE
         along += 4 * STRIDE
     tl.debug_barrier()
+    # The inverse for the scaled W; the scale of the columns makes it that for W.
     return tl.where(column <= row, tl.load(place), 0.0) * column_scale
 
 
@@ -221,16 +227,19 @@ def _orthonormalise(
     earlier ones are taken off; of which then no more than rounding is left becomes 0. Columns that
     are nearly in the span of others are right only after a second call. Y lies behind X.
     """
+    # The other factor of inner products: X, or with ``in_gram`` G X, which is Y.
     other = X + tl.where(in_gram, WIDTH * RANKS, 0)
     room = Y + WIDTH * RANKS
     for first in range(0, RANKS, COLUMNS):
+        # Squares of the columns, before and after the earlier ones are taken off.
         before = tl.zeros([COLUMNS], tl.float32)
         after = tl.zeros([COLUMNS], tl.float32)
+        # X -= E (E'^T X) for each earlier panel E, with E' its other factor.
         for earlier in range(0, first, COLUMNS):
             w = _inner_products(other, earlier, X, first, WIDTH, RANKS, COLUMNS, PRECISION)
             tl.store(block_of(room, 0, 0, COLUMNS, COLUMNS, COLUMNS), -w)
             tl.debug_barrier()
-            after *= 0
+            after *= 0  # that of the last pass counts
             for rows in range(0, WIDTH, SLICE):
                 x = tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
                 before += tl.where(earlier == 0, tl.sum(x * x, 0), 0.0)
@@ -246,6 +255,7 @@ def _orthonormalise(
             tl.debug_barrier()
         if in_gram:
             _apply_gram(C, factor, ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
+        # Cholesky of the panel's inner products; ``room`` takes L^-1.
         w = _inner_products(X, first, other, first, WIDTH, RANKS, COLUMNS, PRECISION)
         tl.debug_barrier()
         w = _inverse_factor(w, room, shift, COLUMNS, LEAST, TINY)
@@ -342,6 +352,7 @@ def _solve_kernel(
     pid = tl.program_id(0).to(tl.int64)
     unit = pid // num_blocks
     i = tl.program_id(0) % num_blocks
+    # Where Cq and Ck of the block lie among the sums of its unit.
     q_place = unit * matrices + i
     k_place = unit * matrices + num_blocks
     seen = num_keys
@@ -354,8 +365,10 @@ def _solve_kernel(
         Cq, Ck, WIDTH, HEAD_DIM, RIDGE
     )
 
+    # X, Y, and behind them room through which threads exchange small matrices.
     X = bases + pid * (3 * WIDTH * RANKS)
     Y = X + WIDTH * RANKS
+    # The start: ``start_columns`` of random.py, zeros beyond d and r.
     for rows in range(0, WIDTH, SLICE):
         row = (rows + tl.arange(0, SLICE))[:, None]
         for first in range(0, RANKS, COLUMNS):
@@ -364,6 +377,7 @@ def _solve_kernel(
             x = tl.where((row < HEAD_DIM) & (column < RANK), x, 0.0)
             tl.store(block_of(X, rows, first, RANKS, SLICE, COLUMNS), x)
     tl.debug_barrier()
+    # Subspace iteration: X = Ck Cq X, and then an orthonormal basis of its span.
     for turn in tl.static_range(ROUNDS):
         for first in range(0, RANKS, COLUMNS):
             _apply_gram(Cq, q_factor, q_ridge, X, Y, first, WIDTH, RANKS, COLUMNS, SLICE, PRECISION)
@@ -375,6 +389,7 @@ def _solve_kernel(
                 X, Y, Cq, q_factor, q_ridge, time == 2, shift,
                 WIDTH, RANKS, COLUMNS, SLICE, LEAST, LOST, TINY, PRECISION,
             )  # fmt: skip
+    # X is A here and Y is B = G A, since X^T G X = I, both before balancing.
     x_largest = _largest(X, WIDTH, RANKS, COLUMNS)
     y_largest = _largest(Y, WIDTH, RANKS, COLUMNS)
 
@@ -393,6 +408,7 @@ def _solve_kernel(
     else:
         a_unit = balance
         b_unit = -balance
+    # What the units of the parts leave out is put on after the products with them.
     tl.store(factors + 2 * pid, power_of_two(balance - a_unit))
     tl.store(factors + 2 * pid + 1, power_of_two(-balance - b_unit))
 
@@ -408,6 +424,7 @@ def _solve_kernel(
         scale = -0.5 * power_of_two(tl.where(side == 0, a_unit, b_unit))
         for first in range(0, RANKS, COLUMNS):
             for rows in range(0, WIDTH, SLICE):
+                # Times -0.5 below: 1.5 X - 0.5 X W, the panels of W = A^T B in ``room`` in turn.
                 sums = -3.0 * tl.load(block_of(X, rows, first, RANKS, SLICE, COLUMNS))
                 for k in range(0, RANKS, COLUMNS):
                     if RANKS > COLUMNS:
