@@ -99,8 +99,6 @@ def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
                     getattr(wanted, name)[some].copy_(split)
     for name, total in sums.items():
         getattr(wanted, name).copy_(total)
-    if not num_queries:
-        wanted.q.zero_()
 
 
 @dataclass(frozen=True)

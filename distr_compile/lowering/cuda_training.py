@@ -119,8 +119,9 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
         rank=call.approximation.rank,
         dtype=call.q.dtype,
     )
-    if wanted.sinks is not None:  # from which the parts subtract
-        wanted.sinks.zero_()
+    of_sinks = None  # from which the parts subtract
+    if wanted.sinks is not None:
+        of_sinks = torch.zeros(wanted.sinks.shape, dtype=torch.float32, device=call.q.device)
     # Where only one of K and V is broadcast, the other one has a gradient for each entry.
     is_mixed = call.k.shape[0] != call.v.shape[0]
     sums = [
@@ -132,7 +133,7 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
             own = part.call
             softmax = own.softmax
             sinks, lse = softmax.pop("sinks"), part.of_rows(saved.lse).contiguous()
-            delta = None if wanted.sinks is None else torch.empty_like(lse)
+            delta = None if of_sinks is None else torch.empty_like(lse)
             attention_bwd(
                 part.Qhat,
                 part.Khat,
@@ -150,11 +151,13 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
                 dv=part.of_keys(sums[1]),
                 delta=delta,
             )
-            if wanted.sinks is not None and sinks is not None and delta is not None:
+            if of_sinks is not None and sinks is not None and delta is not None:
                 # Where a row sees nothing its sink has no share: exp(sink - inf) is 0.
                 seen = lse.masked_fill(lse == -torch.inf, torch.inf)
                 share = torch.exp(sinks.float()[None, :, None] - seen)
-                wanted.sinks[part.heads] -= (share * delta).sum((0, 2)).to(wanted.sinks.dtype)
+                of_sinks[part.heads] -= (share * delta).sum((0, 2))
+    if wanted.sinks is not None and of_sinks is not None:
+        wanted.sinks.copy_(of_sinks)
     for to, made in zip((wanted.k, wanted.v), sums, strict=True):
         if to is not made:
             to.copy_(made.sum(0, keepdim=True))

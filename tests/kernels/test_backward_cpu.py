@@ -189,6 +189,22 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_no_keys(rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of Q are 0, whatever was in the memory that is taken."""
+    take = kernel.workspace
+    monkeypatch.setattr(kernel, "workspace", lambda size: take(size).fill_(0x41))
+    q, grad = draw(1, 2, 20, 32).to(dtype), draw(1, 2, 20, 24).to(dtype)
+    k, v = torch.empty(1, 1, 0, 32, dtype=dtype), torch.empty(1, 1, 0, 24, dtype=dtype)
+    dq = torch.full_like(q, torch.nan)
+    bases = (draw(1, 1, 1, 32, rank), draw(1, 1, 1, 32, rank, seed=1)) if rank else None
+    lse = torch.full((1, 2, 20), -torch.inf)
+    made: dict[str, Any] = {"dq": dq, "dk": k.float(), "dv": v.float(), "bases": bases}
+    module.backward(q, k, v, None, torch.zeros_like(grad), lse, grad, scale=1.0, **made)
+    assert not dq.any()
+
+
 def workspace_of(tokens: int, monkeypatch: pytest.MonkeyPatch, strict: bool = False) -> int:
     sizes: list[int] = []
     take = kernel.workspace

@@ -277,12 +277,9 @@ template <bool PAIRS> struct Backward {
 
   void write_tile(const Head& h, const Tile& t, Scratch& s) const {
     float* rows = s.q_rows;  // QUERY_TILE x dp, and rp is no more
-    if (!edge_of(t.block)) {  // no key was scored by Khat
-      gather(t, s.exact, rows);
-    } else {
-      gather(t, s.hat, rows);
-    }
-    if (bases && edge_of(t.block)) {  // dQ = dQhat A^T
+    const bool by_hat = !c.strict || edge_of(t.block);  // whether Qhat has scored any key
+    gather(t, by_hat ? s.hat : s.exact, rows);
+    if (bases && by_hat) {  // dQ = dQhat A^T
       product<false, false>(reinterpret_cast<const char*>(rows), 4 * rp,
                             basis(c.a_t, c.basis_t_strides, h, t.block), dp, t.rows, r,
                             int(dp / LANES), {s.o_rows, dp, 1.f, nullptr});

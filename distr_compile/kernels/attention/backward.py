@@ -110,6 +110,11 @@ def backward(
     dk.zero_()
     dv.zero_()
     queries = q.shape[2]
+    if not out.numel():
+        for t in (dq, delta, dmask):
+            if t is not None:
+                t.zero_()
+        return
     call = _Gradients(size=ctypes.sizeof(_Gradients), scale=scale, softcap=softcap)
     call.batch, call.heads, call.queries, call.head_dim = q.shape
     call.key_heads, call.keys, call.value_dim = v.shape[1:]
