@@ -74,7 +74,7 @@ class _Part:
 def run(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     """Fill ``wanted``; see ``training.backward``."""
     q, k, v = call.q, call.k, call.v
-    dtype, key_heads, num_queries = saved.lse.dtype, k.shape[1], q.shape[2]
+    dtype, key_heads = saved.lse.dtype, k.shape[1]
     # Of broadcast keys, biases and sinks many heads have a share: they are summed here.
     sums = {
         name: torch.zeros(like.shape, dtype=dtype, device=q.device)

@@ -209,7 +209,7 @@ def _refuses(shape: Shape, approximation: Approximation) -> str | None:
 
 
 def _run(call: Call) -> None:
-    from distr_compile.lowering import cpu  # which calls this module for every other estimator
+    from distr_compile.lowering import cpu  # which calls this module
 
     cpu.run(call, fused=True)
 

@@ -432,7 +432,7 @@ def _run(call: Call, by_pointers: bool = False) -> None:
         Q, K = factors(call.q, call.k, call.mask, call.bases)
         call = replace(call, q=Q, k=K).exactly()
     # The strict form has PyTorch's calls between its launches, which no plan repeats.
-    if call.key is None or how.strict:
+    if call.key is None or call.is_prefix:
         attention(call, by_pointers=by_pointers)
         return
     seed = None if call.dropout is None else call.dropout.seed

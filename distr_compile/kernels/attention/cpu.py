@@ -1,4 +1,4 @@
-"""The fused CPU kernel ``cpu.cpp``: its arguments, checked and handed over by ctypes.
+"""The fused CPU kernel ``cpu.cpp``: its arguments, handed over by ctypes.
 
 The first question, ``unavailable_reason()``, builds or loads the library (``build.py``).
 """
@@ -52,7 +52,7 @@ class DroppedWeights(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """``struct Call`` of ``cpu.cpp``, field by field."""
+    """``struct Call`` of ``engine.h``, field by field."""
 
     _fields_ = (
         ("size", _int64),

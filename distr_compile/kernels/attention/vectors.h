@@ -117,11 +117,12 @@ inline vf tanh_of(vf x) {
   return size < 0.625f ? x + x * z * p : far;
 }
 
-// Two rows of fp32 as bf16 pairs, lane by lane, the first in the low half; rounded to nearest even.
+// Rounded to nearest even.
 inline uint32_t bf16_of(float x) {
   uint32_t u = bits<uint32_t>(x);
   return x != x ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
 }
+// Two rows of fp32 as bf16 pairs, lane by lane, the first in the low half.
 inline vi pair_of(vf low, vf high) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,

@@ -218,7 +218,7 @@ class _Call:
 
     @property
     def cut(self) -> tuple[int, int, int, int]:
-        """Chunks of a block of Q, chunks of K, partial matrices and their sums; see ``_cut``."""
+        """Chunks of a block of Q, chunks of K, partial matrices and their sums."""
         num_rows, num_keys = self.Q.shape[2], self.K.shape[2]
         # Of the longest block: beside ``earlier`` ones, which are whole, few rows may be left.
         rows = self.block if self.earlier or self.places else min(self.block, num_rows)
