@@ -65,6 +65,22 @@ def rows_of_tile(places, b, tile, block, num_rows, tiles_per_block, ROWS: tl.con
         return i, first, tl.minimum((i + 1) * block, num_rows)
 
 
+@triton.jit
+def rows_of_block(places, b, i, block, num_rows):
+    """First row that uses block i of an entry, and one past the last; none where it has no such."""
+    if places is not None:
+        low = tl.load(places + 5 * b)
+        high = tl.load(places + 5 * b + 1)
+        begin = tl.load(places + 5 * b + 2)
+        rows = tl.load(places + 5 * b + 4)
+        last = tl.maximum(_ceil(tl.load(places + 5 * b + 3) - begin, rows), 1) - 1
+        first = tl.where(i == 0, low, begin + i * rows)
+        stop = tl.where(i == last, high, begin + (i + 1) * rows)
+        return first, tl.where(i > last, first, stop)
+    else:
+        return i * block, tl.minimum((i + 1) * block, num_rows)
+
+
 @triton.jit(do_not_specialize=["heads", "num_rows", "num_keys"])
 def _last_seen_kernel(
     mask,

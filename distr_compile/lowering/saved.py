@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distr_compile.estimators import MOST_AUTO_BLOCKS, arithmetic, auto_grouping_block
 from distr_compile.kernels.attention.dropout import Dropout
-from distr_compile.lowering.call import Approximation, Call
+from distr_compile.lowering.call import Approximation
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,3 @@ def number_of_blocks(num_queries: int, how: Approximation, has_mask: bool) -> in
     if has_mask and not how.block and not how.strict:
         return MOST_AUTO_BLOCKS
     return 1 if block >= num_queries else -(-num_queries // block)
-
-
-def rows_of_a_block(call: Call, saved: Saved) -> int:
-    """The query rows that share A and B, at least 1; all of them where the call is exact.
-
-    Of a call without a mask, which may say where blocks lie.
-    """
-    num_queries = max(1, call.q.shape[2])
-    if saved.bases is None or saved.bases[0].shape[2] == 1:
-        return num_queries
-    return call.approximation.block_of(num_queries)

@@ -58,7 +58,8 @@ class Case:
         dtype: of the inputs, a name in torch.
         head_dim: d.
         rank: r.
-        variant: "plain", "causal", "bias", "softcap" or "dropout".
+        variant: "plain", "causal", "bias", "softcap", "dropout", or "padding", which is a mask of
+            keys that says where the grouping blocks lie.
     """
 
     dtype: str
@@ -68,12 +69,12 @@ class Case:
 
 
 PLAN = (
-    ("float16", "plain causal bias softcap dropout", "128/64"),
-    ("float16", "plain causal dropout", "64/32"),
+    ("float16", "plain causal bias softcap dropout padding", "128/64"),
+    ("float16", "plain causal dropout padding", "64/32"),
     ("float16", "causal dropout", "128/32"),
     ("float16", "causal", "64/16 64/64 128/128"),
-    ("bfloat16", "causal", "128/64"),
-    ("float32", "plain causal dropout", "64/32 128/64"),
+    ("bfloat16", "causal padding", "128/64"),
+    ("float32", "plain causal dropout padding", "64/32 128/64"),
     ("float32", "plain", "64/64 128/16 128/32"),
 )
 
@@ -95,6 +96,7 @@ def compile_case(architecture: str, case: Case) -> Iterator[Row]:
 
     from distr_compile.kernels.attention.dropout import Dropout
     from distr_compile.kernels.attention.triton_bwd import attention_bwd
+    from distr_compile.kernels.blocks import Places
     from distr_compile.lowering.tiles import backward_tile_for
 
     N, d, r, dtype = 4096, case.head_dim, case.rank, getattr(torch, case.dtype)
@@ -105,6 +107,8 @@ def compile_case(architecture: str, case: Case) -> Iterator[Row]:
     tile = backward_tile_for(architecture, width=d, rank=r, dtype=dtype)
     basis = meta(2, 8, 2, d, r, dtype=torch.float32)
     wide = [meta(2, 8, N, d) for _ in range(6)]
+    masks = {"bias": meta(1, 8, N, N), "padding": meta(2, 1, 1, N, dtype=torch.bool)}
+    places = Places(meta(2, 5, dtype=torch.int32), None, 2, 2048)
     dropout = Dropout(0.1, meta(dtype=torch.int64), heads=8)
     compiled: list[Any] = []
     with compiling(architecture, compiled.append):
@@ -112,7 +116,7 @@ def compile_case(architecture: str, case: Case) -> Iterator[Row]:
             meta(2, 8, N, r),
             meta(2, 8, 2 if r < d else 1, N, r),
             wide[0],
-            meta(1, 8, N, N) if case.variant == "bias" else None,
+            masks.get(case.variant),
             wide[1],
             meta(2, 8, N, dtype=torch.float32),
             wide[2],
@@ -127,6 +131,7 @@ def compile_case(architecture: str, case: Case) -> Iterator[Row]:
             dk=wide[4],
             dv=wide[5],
             delta=meta(2, 8, N, dtype=torch.float32),
+            places=places if case.variant == "padding" else None,
         )
     cuts = {"_keys_bwd": tile.for_keys, "_queries_bwd": tile.for_queries}
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distr_compile.kernels.attention.triton_bwd import BackwardTile, Cut, attention_bwd
+from distr_compile.kernels.blocks import Places
 from tests.kernels.test_backward_cpu import CASES, Case, draw
 
 ON_GPU = torch.cuda.is_available()
@@ -109,3 +110,44 @@ def test_bits_repeat() -> None:
     case = Call(sizes, **options)
     first, second = (case.gradients(torch.float16, SMALL) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_places() -> None:
+    """Blocks that lie in each batch entry as a mask says, and differently from entry to entry."""
+    sizes = (3, 4, 2, 50, 44, 32, 24)
+    ends = [(0, 50, 0, 50, 16), (0, 50, 20, 50, 16), (0, 50, 9, 41, 32)]
+    blocks_of = [4, 2, 1]
+    case = Call(sizes, rank=16, block=13, offset=5)  # of four blocks
+    A, B = (t.double() for t in case.bases)
+    q, k, v = (t.double().requires_grad_() for t in (case.q, case.k, case.v))
+    rows = torch.arange(50)
+    block = torch.stack(
+        [
+            ((rows - first) // size).clamp(0, number - 1)
+            for (_, _, first, _, size), number in zip(ends, blocks_of, strict=True)
+        ]
+    )
+    entry = torch.arange(3)[:, None]
+    own_A = A.repeat_interleave(2, 1)[entry, :, block].movedim(1, 2)  # (B, H, N, d, r)
+    own_B = B.repeat_interleave(2, 1)[entry, :, block].movedim(1, 2)
+    Qhat = torch.einsum("bhnd,bhndr->bhnr", q, own_A)
+    wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
+    s = torch.einsum("bhnr,bhmd,bhndr->bhnm", Qhat, wide_k, own_B) * case.options["scale"]
+    s = s.masked_fill(torch.arange(44) > rows[:, None] + 5, -math.inf)
+    out = s.softmax(-1) @ wide_v
+    out.backward(case.grad.double())
+    made = [torch.empty_like(t, dtype=torch.float32, device=DEVICE) for t in (q, k, v)]
+    given = [
+        *(Qhat.detach(), (k.detach()[:, :, None] @ B), v.detach(), None, out.detach()),
+        *(s.logsumexp(-1).detach(), case.grad),
+    ]
+    attention_bwd(
+        *(None if t is None else t.to(DEVICE, torch.float32) for t in given),
+        **{**case.options, "grouping_block": 1, "bases": tuple(t.to(DEVICE) for t in case.bases)},
+        tile=SMALL,
+        **dict(zip(("dq", "dk", "dv"), made, strict=True)),
+        places=Places(torch.tensor(ends, dtype=torch.int32, device=DEVICE), None, 4, 32),
+    )
+    for got, wanted in zip(made, (q.grad, k.grad, v.grad), strict=True):
+        bound = 8 * torch.finfo(torch.float32).eps * wanted.norm().item()
+        assert (got.cpu().double() - wanted).norm().item() <= bound

@@ -28,6 +28,7 @@ NAMES = (
     *("17 rows", "197 rows", "width 24", "width 80", "signed, blocks", "sample, causal"),
     *("projection, two rounds", "calibrated", "rows that see nothing", "soft cap"),
     *("a mask without gradient", "keys without gradient", "exact by rank", "exact by length"),
+    *("padding", "padding, causal", "padding, hashed"),
 )
 
 
@@ -61,13 +62,9 @@ def near(name: str, dtype: torch.dtype, got: Any, exact: Any, low: Any) -> None:
 
 
 def expected(name: str) -> list[str]:
-    """What runs: nothing of ours where a mask may say where grouping blocks begin."""
-    sizes, mask, options = CASES[name]
-    if mask is None:
-        return ["distr-triton", "backward"]
-    if options["rank"] < sizes[5] and options["estimator"] != "calibrated":
-        return []
-    is_trained = mask not in ("bool", "padding") and "without gradient" not in name
+    """What runs: not our backward where the mask has a gradient."""
+    mask = CASES[name][1]
+    is_trained = mask not in (None, "bool", "padding") and "without gradient" not in name
     return ["distr-triton"] if is_trained else ["distr-triton", "backward"]
 
 
@@ -89,9 +86,13 @@ def test_dropout(name: str, ran: list[str]) -> None:
     near(name, dtype, got, exact, low)
 
 
-def test_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "of_a_head"),
+    [("signed, blocks", 2 * 50 + 4 * 24), ("padding, hashed", 2 * 60 + 4 * 60)],
+)
+def test_workspace(name: str, of_a_head: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head by head, where no more fits."""
-    whole = by_op("signed, blocks", torch.float32)
+    whole = by_op(name, torch.float32)
     sizes: list[int] = []
     factors = cuda_training._factors
 
@@ -101,11 +102,12 @@ def test_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
         return Qhat, Khat
 
     monkeypatch.setattr(cuda_training, "_factors", spy)
-    one_head = (2 * 50 + 4 * 24) * 16 * 4
-    for limit, parts in ((one_head, 4), (2 * one_head, 2)):
+    batch, _, key_heads, *_ = CASES[name][0]
+    one_head = of_a_head * 16 * 4
+    for limit, parts in ((one_head, batch * key_heads), (key_heads * one_head, batch)):
         monkeypatch.setattr(cuda_training, "WORKSPACE_BYTES", limit)
         sizes.clear()
-        again = by_op("signed, blocks", torch.float32)
+        again = by_op(name, torch.float32)
         assert len(sizes) == 2 * parts
         assert max(sizes) <= limit
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
@@ -114,12 +116,13 @@ def test_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_computes_what() -> None:
     shape = Shape(2, 4, 2, 200, 160, 64, 48, True, None, torch.float16, torch.device("cpu"))
     how = Approximation("projection", 32)
-    assert training.names(shape, how) == ("distr-triton", "distr-triton", {})
+    padded = shape._replace(mask=((2, 1, 1, 160), torch.bool))
+    for computed in (shape, padded):
+        assert training.names(computed, how) == ("distr-triton", "distr-triton", {})
     for shape_, how_, mask_grad, why in (
         (shape, Approximation("projection", 32, strict=True), False, "the strict form"),
         (shape._replace(head_dim=256), how, False, "takes widths up to 128"),
         (shape, how, True, "gives no gradient to a mask"),
-        (shape._replace(mask=((2, 1, 1, 160), torch.bool)), how, False, "takes no mask that may"),
         (shape._replace(dtype=torch.float64), how, False, "do not compute in fp64"),
         (
             shape._replace(num_queries=10**5, num_keys=10**5),

@@ -24,6 +24,7 @@ from torch import Tensor
 from distr_compile.kernels.attention.dropout import Dropout
 from distr_compile.kernels.attention.triton_arguments import dropped, power_of_two, strides
 from distr_compile.kernels.attention.triton_bwd_kernels import _delta, _keys_bwd, _queries_bwd
+from distr_compile.kernels.blocks import Places
 from distr_compile.kernels.padding import cdiv
 from distr_compile.kernels.plan import launch
 
@@ -92,6 +93,7 @@ def attention_bwd(
     dk: Tensor,
     dv: Tensor,
     delta: Tensor | None = None,
+    places: Places | None = None,
 ) -> None:
     """Gradients of softmax(scale * Qhat Khat^T + mask) V by Q, K and V; Qhat is Q A, and Khat K B.
 
@@ -119,6 +121,8 @@ def attention_bwd(
             then dv and V have a batch of 1 too.
         dv: ``(B or 1, H_k, M, d_v)`` likewise.
         delta: ``(B, H, N)`` fp32 contiguous, is filled with the sums of ``grad`` times ``out``.
+        places: where the blocks lie, in the place of ``grouping_block``: L is the number that it
+            says. Every row uses a block of it.
     """
     batch, heads, num_queries, _ = Qhat.shape
     key_heads, blocks, num_keys = Khat.shape[1:4]
@@ -135,6 +139,8 @@ def attention_bwd(
     # The kernels read their rows as r numbers one after another.
     A, B = (None, None) if bases is None else (t.contiguous() for t in bases)
     block = max(1, num_queries if blocks == 1 else grouping_block)
+    if places:
+        block = max(1, places.rows)
     # Tiles are no longer than the longest block.
     length = min(block, num_queries)
     # What both kernels take; only ``BLOCK_R`` differs, see ``_padded_rank``.
@@ -149,7 +155,7 @@ def attention_bwd(
     }
     seed = None if dropout is None else dropout.seed
     inputs = {"Qhat": Qhat, "Khat": Khat, "V": V, "Mask": mask, "Seed": seed, "Grad": grad}
-    inputs |= {"Lse": lse, "Delta": delta}
+    inputs |= {"Lse": lse, "Delta": delta, "Ends": places and places.ends}
     with torch.cuda.device_of(Qhat):
         if num_queries and batch * heads:
             _launch_delta(out, grad, delta)
@@ -179,9 +185,12 @@ def attention_bwd(
             tiles_per_block = cdiv(block, cut["BLOCK_M"])
             # The last block may be shorter, and take fewer tiles.
             last = cdiv(num_queries - (blocks - 1) * block, cut["BLOCK_M"])
+            tiles = (blocks - 1) * tiles_per_block + last
+            if places:
+                tiles = cdiv(num_queries, cut["BLOCK_M"]) + blocks - 1
             launch(
                 _queries_bwd,
-                ((blocks - 1) * tiles_per_block + last, batch * heads),
+                (tiles, batch * heads),
                 **inputs,
                 A=A,
                 DQ=dq,

@@ -10,6 +10,7 @@ import math
 import triton
 import triton.language as tl
 
+from distr_compile.kernels.triton_places import rows_of_block, rows_of_tile
 from distr_compile.kernels.triton_random import is_kept
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -124,6 +125,7 @@ def _keys_bwd(
     Grad,
     Lse,
     Delta,
+    Ends,
     B,
     DK,
     DV,
@@ -207,8 +209,7 @@ def _keys_bwd(
         b = key_b * shares + part // blocks
         block = (part % blocks).to(tl.int64)
         # Rows [start, stop) of the block; none where causality hides the tile from all of it.
-        start = part % blocks * grouping_block
-        stop = tl.minimum(start + grouping_block, num_queries)
+        start, stop = rows_of_block(Ends, b, part % blocks, grouping_block, num_queries)
         if IS_CAUSAL:  # the first row that sees a key of the tile
             start = tl.maximum(start, first_key - causal_offset)
         tiles = tl.maximum(stop - start + BLOCK_M - 1, 0) // BLOCK_M
@@ -346,6 +347,7 @@ def _queries_bwd(
     Grad,
     Lse,
     Delta,
+    Ends,
     A,
     DQ,
     scale,
@@ -406,9 +408,11 @@ def _queries_bwd(
     tile, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     key_h = h // rep
-    block = tile // tiles_per_block
-    first_row = block * grouping_block + tile % tiles_per_block * BLOCK_M
-    stop_row = tl.minimum((block + 1) * grouping_block, num_queries)
+    block, first_row, stop_row = rows_of_tile(
+        Ends, b, tile, grouping_block, num_queries, tiles_per_block, BLOCK_M
+    )
+    if Ends is not None and first_row >= stop_row:
+        return
     rows = first_row + tl.arange(0, BLOCK_M)
     is_row = rows < stop_row
     wide_rows = rows.to(tl.int64)
