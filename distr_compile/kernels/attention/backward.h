@@ -19,6 +19,7 @@
 
 #include <atomic>
 
+#include "amx.h"
 #include "dropout.h"
 #include "vectors.h"
 
@@ -209,19 +210,6 @@ template <bool PAIRS> struct Backward {
         store(to + i / 2 * QUERY_TILE + u, pair_of(low, high));
       }
   }
-  // n rows of `padded` numbers as bf16.
-  static void narrow(const float* from, int64_t n, int64_t padded, float* to) {
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    for (int64_t i = 0; i < n * padded; i += LANES) {
-      const __m256bh x = _mm512_cvtneps_pbh((__m512)load<vf>(from + i));
-      std::memcpy(out + i, &x, 2 * LANES);
-    }
-#else
-    for (int64_t i = 0; i < n * padded; i++) out[i] = uint16_t(bf16_of(from[i]));
-#endif
-  }
-
   void read_tile(const Head& h, const Tile& t, Scratch& s) const {
     const int64_t at_rp = t.place * QUERY_TILE * rp, at_dp = t.place * QUERY_TILE * dp;
     float *hat = s.hat.rows + at_rp, *grad = s.grad + t.place * QUERY_TILE * vp;
@@ -315,11 +303,11 @@ template <bool PAIRS> struct Backward {
     const float *k = PAIRS ? side.k_words : side.k, *v = PAIRS ? s.v_words : s.v_rows;
     const int64_t k_row = words_of(PAIRS, side.padded), v_row = words_of(PAIRS, vp);
     // S^T = Khat Qhat^T times the factor, dP^T = V dO^T, both [key][QUERY_TILE].
-    product<PAIRS, false>(reinterpret_cast<const char*>(k + from * k_row), 4 * k_row,
+    product_by_rows<PAIRS>(reinterpret_cast<const char*>(k + from * k_row), 4 * k_row,
                           side.rows_t + t.place * QUERY_TILE * side.padded, QUERY_TILE, n,
                           words_of(PAIRS, side.width), t.vectors,
                           {s.scores, QUERY_TILE, factor, nullptr});
-    product<PAIRS, false>(reinterpret_cast<const char*>(v + from * v_row), 4 * v_row,
+    product_by_rows<PAIRS>(reinterpret_cast<const char*>(v + from * v_row), 4 * v_row,
                           s.grad_t + t.place * QUERY_TILE * vp, QUERY_TILE, n, words_of(PAIRS, dv),
                           t.vectors, {s.d_scores, QUERY_TILE, 1.f, nullptr});
     const bool has_bias = c.mask_kind != NONE, by_row = has_bias && c.mask_strides[2];
@@ -368,7 +356,7 @@ template <bool PAIRS> struct Backward {
               bases ? s.k_rows : s.hat.k);
     read_rows(at(c.v, c.v_strides, batch, head, key), c.v_strides[2], c.v_strides[3], n, n, dv, vp,
               s.v_rows);
-    if (PAIRS) narrow(s.v_rows, n, vp, s.v_words);
+    if (PAIRS) narrow(s.v_rows, n * vp, s.v_words);
   }
   // n keys of a side, from `from` on, in panels of ROWS columns (then 4, 2, 1), one after another.
   void pack_panels(const Side& side, int64_t from, int64_t n) const {
@@ -460,11 +448,11 @@ template <bool PAIRS> struct Backward {
           product<false, false>(reinterpret_cast<char*>(s.k_rows), 4 * dp,
                                 basis(c.b, c.basis_strides, h, block), rp, known, d,
                                 int(rp / LANES), {s.hat.k, rp, 1.f, nullptr});
-        if (PAIRS) narrow(s.hat.k, known, rp, s.hat.k_words);
+        if (PAIRS) narrow(s.hat.k, known * rp, s.hat.k_words);
         pack_panels(s.hat, 0, known);
         if (c.strict) {
           zero(s.exact.d_k, n * dp);
-          if (PAIRS) narrow(s.exact.k, n, dp, s.exact.k_words);
+          if (PAIRS) narrow(s.exact.k, n * dp, s.exact.k_words);
           pack_panels(s.exact, known, n - known);
         }
         meet(h, first, stop, block, key, n, known, s);
@@ -502,6 +490,7 @@ template <bool PAIRS> struct Backward {
 
   static void work(int64_t begin, int64_t end, void* context) {
     Backward& e = *static_cast<Backward*>(context);
+    [[maybe_unused]] const TileRegisters registers;
     for (int64_t worker = begin; worker < end; worker++) {
       Scratch s = e.scratch(e.c.workspace + worker * e.scratch_bytes());
       std::fill(s.ones, s.ones + QUERY_TILE, 1.f);

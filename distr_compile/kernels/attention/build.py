@@ -30,7 +30,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "backward.h", "dropout.h", "engine.h", "projection.h", "vectors.h")
+SOURCES = ("cpu.cpp", "amx.h", "backward.h", "dropout.h", "engine.h", "projection.h", "vectors.h")
 """What the library is built from, beside this file; the first is compiled, the others included."""
 
 FUNCTIONS = (

@@ -9,9 +9,9 @@
 //
 // So softmax works up and down columns (no sum across lanes), and K need not be transposed. Sums
 // over keys start anew in every key tile, which keeps fp32 errors at those of a blocked product.
-// bf16 inputs are multiplied by AVX-512's bf16 dot products where the CPU has them; otherwise bf16
-// and fp16 are converted to fp32 when they are packed. Nothing here depends on the number of
-// threads but the order in which tasks run: results have equal bits.
+// bf16 inputs are multiplied as such where the CPU has tiles (amx.h) or bf16 dot products (AVX-512);
+// otherwise bf16 and fp16 are converted to fp32 when they are packed. Nothing here depends on the
+// number of threads but the order in which tasks run: results have equal bits.
 
 #include "backward.h"
 #include "engine.h"
@@ -33,22 +33,37 @@ template <bool PAIRS> __attribute__((noinline)) float chains(int64_t rounds, flo
   return ((a + b) + (c + d) + (e + f) + (g + h) + (i + j) + (k + l))[0];
 }
 
+// Calls `act` with the engine of a call: of bf16 products where the CPU has them.
+template <class F> int64_t with_engine(const Call& call, const F& act) {
+  auto on = [&](auto&& engine) { return act(engine); };
+  if (call.dtype == BF16) {
+    if constexpr (TAKES_PAIRS) return on(Engine<true, false>(call));
+    if constexpr (MAY_HAVE_TILES)
+      if (has_tiles()) return on(Engine<true, true>(call));
+  }
+  return on(Engine<false, false>(call));
+}
+
+template <class F> int64_t with_backward(const Gradients& call, const F& act) {
+  auto on = [&](auto&& backward) { return act(backward); };
+  if constexpr (HAS_BF16_DOT)
+    if (call.dtype == BF16 && (TAKES_PAIRS || has_tiles())) return on(Backward<true>(call));
+  return on(Backward<false>(call));
+}
+
 }  // namespace
 
 extern "C" {
 
-// -1: the caller's struct has another size. Engine<true>, Backward<true>: bf16 dot products.
+// -1: the caller's struct has another size.
 __attribute__((visibility("default"))) int64_t distr_workspace(const Call* call) {
   if (call->size != int64_t(sizeof(Call))) return -1;
-  if (HAS_BF16_DOT && call->dtype == BF16) return Engine<true>(*call).workspace();
-  return Engine<false>(*call).workspace();
+  return with_engine(*call, [](auto& engine) { return engine.workspace(); });
 }
 
 __attribute__((visibility("default"))) int64_t distr_attention(const Call* call) {
   if (call->size != int64_t(sizeof(Call))) return -1;
-  if (HAS_BF16_DOT && call->dtype == BF16) Engine<true>(*call).run();
-  else Engine<false>(*call).run();
-  return 0;
+  return with_engine(*call, [](auto& engine) { return engine.run(), 0; });
 }
 
 __attribute__((visibility("default"))) int64_t distr_bases_workspace(const Bases* call) {
@@ -63,19 +78,17 @@ __attribute__((visibility("default"))) int64_t distr_bases(const Bases* call) {
 
 __attribute__((visibility("default"))) int64_t distr_backward_workspace(const Gradients* call) {
   if (call->size != int64_t(sizeof(Gradients))) return -1;
-  if (HAS_BF16_DOT && call->dtype == BF16) return Backward<true>(*call).workspace();
-  return Backward<false>(*call).workspace();
+  return with_backward(*call, [](auto& backward) { return backward.workspace(); });
 }
 
 __attribute__((visibility("default"))) int64_t distr_backward(const Gradients* call) {
   if (call->size != int64_t(sizeof(Gradients))) return -1;
-  if (HAS_BF16_DOT && call->dtype == BF16) Backward<true>(*call).run();
-  else Backward<false>(*call).run();
-  return 0;
+  return with_backward(*call, [](auto& backward) { return backward.run(), 0; });
 }
 
 // What the machine's peak is measured with: returns the floating point operations that were done.
 __attribute__((visibility("default"))) int64_t distr_peak(int64_t bf16, int64_t rounds) {
+  if (bf16 && has_tiles()) return tile_chains(rounds);
   const bool pairs = HAS_BF16_DOT && bf16;
   const volatile float kept =
       pairs ? chains<HAS_BF16_DOT>(rounds, .5f) : chains<false>(rounds, .5f);

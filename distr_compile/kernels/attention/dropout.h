@@ -44,9 +44,9 @@ inline void philox(vu group, vu row, uint32_t head, uint64_t seed, vu* words) {
 }
 
 // What the weights of n keys from `key` on, a multiple of 4, and of some rows of a head from `row`
-// on are multiplied by, [key][QUERY_TILE]: `stays`, or 0 where they are dropped.
+// on are multiplied by, [key][all]: `stays`, or 0 where they are dropped.
 void read_dropout(const Dropout& d, int64_t batch, int64_t head, int64_t row, int64_t key,
-                  int64_t n, int vectors, float stays, float* to) {
+                  int64_t n, int vectors, float stays, float* to, int64_t all = QUERY_TILE) {
   const uint32_t number = uint32_t(d.head + batch * d.heads + head);
   for (int u = 0; u < vectors; u++) {
     const vu rows = bits<vu>(iota()) + uint32_t(d.row + row + u * LANES);
@@ -56,7 +56,7 @@ void read_dropout(const Dropout& d, int64_t batch, int64_t head, int64_t row, in
       philox(uint32_t((key + j) / 4) - vu{}, rows, number, uint64_t(d.seed), words);
       for (int64_t i = 0; i < 4 && j + i < n; i++) {
         const vi is_kept = bits<vi>(words[i] >= uint32_t(d.threshold));  // all bits set, or none
-        store(to + (j + i) * QUERY_TILE + u * LANES, bits<vf>(is_kept & bits<vi>(splat(stays))));
+        store(to + (j + i) * all + u * LANES, bits<vf>(is_kept & bits<vi>(splat(stays))));
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "amx.h"
 #include "vectors.h"
 
 // The arguments of one call: blocks first_block to first_block + blocks of all units, a unit being
@@ -171,7 +172,7 @@ struct Projection {
     std::memset(C, 0, 4 * matrix);
     float largest = 0, now = 1;  // so far: the largest number, what rows are divided by
     const int64_t stride = keys ? c.k_strides[3] : c.q_strides[4];
-    const bool in_pairs = HAS_BF16_DOT && c.dtype == BF16 && stride == 1;
+    const bool in_pairs = TAKES_PAIRS && c.dtype == BF16 && stride == 1;
     for (int64_t head = 0; head < (keys ? 1 : c.rep); head++)
       for (int64_t row = range.first; row < range.stop; row += KEY_TILE) {
         const int64_t n = std::min<int64_t>(KEY_TILE, range.stop - row);

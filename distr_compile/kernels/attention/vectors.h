@@ -103,6 +103,23 @@ inline vf exp_negative(vf x) {
 #endif
 }
 
+// e^(x factor) likewise for a result that is rounded to bf16: of relative error 9e-8.
+inline vf exp_of_pairs(vf x, float factor) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const vf y = x * (factor * LOG2E);
+  const vf f = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf p = splat(0.0013264727f);
+  p = p * f + 0.0096715127f;
+  p = p * f + 0.055507337f;
+  p = p * f + 0.24022242f;
+  p = p * f + 0.69314698f;
+  p = p * f + 1.f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(y - f));  // f is 0 where y is -inf
+#else
+  return exp_negative(x * factor);
+#endif
+}
+
 // tanh: an odd polynomial (minimax, 5e-9) near 0, where the quotient would cancel.
 inline vf tanh_of(vf x) {
   vf size = bits<vf>(bits<vi>(x) & 0x7fffffff), z = x * x;
@@ -134,6 +151,19 @@ inline vi pair_of(vf low, vf high) {
   vi x{};
   for (int i = 0; i < LANES; i++) x[i] = int32_t(bf16_of(low[i]) | bf16_of(high[i]) << 16);
   return x;
+#endif
+}
+
+// Numbers as bf16, n of them, a multiple of LANES.
+inline void narrow(const float* from, int64_t n, void* to) {
+  uint16_t* out = static_cast<uint16_t*>(to);
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __m256bh x = _mm512_cvtneps_pbh((__m512)load<vf>(from + i));
+    std::memcpy(out + i, &x, 2 * LANES);
+  }
+#else
+  for (int64_t i = 0; i < n; i++) out[i] = uint16_t(bf16_of(from[i]));
 #endif
 }
 
@@ -199,13 +229,13 @@ template <bool PAIRS> inline vf multiply_add(vf sum, int32_t x, vf y) {
   return sum + splat(bits<float>(x)) * y;
 }
 
-// Where a product goes: to[i][u] = sum * factor, or of a panel to[i][u] * rescale[u] + sum.
+// Where a product goes: to[i][u] = sum * factor, or with rescale to[i][u] * rescale[u] + sum.
 struct Target {
   float* to;
   int64_t words;         // from one row to the next
   float factor;
-  const float* rescale;  // of PANEL products only
-  bool add = false;      // to[i][u] + sum * factor instead; not of PANEL products
+  const float* rescale;  // or null
+  bool add = false;      // to[i][u] + sum * factor instead; not with rescale
 };
 
 // R rows by C vectors of the product, whose sums are over c < n of left(i, c) * right[c][u]. The
@@ -229,7 +259,8 @@ void product_block(const char* left, int64_t row_bytes, const float* right, int6
   for (int i = 0; i < R; i++)
     for (int u = 0; u < C; u++) {
       float* p = target.to + i * target.words + u * LANES;
-      if (PANEL) store(p, load<vf>(p) * load<vf>(target.rescale + u * LANES) + sum[i][u]);
+      if (target.rescale)
+        store(p, load<vf>(p) * load<vf>(target.rescale + u * LANES) + sum[i][u]);
       else if (target.add) store(p, load<vf>(p) + sum[i][u] * target.factor);
       else store(p, sum[i][u] * target.factor);
     }
@@ -265,7 +296,7 @@ void product(const char* left, int64_t row_bytes, const float* right, int64_t ri
                                : product_columns<PAIRS, PANEL, 1>;
     columns(left, row_bytes, right + u * LANES, right_words, rows, n, target);
     target.to += step * LANES;
-    if (PANEL) target.rescale += step * LANES;
+    if (target.rescale) target.rescale += step * LANES;
   }
 }
 
@@ -305,9 +336,10 @@ void read_words(bool pairs, const void* from, int64_t kind, int64_t stride, int6
   if (width % 2) std::memset(q + width, 0, 2);
 }
 
-// Up to QUERY_TILE rows as [word][QUERY_TILE], rows that are missing 0. `buffer`: LANES rows.
+// Up to `all` rows as [word][all], rows that are missing 0. `buffer`: LANES rows.
 void read_transposed(bool pairs, const char* from, int64_t kind, int64_t row_stride, int64_t stride,
-                     int64_t rows, int64_t width, float* buffer, float* to) {
+                     int64_t rows, int64_t width, float* buffer, float* to,
+                     int64_t all = QUERY_TILE) {
   const int64_t words = words_of(pairs, width), padded = round_up(words, LANES);
   for (int64_t first = 0; first < rows; first += LANES) {
     // LANES rows into the buffer, from where LANES words of each are transposed.
@@ -323,16 +355,16 @@ void read_transposed(bool pairs, const char* from, int64_t kind, int64_t row_str
       for (int i = 0; i < LANES; i++) x[i] = load<vf>(buffer + i * padded + c);
       transpose(x);
       for (int64_t i = 0; i < std::min<int64_t>(LANES, words - c); i++)
-        store(to + (c + i) * QUERY_TILE + first, x[i]);
+        store(to + (c + i) * all + first, x[i]);
     }
   }
 }
 
-// Up to QUERY_TILE rows of a mask, of n keys from element `place` on, as fp32 [key][QUERY_TILE]; of
-// one that is broadcast over rows, one number a key. False where it hides every key from every row.
+// Up to `all` rows of a mask, of n keys from element `place` on, as fp32 [key][all]; of one that is
+// broadcast over rows, one number a key. False where it hides every key from every row.
 // `buffer`: LANES rows of KEY_TILE words.
 bool read_mask(const void* mask, int64_t place, int64_t kind, int64_t row_stride, int64_t stride,
-               int64_t rows, int64_t n, float* buffer, float* to) {
+               int64_t rows, int64_t n, float* buffer, float* to, int64_t all = QUERY_TILE) {
   const int64_t bytes = element_bytes(kind);
   const char* from = static_cast<const char*>(mask) + place * bytes;
   bool seen = false;
@@ -359,7 +391,7 @@ bool read_mask(const void* mask, int64_t place, int64_t kind, int64_t row_stride
       vf x[LANES];
       for (int i = 0; i < LANES; i++) x[i] = load<vf>(buffer + i * KEY_TILE + j);
       transpose(x);
-      for (int i = 0; i < LANES; i++) store(to + (j + i) * QUERY_TILE + first, x[i]);
+      for (int i = 0; i < LANES; i++) store(to + (j + i) * all + first, x[i]);
     }
   }
   return seen;
