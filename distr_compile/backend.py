@@ -451,7 +451,9 @@ def _graph_key(
     module: Any = id(frame.module) if frame.module is not None else 0
     if shared is not None:
         module = shared.blocks
-    return (frame.code_key, module, tuple(shapes))
+    # The same frame compiled for another value of a flag is another graph, and both may run.
+    does = [(str(node.target), str(node.args)) for node in gm.graph.nodes if node.op != "get_attr"]
+    return (frame.code_key, module, tuple(shapes), hash(tuple(does)))
 
 
 def _exact_kernels(result: Result, example_inputs: Sequence[Any]) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from distr_compile.passes.decide import Decision, decide
 from distr_compile.passes.rewrite import names_of_bases, rewrite, rewrite_exact
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, Unmatched
 from distr_compile.passes.timing import Stopwatch
-from distr_compile.passes.vocabulary import shape_of
+from distr_compile.passes.vocabulary import shape_of, target_name
 from distr_compile.policy import LayerPlan
 from distr_compile.reporting import NotAttention, Reason, SiteRow
 
@@ -50,6 +50,14 @@ class Placed:
             interior = sorted(self.found.interior)
             return [interior[0], self.found.anchor, interior[-1]]
         return [self.found.anchor]
+
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """Why it stays exact by where it stands: its gradient may be a formula of the model's."""
+        if any(target_name(call) == "autograd_function_apply" for call in self.calls):
+            return (Reason("gradients", "a torch.autograd.Function has a backward of its own"),)
+        return ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def apply(
         served_by = enumerate(choice.of_blocks, start=len(rows))
         if isinstance(found, AttentionSite):
             count = layers[: len(sites)].count(choice.name), layers.count(choice.name)
-            decision = decide(found, choice.plan, choice.extra)
+            decision = decide(found, choice.plan, (*choice.extra, *place.reasons))
             site = _Site(found, place.graph, site_name(choice.name, *count), len(rows), decision)
             if decision.is_distr and ESTIMATORS[choice.plan.estimator].needs == "bases":
                 owners = choice.of_blocks.values() or (choice.name,)

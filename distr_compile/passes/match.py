@@ -121,8 +121,17 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     """
     memory, nodes = flow.memory, set(site.interior)
     read_too = {n for node in nodes for n in node.all_input_nodes}
-    if site.requires_grad and any(flow.cuts_gradient(n, site.output) for n in nodes):
+    # Also where V records none: the output of a call of ours would record that of Q and K.
+    is_recorded = site.output not in memory.without_grad
+    if is_recorded and any(flow.cuts_gradient(n, site.output) for n in nodes):
         raise RefusedError("gradients", "a gradient is cut inside the attention: detach, no_grad")
+    if any(memory.is_laid_anew(n) for n in nodes | read_too):
+        raise RefusedError("in-place-write", "sizes or strides of a tensor change in place")
+    wide = site.compute_dtype if isinstance(site, OpenSite) else None
+    own = voc.fake(site.output).dtype
+    if memory.autocasts & nodes and wide is not None and wide.itemsize > own.itemsize:
+        text = "the scores are computed outside of autocast, and the weights used inside of it"
+        raise RefusedError("mixed-dtype", text)
     if nodes & memory.transformed:
         raise RefusedError("transform", _TRANSFORM)
     values = [x for n in nodes | read_too if (x := voc.tensor_of(n)) is not None]

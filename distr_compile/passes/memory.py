@@ -49,6 +49,7 @@ class Memory:
         pure: those of them that do nothing but compute a value: they write nothing.
         dead: pure nodes whose value nobody reads, directly or through others.
         without_grad: nodes that run where autograd does not record.
+        autocasts: nodes that run where autocast is on.
         transformed: nodes inside a ``torch.func`` transform or a level of forward-mode AD.
     """
 
@@ -58,6 +59,7 @@ class Memory:
         self.dead: set[fx.Node] = set()
         self.transformed: set[fx.Node] = set()
         self.without_grad: set[fx.Node] = set()
+        self.autocasts: set[fx.Node] = set()
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
@@ -101,6 +103,16 @@ class Memory:
         hits = [g for storage in self.storages(node) for g in written.get(storage, [])]
         is_whole = own is not None and bool(hits) and all(own.same(g) for g in hits)
         return writers[-1] if is_whole else None
+
+    def is_laid_anew(self, node: fx.Node) -> bool:
+        """Whether sizes or strides of a node's tensor are not those that it was made with.
+
+        The graph knows the last ones: of ``x.transpose_(0, 1)`` those afterwards, for all readers.
+        """
+        made, now = self._geometry.get(node), _geometry(value_of(node))
+        if made is None or now is None:
+            return False
+        return not same_shape(made.numbers[1:], now.numbers[1:])
 
     # -- filled in by the run ---------------------------------------------------------------------
 
@@ -190,6 +202,8 @@ class _Run:
                     self.memory.transformed.add(node)
                 level += min(change, 0)
                 self._visit(node)
+                if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                    self.memory.autocasts.add(node)
             for context in reversed(self.autocast):
                 context.__exit__(None, None, None)
 
@@ -207,7 +221,8 @@ class _Run:
             written = {storage: [] for storage in self._given(node)}
         elif seen.is_known and node.op != "output":
             memory.known.add(node)
-            if value is not None and not seen.written:
+            is_check = target_name(node) == "_assert_tensor_metadata"  # of an exported program
+            if (value is not None or is_check) and not seen.written:
                 memory.pure.add(node)
         for storage, geometries in seen.written.items() if seen is not None else ():
             for name in self._closure(storage):

@@ -224,15 +224,24 @@ def _before_expand(see: See, node: fx.Node, head: int) -> tuple[fx.Node, int] | 
 
 
 def common_dtype(
-    see: See, q: Operand, k: Operand, v: Operand, product: fx.Node, out: fx.Node
+    see: See,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    product: fx.Node,
+    out: fx.Node,
+    *,
+    keeps_upcast: bool = False,
 ) -> tuple[Operand, Operand, torch.dtype | None]:
     """Q and K without an upcast that changed no value, and the dtype to compute the call in.
 
     That is None where Q, K, V and the output have one dtype already, or autocast gives them one. A
     model that computes its scores in fp32 (rotary tables, QK norm) and has a half V gets fp32: its
-    scores are worth more than half precision to it.
+    scores are worth more than half precision to it. ``keeps_upcast`` says that they would be, as a
+    tensor multiplies them, which goes into Q.
     """
-    q, k = (_without_upcast(see, x, fake(v.node).dtype) for x in (q, k))
+    if not keeps_upcast:
+        q, k = (_without_upcast(see, x, fake(v.node).dtype) for x in (q, k))
     own = fake(out).dtype
     dtypes = {fake(x.node).dtype for x in (q, k, v)}
     if dtypes == {own}:

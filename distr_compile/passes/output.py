@@ -43,9 +43,14 @@ def _order_matters(memory: Memory, out: fx.Node) -> bool:
             name, op = target_name(user), read(user)
             if memory.writers(user, user, last):
                 return True
-            if name in _TAKES_ANY_ORDER or isinstance(op, voc.Product) or user in memory.dead:
+            if user in memory.dead:
                 continue
-            if name not in _PASSES_IT_ON and not isinstance(op, _POINTWISE):
+            # A reshape that is a view keeps the order: what reads it has it before itself.
+            is_view = isinstance(op, voc.Reshape) and memory.storages(user) & memory.storages(node)
+            if name in _TAKES_ANY_ORDER or isinstance(op, voc.Product):
+                if not is_view:
+                    continue
+            elif name not in _PASSES_IT_ON and not isinstance(op, _POINTWISE):
                 return True
             stack.append(user)
     return False

@@ -205,10 +205,8 @@ def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> Non
 
 
 def _size_of(flow: Flow, factor: Any, reader: fx.Node) -> float | None:
-    """How large a factor of the scores is; of a symbolic one, when the graph was traced."""
+    """How large a factor of the scores is; a symbolic one may be anything in the next call."""
     number = flow.constants.number(factor, reader)
-    if number is None:
-        number = getattr(getattr(voc.value_of(factor), "node", None), "hint", None)
     return abs(float(number)) if number else None
 
 

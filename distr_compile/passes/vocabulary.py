@@ -274,6 +274,12 @@ def _parameters(reader: Reader) -> tuple[int | None, frozenset[str]]:
     return None if takes_all else len(by_place), frozenset(p.name for p in parameters)
 
 
+_HARMLESS = frozenset(
+    "out inplace memory_format _stacklevel copy non_blocking layout device pin_memory".split()
+)
+"""Keywords that change no value of a result."""
+
+
 def _ask(reader: Reader, node: fx.Node) -> Op | None:
     """What a reader answers, given those arguments of a node that it has a parameter for.
 
@@ -281,6 +287,9 @@ def _ask(reader: Reader, node: fx.Node) -> Op | None:
     read by its place only: rewriting may repeat such a call over another one.
     """
     count, names = _parameters(reader)
+    is_told = "node" in names or reader in _READ_BY_SIZES  # it looks at them itself
+    if not is_told and node.kwargs.keys() - names - _HARMLESS:
+        return None
     named = {"node": node, **node.kwargs}
     try:
         op = reader(*node.args[:count], **{k: v for k, v in named.items() if k in names})
@@ -336,9 +345,14 @@ def _baddbmm(input: Any, batch1: Any, batch2: Any, *, alpha: Any = 1, beta: Any 
     return Product(batch1, batch2, alpha=alpha, beta=beta, addend=None if beta == 0 else input)
 
 
-def _softmax(input: Any, dim: Any = None, *more: Any, dtype: Any = None) -> Op | None:
+def _softmax(
+    input: Any, dim: Any = None, *more: Any, axis: Any = None, dtype: Any = None
+) -> Op | None:
     if dtype is None:
         dtype = next((a for a in more if isinstance(a, torch.dtype)), None)
+    dim = axis if dim is None else dim
+    if dim is None:  # as F.softmax has it
+        dim = 0 if len(shape_of(input)) in (0, 1, 3) else 1
     is_read = isinstance(dim, int)
     return Softmax(input, dim % max(len(shape_of(input)), 1), dtype) if is_read else None
 
@@ -491,8 +505,8 @@ def _getitem(x: Any, index: Any, /) -> Op | None:
     return Reshape(x) if all(e is None or e is Ellipsis or e == whole for e in entries) else None
 
 
-def _dropout(input: Any, p: Any = 0.5, training: Any = True) -> Op | None:
-    is_idle = training is False or (isinstance(p, int | float) and p == 0)
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, *, train: Any = True) -> Op | None:
+    is_idle = training is False or train is False or (isinstance(p, int | float) and p == 0)
     return Identity(input) if is_idle else Dropout(input, p)
 
 
@@ -534,6 +548,9 @@ _TABLE: tuple[tuple[Reader, str, str, str], ...] = (
     (_dropout, "", "dropout", "dropout"),
     (Sdpa, "", "scaled_dot_product_attention", "scaled_dot_product_attention"),
 )
+_READ_BY_SIZES = (Reshape, Expand, Identity)
+"""Readers of calls whose keywords the sizes of their results tell."""
+
 _NAMESPACES = (torch, F, torch.special, torch.linalg, operator)
 
 _METHODS = {name: reader for reader, names, _, _ in _TABLE for name in names.split()}
@@ -565,9 +582,15 @@ def read(node: Any) -> Op | None:
 # -- nodes that are attention, or may be, for the report ----------------------------------------
 
 _ANCHORS = {
-    **dict.fromkeys("softmax _softmax special_softmax softmin".split(), "softmax"),
+    **dict.fromkeys("softmax _softmax special_softmax softmin _safe_softmax".split(), "softmax"),
+    "gumbel_softmax": "softmax",
     **dict.fromkeys("flex_attention flex_attention_hop".split(), "flex"),
     "scaled_dot_product_attention": "sdpa",
+    "_scaled_dot_product_attention_math": "sdpa",
+    "_scaled_dot_product_flash_attention_for_cpu": "sdpa",
+    "_scaled_dot_product_flash_attention": "sdpa",
+    "_scaled_dot_product_efficient_attention": "sdpa",
+    "_scaled_dot_product_cudnn_attention": "sdpa",
 }
 _MODULES = {
     F.multi_head_attention_forward: "mha",
@@ -578,7 +601,7 @@ _MODULES = {
 def anchor_kind(node: fx.Node) -> str | None:
     """``"softmax"``, ``"sdpa"``, ``"mha"``, ``"encoder"`` or ``"flex"``: what a report counts."""
     name = target_name(node)
-    if name in {"exp", "div", "truediv", "divide", "true_divide"}:
+    if name in {"exp", "div", "div_", "truediv", "itruediv", "divide", "true_divide"}:
         return "softmax" if isinstance(read(node), Softmax) else None
     return _ANCHORS.get(name) or _MODULES.get(node.target)
 

@@ -35,7 +35,15 @@ from distr_compile.passes.site import (
     count,
     dropped,
 )
-from distr_compile.passes.steps import KINDS, Way, check_clamps, drops_sink, mask_of, replay
+from distr_compile.passes.steps import (
+    KINDS,
+    ScaleStep,
+    Way,
+    check_clamps,
+    drops_sink,
+    mask_of,
+    replay,
+)
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
 
@@ -355,9 +363,11 @@ class Walk(Way):
     ) -> tuple[Operand, Operand, tuple[Factor, ...], torch.dtype | None]:
         """Q and K without their upcasts and factors, these, and the dtype to compute in."""
         (q, k, v), see = operands, partial(self.flow.through, out=out)
-        q, k, _ = common_dtype(see, q, k, v, product, out)
+        has_tensor = any(isinstance(s, ScaleStep) and s.tensor is not None for s in self.steps)
+        common = partial(common_dtype, see, keeps_upcast=has_tensor)
+        q, k, _ = common(q, k, v, product, out)
         (q, q_factors), (k, k_factors) = take_scale(see, q), take_scale(see, k)
-        q, k, dtype = common_dtype(see, q, k, v, product, out)
+        q, k, dtype = common(q, k, v, product, out)
         if voc.is_tensor(op.alpha):
             raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
         alpha = () if op.alpha == 1 else (Factor(op.alpha),)
