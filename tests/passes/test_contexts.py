@@ -520,13 +520,9 @@ def test_time_of_the_matcher_is_linear() -> None:
     seconds = {}
     for count in (28, 112):
         graph = _repeat(gm, count)
-        nodes = len(graph.nodes)
-        best = float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            found = match.find(graph)
-            best = min(best, time.perf_counter() - start)
-        seconds[nodes] = best
+        start = time.process_time()
+        found = match.find(graph)
+        seconds[len(graph.nodes)] = time.process_time() - start
         assert len(found) == 10 * count
         assert all(isinstance(site, AttentionSite) for site in found)
     small, large = seconds
