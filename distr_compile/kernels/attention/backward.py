@@ -111,9 +111,9 @@ def backward(
     dv.zero_()
     queries = q.shape[2]
     if not out.numel():
-        for t in (dq, delta, dmask):
-            if t is not None:
-                t.zero_()
+        for given in (dq, delta, dmask):
+            if given is not None:
+                given.zero_()
         return
     call = _Gradients(size=ctypes.sizeof(_Gradients), scale=scale, softcap=softcap)
     call.batch, call.heads, call.queries, call.head_dim = q.shape
