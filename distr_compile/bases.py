@@ -137,7 +137,8 @@ def _sample(parameter: Tensor) -> bytes:
     count = parameter.numel()
     if not count or parameter.device.type == "meta":
         return b""
-    places = torch.linspace(0, count - 1, min(count, SAMPLE), dtype=torch.float64).round().long()
+    exact: Any = {"dtype": torch.float64, "device": "cpu"}
+    places = torch.linspace(0, count - 1, min(count, SAMPLE), **exact).round().long()
     index = torch.unravel_index(places, parameter.shape) if parameter.dim() else ()
     chosen = parameter[tuple(i.to(parameter.device) for i in index)]
     return chosen.reshape(-1).cpu().view(torch.uint8).numpy().tobytes()

@@ -333,7 +333,8 @@ def _ids(config: Any, shape: Sequence[int] | None) -> Tensor:
     limit = _first(text, "max_position_embeddings", "n_positions", default=TOKENS + 2) - 2
     size = tuple(shape or (BATCH, min(TOKENS, limit)))
     low = min(10, text.vocab_size - 1)  # the first ids are special tokens in most vocabularies
-    return torch.randint(low, text.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(low, text.vocab_size, size, generator=generator, device="cpu")
 
 
 def _pixels(config: Any, shape: Sequence[int] | None) -> Tensor:
@@ -398,7 +399,7 @@ def _no_weights(target: str, error: Exception, folder: str) -> TargetError:
 
 
 def _noise(shape: Sequence[int]) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _first(config: Any, *names: str, default: Any = None) -> Any:

@@ -136,7 +136,7 @@ def _sketched(digest: Digest, x: Tensor) -> Tensor:
     ``x`` is flat, fp64.
     """
     finite = x.isfinite()
-    rest = torch.empty(0) if finite.all() else torch.where(finite, 0, x)
+    rest = x.new_empty(0) if finite.all() else torch.where(finite, 0, x)
     x = torch.where(finite, x, 0)
     scale = x.abs().max().item() if len(x) else 0.0  # masks may be so large that squares overflow
     if scale == 0:

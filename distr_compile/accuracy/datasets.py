@@ -119,7 +119,8 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
         TargetError: the tokenizer knows no words or has no mask, the text is shorter than one row,
             or a row has no place for a token or more than the model takes.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(found, dtype=torch.int64, device="cpu")
     if text.strip() and not len(ids):
         raise TargetError(
             "--text: got no token from the tokenizer; accepted: a folder with the tokenizer "
@@ -147,7 +148,9 @@ def text_batches(model: Any, tokenizer: Any, text: str, kind: str, **sizes: int)
     if kind == "causal":
         inputs, labels = rows[:, :-1], rows[:, 1:]
     else:
-        ends = [[] if end is None else [torch.full((len(rows), 1), end)] for end in (first, last)]
+        ends = [
+            [] if end is None else [rows.new_full((len(rows), 1), end)] for end in (first, last)
+        ]
         inputs, labels = torch.cat([*ends[0], rows, *ends[1]], 1), None
     if kind == "masked":
         special = torch.ones_like(inputs, dtype=torch.bool)
@@ -180,7 +183,8 @@ def _masked(inputs: Tensor, special: Tensor, tokenizer: Any) -> tuple[Tensor, Te
             "--text: the tokenizer has no mask token, and the model is a masked language model; "
             "give --data pkg.module:loader"
         )
-    chance = torch.rand(inputs.shape, generator=Generator().manual_seed(0))
+    new: Any = {"dtype": torch.float32, "device": "cpu"}
+    chance = torch.rand(inputs.shape, generator=Generator().manual_seed(0), **new)
     asked = (chance < MASKED) & ~special
     asked[:, 1] |= ~asked.any(1)  # one at least
     labels = inputs.masked_fill(~asked, IGNORED)

@@ -106,7 +106,7 @@ def counted_positions(shape: torch.Size, batch: Batch, *, has_decoder: bool = Fa
     an argument is called ``decoder_...``. Masks and labels of another shape are of something else.
     """
     positions = shape[:-1]
-    counted = torch.ones(positions, dtype=torch.bool)
+    counted = torch.ones(positions, dtype=torch.bool, device="cpu")
     labels = _classes(batch, positions)
     if labels is not None:
         counted &= labels != IGNORED
@@ -180,7 +180,7 @@ def _classes(batch: Batch, positions: torch.Size) -> Tensor | None:
     if batch.labels is None:
         return None
     try:
-        labels = torch.as_tensor(batch.labels).cpu()
+        labels = torch.as_tensor(batch.labels, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
@@ -280,7 +280,7 @@ def _mean_over_labels(name: str, score: Callable[[Tensor, Tensor], Tensor]) -> S
 
 
 def _stacked(rows: list[tuple[float, int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 2)
 
 
 # --- with labels --------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def _macro_f1(rows: Tensor) -> float:
     hit, wrong, missed = rows.sum(0).view(3, -1)
     seen = hit + wrong + missed > 0
     if not seen.any():
-        _ratio(torch.zeros(1, 2))
+        _ratio(rows.new_zeros(1, 2))
     return float((2 * hit / (2 * hit + wrong + missed))[seen].mean())
 
 
@@ -339,7 +339,10 @@ def _from_scores(score: Score) -> Metric:
     name = getattr(score, "__name__", type(score).__name__)
 
     def statistic(output: Any, reference: Any, batch: Batch) -> Tensor:
-        scores = torch.as_tensor(score(output, batch)).detach().cpu().double()
+        found = score(output, batch)
+        if not isinstance(found, Tensor):  # whatever the default dtype is
+            found = torch.as_tensor(found, dtype=torch.float64, device="cpu")
+        scores = found.detach().cpu().double()
         if scores.dim() != 1:
             raise ValueError(
                 f"{name}: got scores of shape {tuple(scores.shape)}; accepted: (examples,), one "
@@ -373,7 +376,7 @@ def _powers(output: Any, reference: Any, batch: Batch) -> Tensor:
     counted = _counted(reference, batch)
     pairs = zip(_examples(ours, counted), _examples(exact, counted), strict=True)
     rows = [(b.square().sum().item(), (a - b).square().sum().item()) for a, b in pairs]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _decibels(rows: Tensor) -> float:
@@ -391,7 +394,7 @@ def _embeddings(output: Any, reference: Any, batch: Batch) -> Tensor:
     pairs = zip(_examples(ours, counted), _examples(exact, counted), strict=True)
     rows = [torch.cat([a.mean(0), b.mean(0)]) for a, b in pairs if len(b)]
     width = 2 * exact.shape[-1]
-    return torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.float64)
+    return torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.float64, device="cpu")
 
 
 def _rank_correlation(rows: Tensor) -> float:
@@ -402,7 +405,7 @@ def _rank_correlation(rows: Tensor) -> float:
             f"rank-correlation: got {len(rows)} examples; accepted: 3 or more, so that there are "
             "similarities to rank"
         )
-    first, second = torch.triu_indices(len(rows), len(rows), offset=1)
+    first, second = torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
     ours, exact = (F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT for x in rows.chunk(2, -1))
     return float(spearmanr(ours[first, second], exact[first, second]).statistic)
 

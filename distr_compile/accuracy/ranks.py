@@ -88,11 +88,11 @@ def exchange(work: Callable[[], bytes]) -> list[bytes]:
 
 def _gathered(data: bytes) -> list[bytes]:
     """The bytes of each process, filled up to one length on the way."""
-    length = torch.tensor([len(data)])
+    length = torch.tensor([len(data)], device="cpu")
     lengths = [torch.zeros_like(length) for _ in range(world())]
     dist.all_gather(lengths, length, _group)
     sizes = [int(n) for n in lengths]
-    sent = torch.zeros(max(sizes), dtype=torch.uint8)
+    sent = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
     sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts = [torch.empty_like(sent) for _ in sizes]
     dist.all_gather(parts, sent, _group)

@@ -83,14 +83,14 @@ def backward(call: Call, saved: Saved, grad: Tensor, wanted: Gradients) -> None:
     dk, dv = (
         to
         if to.dtype == torch.float32 and to.shape == like.shape
-        else torch.empty(like.shape, dtype=torch.float32)
+        else torch.empty(like.shape, dtype=torch.float32, device="cpu")
         for to, like in ((wanted.k, k), (wanted.v, v))
     )
     delta = None if wanted.sinks is None else torch.empty_like(saved.lse)
     dmask = None
     if wanted.mask is not None:
         sizes = (*(1,) * (4 - wanted.mask.dim()), *wanted.mask.shape)
-        dmask = torch.empty(sizes, dtype=torch.float32)
+        dmask = torch.empty(sizes, dtype=torch.float32, device="cpu")
     found = _Found(wanted.q, dk, dv, delta, dmask)
     spans = spans_of(call, saved.bases is not None)
     parts = [part for span in spans for part in _parts(span, call.q.shape[2])]
@@ -156,11 +156,11 @@ def _backward_of_part(
     if found.mask is not None:
         sums.append(sliced(found.mask, *of_rows))
     # The kernel fills what it is given: where parts are added, each has tensors of its own.
-    made = sums if parts == 1 else [torch.empty(t.shape, dtype=t.dtype) for t in sums]
+    made = sums if parts == 1 else [t.new_empty(t.shape) for t in sums]
     if bases is not None:
         few = slice(None) if bases[0].shape[0] == 1 else part.entries
         bases = (bases[0][few, :, part.blocks], bases[1][few, :, part.blocks])
-    own_delta = None if delta is None else torch.empty(delta[of_rows].shape)
+    own_delta = None if delta is None else delta.new_empty(delta[of_rows].shape)
     own = call.part(entries=part.entries, rows=part.rows)
     scores = own.scores
     backward_kernel.backward(

@@ -326,7 +326,8 @@ def arms(shape: Shape, how: Approximation, units: int) -> Arms:
     q, k, v, mask = tensors = inputs(shape, units)
     scale, heads = 1 / math.sqrt(shape.head_dim), q.shape[1]
     softcap = 30.0 if shape.softcap else 0.0
-    sinks = torch.zeros(heads, device=shape.device) if shape.sinks else None
+    new: dict[str, Any] = {"dtype": torch.float32, "device": shape.device}
+    sinks = torch.zeros(heads, **new) if shape.sinks else None
     offset = shape.causal_offset if shape.is_causal else None
     dropout_p = DROPOUT if shape.dropout else 0.0
     scores = Scores(scale, shape.is_causal, offset, softcap, dropout_p)

@@ -115,14 +115,14 @@ class Constants:
     def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> int:
         """The offset at one choice of sizes."""
         offset: int | None = None
-        keys = torch.arange(columns)
+        keys = torch.arange(columns, device="cpu")
         for chunk in program.chunks(rows):
             visible = _visible(self._timed(program, chunk), hidden)
             visible = visible.expand(*visible.shape[:-2], chunk.stop - chunk.start, columns)
             first = visible.reshape(-1, *visible.shape[-2:])[0]
             if offset is None:
                 offset = int(first[0].sum()) - 1
-            queries = torch.arange(chunk.start, chunk.stop)[:, None]
+            queries = torch.arange(chunk.start, chunk.stop, device="cpu")[:, None]
             if offset < 0 or not (visible == (keys <= queries + offset)).all():
                 raise _NotConstantError
         if offset is None or offset >= columns - 1 > 0:
@@ -231,11 +231,12 @@ class _Program:
         if is_wide and name in _FILLED:
             fill: Any = _FILLED[name]
             fill = argument(node, 1, "fill_value") if fill is None else fill
-            return torch.full((), fill, dtype=example.dtype).expand(chunk)
+            return torch.full((), fill, dtype=example.dtype, device="cpu").expand(chunk)
 
         def known(x: Any) -> Any:
             if isinstance(x, fx.Node) and x not in values:  # only its shape and dtype are looked at
-                return torch.empty((), dtype=value_of(x).dtype).expand(self._shape(value_of(x)))
+                of = value_of(x)
+                return torch.empty((), dtype=of.dtype, device="cpu").expand(self._shape(of))
             if isinstance(x, fx.Node):
                 return values[x]
             return torch.device("cpu") if isinstance(x, torch.device) else x

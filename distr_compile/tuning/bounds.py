@@ -58,7 +58,8 @@ def loss_with_bound(metric: Metric, exact: Tensor, rows: Tensor, confidence: flo
     generator = torch.Generator().manual_seed(0)
     losses: list[float] = []
     for _ in range(DRAWS if rows.shape[1] <= WIDE else FEWER):
-        half = torch.randperm(count, generator=generator)[: max(count // 2, 1)]
+        order = torch.randperm(count, generator=generator, device="cpu")
+        half = order[: max(count // 2, 1)]
         try:
             losses.append(metric.loss(metric.result(exact[half]), metric.result(rows[half])))
         except ValueError:  # nothing in it that counts, or too few

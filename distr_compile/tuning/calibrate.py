@@ -199,7 +199,9 @@ class _Observer:
             for part in SUMS
             if (sum_of := getattr(of, part)) is not None
         }
-        sums["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        sums["about"] = torch.tensor(
+            list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu"
+        )
         return save({name: each.cpu().contiguous() for name, each in sums.items()})
 
     def add(self, data: bytes, instrument: Instrument) -> None:

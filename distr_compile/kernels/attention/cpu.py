@@ -148,7 +148,8 @@ def _self_test(library: build.Library) -> str | None:
 
 def _wrong(library: build.Library) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 40, 40, generator=generator, device="cpu") for _ in range(3))
+    new: Any = {"dtype": torch.float32, "device": "cpu"}
+    q, k, v = (torch.randn(1, 2, 40, 40, generator=generator, **new) for _ in range(3))
     for dtype in DTYPES:
         inputs = [t.to(dtype) for t in (q, k, v)]
         options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
@@ -180,7 +181,9 @@ def _wrong_gradients(
     slope = value.sum(-1)[:, :, None] - (weights @ value).sum(-1, keepdim=True)
     by_score = weights * slope * options["scale"]
     wanted = [by_score @ key, by_score.mT @ query, weights.mT @ torch.ones_like(value)]
-    found = [torch.empty_like(inputs[0]), *(torch.empty(t.shape) for t in inputs[1:])]
+    # The kernel writes fp32, whatever the default dtype of the program is.
+    new: Any = {"dtype": torch.float32, "device": "cpu"}
+    found = [torch.empty_like(inputs[0]), *(torch.empty(t.shape, **new) for t in inputs[1:])]
     q, k, v = inputs
     made: dict[str, Any] = dict(zip(("dq", "dk", "dv"), found, strict=True))
     backward(q, k, v, None, out, lse.float(), torch.ones_like(out), lib=library, **made, **options)
