@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from distr_compile.accuracy.checkpoint import write_whole
+from distr_compile.policy.errors import sentence, shown
 
 FORMAT = "distr-baseline 1"
 LAYER_ERROR = "output error"
@@ -112,6 +113,18 @@ class Tolerance:
 
     relative: float
     absolute: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no loss can be held to.
+
+        Raises:
+            ValueError: a part that is no number, not finite, or less than 0.
+        """
+        for name, value in (("relative", self.relative), ("absolute", self.absolute)):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf:
+                accepted, advice = "a number >= 0", "give the share or amount that may move"
+                raise ValueError(sentence(f"tolerance: {name}", shown(value), accepted, advice))
 
     def allows(self, loss: float) -> float:
         """The largest move that is fine; none where the loss is infinite."""

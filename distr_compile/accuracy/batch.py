@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distr_compile.policy.errors import sentence, shown
+from distr_compile.accuracy.given import check_limit
+from distr_compile.policy.errors import check_type, sentence, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +20,9 @@ class Batch:
     """Arguments of one call of a model, and labels for the metrics that need them.
 
     Attributes:
-        args: positional arguments.
-        kwargs: keyword arguments; a mask called ``attention_mask`` also tells the metrics which
-            positions count.
+        args: positional arguments, a tuple or a list of them.
+        kwargs: keyword arguments, a mapping; a mask called ``attention_mask`` also tells the
+            metrics which positions count.
         labels: what the metric makes of it; the metrics here take a tensor of the classes of the
             output, of its shape without the last dimension, -100 where nothing is asked. The model
             does not see it.
@@ -31,19 +32,32 @@ class Batch:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Any = None
 
+    def __post_init__(self) -> None:
+        """Refuse arguments that are none.
+
+        Raises:
+            TypeError: ``args`` is no tuple or list, or ``kwargs`` no mapping.
+        """
+        advice = "one argument is written (x,), with a comma"
+        check_type("args", self.args, (tuple, list), "a tuple or list of arguments", advice)
+        accepted = "a mapping of names to arguments"
+        check_type("kwargs", self.kwargs, Mapping, accepted, "give a dict")
+        object.__setattr__(self, "args", tuple(self.args))
+
     @classmethod
     def of(cls, item: Any) -> Batch:
         """Take ``item`` as a batch.
 
         Args:
             item: a batch; a mapping of keyword arguments, such as a tokenizer's encoding; a tuple
-                of positional arguments; or one argument.
+                or a list of positional arguments, as a ``DataLoader`` over a ``TensorDataset``
+                gives; or one argument.
         """
         if isinstance(item, Batch):
             return item
         if isinstance(item, Mapping):
             return cls(kwargs=dict(item))
-        return cls(args=item if isinstance(item, tuple) else (item,))
+        return cls(args=tuple(item) if isinstance(item, tuple | list) else (item,))
 
     def call(self, model: Callable[..., Any]) -> Any:
         """Call ``model`` with the arguments and return its output."""
@@ -75,8 +89,10 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
 
     Raises:
         ValueError: ``batches`` is an iterator, which could be walked only once, or is nothing that
-            can be walked.
+            can be walked; or ``limit`` is less than 0.
+        TypeError: ``limit`` is no integer.
     """
+    limit = check_limit(limit, least=0)
     items = batches() if callable(batches) and not isinstance(batches, Iterable) else batches
     accepted = "a list, a data loader, or a function that returns an iterable"
     if items is batches and isinstance(items, Iterator):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distr_compile.accuracy.batch import Batch
+from distr_compile.policy.errors import check_type, sentence, shown
 
 IGNORED = -100
 """The label of a position at which nothing is asked."""
@@ -44,6 +45,24 @@ class Metric:
     ideal: float | None
     statistic: Statistic
     result: Callable[[Tensor], float]
+
+    def __post_init__(self) -> None:
+        """Refuse what no value can be made of.
+
+        Raises:
+            ValueError: ``better`` is another word.
+            TypeError: ``name`` is no string, ``ideal`` no number, or a function cannot be called.
+        """
+        check_type("name", self.name, str, "a string", "say what it is called in tables")
+        if self.better not in ("higher", "lower"):
+            advice = "say which values are better"
+            raise ValueError(sentence("better", shown(self.better), "'higher' or 'lower'", advice))
+        if self.ideal is not None:
+            advice = "leave it None for a metric that compares with labels"
+            check_type("ideal", self.ideal, (int, float), "a number or None", advice)
+        for name in ("statistic", "result"):
+            if not callable(given := getattr(self, name)):
+                raise TypeError(sentence(name, shown(given), "a function", "see Metric"))
 
     def loss(self, exact: float, value: float) -> float:
         """Say how much worse ``value`` is than ``exact``; negative where it is better.
@@ -117,12 +136,17 @@ def counted_positions(shape: torch.Size, batch: Batch, *, has_decoder: bool = Fa
     return counted
 
 
-def as_metrics(given: Iterable[Metric | str | Score]) -> list[Metric]:
-    """``as_metric`` of each.
+def as_metrics(given: Iterable[Metric | str | Score] | Metric | str | Score) -> list[Metric]:
+    """``as_metric`` of each; one that is in no list counts as a list of one.
 
     Raises:
         ValueError: as ``as_metric``; or two have one name.
+        TypeError: there is nothing to walk through.
     """
+    if isinstance(given, str | Metric) or (callable(given) and not isinstance(given, Iterable)):
+        given = (given,)
+    accepted = f"a list of {', '.join(METRICS)}, Metrics, or functions (output, batch) -> scores"
+    check_type("metrics", given, Iterable, accepted, "leave it out for what goes with the model")
     metrics = [as_metric(metric) for metric in given]
     names = [metric.name for metric in metrics]
     if twice := sorted({name for name in names if names.count(name) > 1}):

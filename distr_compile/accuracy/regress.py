@@ -34,11 +34,13 @@ from distr_compile.accuracy.baseline import (
 from distr_compile.accuracy.batch import Batch, Batches, add_to_digest, walk
 from distr_compile.accuracy.checkpoint import Checkpoint, key_of, write_whole
 from distr_compile.accuracy.evaluate import Compiled, compiled, device_of
+from distr_compile.accuracy.given import check_compiler, check_folder, check_limit
 from distr_compile.accuracy.instrument import layer_errors
 from distr_compile.accuracy.metrics import METRICS, Metric, Score, as_metrics, has_logits
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import fingerprint
 from distr_compile.policy import Policy
+from distr_compile.policy.errors import check_callable, check_type, sentence
 
 Policies = str | os.PathLike[str] | Policy | Mapping[str, Any]
 
@@ -117,7 +119,7 @@ def regress(
     batches: Batches,
     policies: Policies,
     *,
-    metrics: Iterable[Metric | str | Score] = (),
+    metrics: Iterable[Metric | str | Score] | Metric | str | Score = (),
     name: str | None = None,
     baseline: str | os.PathLike[str] | None = None,
     update_baseline: bool = False,
@@ -140,12 +142,12 @@ def regress(
     Args:
         model: a module in eval mode, on its device; batches are moved there.
         batches: a list, a data loader, or a function that returns an iterable: what can be walked
-            more than once. An item is a ``Batch``, a dict of keyword arguments, a tuple of
-            positional ones, or one argument.
+            more than once. An item is a ``Batch``, a dict of keyword arguments, a tuple or
+            list of positional ones, or one argument.
         policies: one policy (a path, a :class:`Policy`, or a dict of the shape of the file), or
             a mapping of names to policies.
-        metrics: names, see ``metrics.METRICS``; a ``Metric``; or a function (output, batch) -> one
-            score for each example, higher is better.
+        metrics: one or several: a name, see ``metrics.METRICS``; a ``Metric``; or a function
+            (output, batch) -> one score for each example, higher is better.
         name: of the model, in tables and in the baseline; its class by default.
         baseline: the JSON file to compare with.
         update_baseline: write this model's part of ``baseline`` instead of comparing with it.
@@ -165,15 +167,26 @@ def regress(
 
     Raises:
         ValueError: no batch, a model in training mode, a metric that does not fit, two metrics of
-            one name, a policy without a name, a baseline that is none.
-        FileNotFoundError: the baseline does not exist, and is not to be written.
+            one name, no policy or one without a name, a baseline that is none, an option that is
+            not accepted.
+        TypeError: a model that cannot be called, a tolerance that is none.
+        FileNotFoundError: the baseline does not exist, and is not to be written; or its folder or
+            that of ``out`` does not.
         PolicyError: a policy is wrong, for itself or for this model.
     """
+    check_callable(model)
     named = _named(policies)
     path = None if baseline is None else Path(baseline)
-    for file in (path, None if out is None else Path(out)):
+    for what, file in (("baseline", path), ("out", None if out is None else Path(out))):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent}; make it first")
+        if file is not None:
+            check_folder(file, what)
+    for what, each in (("tolerance", tolerance), ("other_tolerance", other_tolerance)):
+        advice = f"give Tolerance({each!r}, 1e-4)" if isinstance(each, float) else "leave it out"
+        check_type(what, each, Tolerance, "a Tolerance(relative, absolute)", advice)
+    check_compiler(compiler)
+    limit = check_limit(limit)
     if update_baseline and path is None:
         raise ValueError("update_baseline: got no baseline; give the path of the file to write")
     if path is not None and not update_baseline and ranks.is_first():
@@ -236,6 +249,10 @@ _TABLES = {"default", "rule", "bases"}
 
 
 def _named(policies: Policies) -> dict[str, Policy]:
+    if isinstance(policies, Mapping) and not policies:
+        accepted = "a policy, or a mapping of names to policies"
+        advice = "give Policy() for the one that says nothing"
+        raise ValueError(sentence("policies", "an empty mapping", accepted, advice))
     if isinstance(policies, Mapping) and not policies.keys() <= _TABLES:
         if _EXACT in policies:
             raise ValueError(

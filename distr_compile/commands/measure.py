@@ -65,10 +65,10 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from distr_compile.accuracy.given import check_folder
     from distr_compile.kernels.attention.cpu import unavailable_reason
     from distr_compile.lowering.spelling import SpellingError, read_call
     from distr_compile.measuring import measure_calls, measure_model, pinned
-    from distr_compile.tuning.tune import check_folder
 
     if options.json:
         try:

@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("--metric: got several; accepted: one, which the budget is of", USAGE)
 
     from distr_compile.accuracy.batch import walk
-    from distr_compile.tuning.tune import check_folder, tune
+    from distr_compile.accuracy.given import check_folder
+    from distr_compile.tuning.tune import tune
 
     files = {"--out": options.out, "--plot": options.plot, "--json": options.json}
     for what, path in files.items():

@@ -23,13 +23,16 @@ from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches, walk
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.accuracy.evaluate import device_of
+from distr_compile.accuracy.given import check_folder, check_limit
 from distr_compile.accuracy.instrument import Call, Instrument, Site
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
 from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
 from distr_compile.kernels.counted import counted_rows
 from distr_compile.kernels.projection.reference import RIDGE
+from distr_compile.naming import canonical
 from distr_compile.policy import Policy, Rule
+from distr_compile.policy.errors import check_type
 
 COMPUTES = ("calibrated",)
 """The estimators whose bases are made here, of those that need bases."""
@@ -81,8 +84,8 @@ def calibrate(
         model: the module that will be compiled: that very object's names and weights are in the
             file. Usually in eval mode; batches are moved to its device.
         batches: a list, a data loader, or a function that returns an iterable, of calls: a
-            ``Batch``, a dict of keywords such as a tokenizer's encoding, a tuple of positional
-            arguments, or one argument.
+            ``Batch``, a dict of keywords such as a tokenizer's encoding, a tuple or list of
+            positional arguments, or one argument.
         policy: bases are made for the layers to which it gives the estimator "calibrated"; its
             ``[bases]`` are not looked at. None: for all layers.
         path: the safetensors file to write, whole or not at all.
@@ -95,12 +98,16 @@ def calibrate(
         The bases, and the attentions without any.
 
     Raises:
-        ValueError: no batch, batches that can be walked only once, or no attention for which bases
-            could be made.
-        PolicyError: the policy or a pattern is wrong.
+        ValueError: no batch, batches that can be walked only once, a path that cannot be written,
+            or no attention for which bases could be made: no row of finite numbers counts.
+        TypeError: no module.
+        PolicyError: the policy or a pattern is wrong, or a pattern names no module.
         NoArithmeticError: the policy gives a layer an estimator that needs other bases than these.
     """
-    wanted = _wanted(policy, layers)
+    check_type("model", model, nn.Module, "a torch.nn.Module", "give the one to be compiled")
+    check_folder(path)
+    limit = check_limit(limit)
+    wanted = _wanted(model, policy, layers)
     observer = _Observer()
     instrument = Instrument(observer, wanted)
     count = 0
@@ -130,9 +137,9 @@ def calibrate(
     made = {
         name: observer.statistics[name].bases()
         for name in instrument.usable
-        if name in observer.statistics and observer.statistics[name].rows
+        if name in observer.statistics and observer.statistics[name].are_counted
     }
-    unseen = dict.fromkeys(instrument.sites, "no row of the data was counted")
+    unseen = dict.fromkeys(instrument.sites, "no finite row of the data was counted")
     refused = {**unseen, **instrument.exact, **instrument.mixed}
     refused = {name: why for name, why in refused.items() if name not in made}
     if not made:
@@ -149,11 +156,17 @@ def calibrate(
     return Calibration(Path(path), hashlib.sha256(data).hexdigest(), bases, refused)
 
 
-def _wanted(policy: Any, layers: str | Sequence[str] | None) -> Callable[[str], bool]:
+def _wanted(
+    model: nn.Module, policy: Any, layers: str | Sequence[str] | None
+) -> Callable[[str], bool]:
     checked = None if policy is None else Policy.from_any(policy)
     patterns = [layers] if isinstance(layers, str) else list(layers or ("*",))
     # As a policy, so that a bad pattern is told as everywhere.
-    rules: tuple[Rule, ...] = Policy(rule=[{"layers": p, "rounds": 1} for p in patterns]).rule
+    given = Policy(rule=[{"layers": p, "rounds": 1} for p in patterns])
+    if layers is not None:
+        names = canonical(model)
+        given.check_layers({*names, *names.values()})
+    rules: tuple[Rule, ...] = given.rule
 
     def wanted(layer: str) -> bool:
         if not any(rule.matches(layer) for rule in rules):
@@ -250,11 +263,18 @@ class Statistics:
             return 0
         return round(self.query_rows.cpu().double().mean().item() / self._rep)
 
+    @property
+    def are_counted(self) -> bool:
+        """Whether there is a row of Q and one of K."""
+        counts = (self.query_rows, self.key_rows)
+        return all(count is not None and bool(count.any()) for count in counts)
+
     def add(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Add one call of the op.
 
         Args:
-            q: ``(B, H, N, d)``; entries that are not finite count as 0.
+            q: ``(B, H, N, d)``; entries that are not finite count as 0, and rows of nothing else
+                not at all.
             k: ``(B or 1, H_k, M, d)``.
             mask: as the op takes it.
         """
@@ -286,16 +306,14 @@ class Statistics:
 
 def _gram(rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """X^T X per key head, and its number of rows; of ``(b, H_k, rep, n, d)``."""
-    b, key_heads, rep, n, _ = rows.shape
+    b = rows.shape[0]
     exact = torch.float32 if rows.device.type == "mps" else torch.float64
     kept = rows.isfinite()
-    if counted is None:
-        count = torch.full((key_heads,), b * rep * n, device=rows.device)
-    else:
+    if counted is not None:
         # A mask may have the batch size where K, shared by all entries, has not.
         b = max(b, counted.shape[0])
         kept = kept & counted[..., None]
-        count = counted.expand(b, key_heads, rep, n).sum((0, 2, 3))
+    count = kept.any(-1).sum((0, 2, 3))
     X = rows.to(exact).where(kept, 0).expand(b, -1, -1, -1, -1).transpose(0, 1).flatten(1, 3)
     return X.mT @ X, count
 

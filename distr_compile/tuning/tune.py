@@ -27,6 +27,7 @@ from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.accuracy.evaluate import device_of
+from distr_compile.accuracy.given import check_compiler, check_folder, check_share
 from distr_compile.accuracy.metrics import Metric, Score, as_metric
 from distr_compile.accuracy.progress import progress_bar
 from distr_compile.policy import Policy
@@ -100,6 +101,7 @@ def tune(
     """
     as_of_metric = as_metric(metric)
     _check(model, budget, as_of_metric, held_out, confidence)
+    check_compiler(compiler)
     if path is not None:
         check_folder(path)
     base = Policy() if policy is None else Policy.from_any(policy)
@@ -131,19 +133,6 @@ def tune(
         return tuner.run(None if path is None else Path(path), command)
 
 
-def check_folder(path: str | os.PathLike[str], what: str = "path") -> None:
-    """Tell before anything is measured that a file cannot be written.
-
-    Raises:
-        ValueError: its folder is missing, or it is a folder itself.
-    """
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
-        raise ValueError(
-            f"{what}: got {os.fspath(path)!r}; accepted: a file in a folder that exists; create "
-            "the folder, or write elsewhere"
-        )
-
-
 def _check(
     model: object, budget: float, metric: Metric, held_out: float, confidence: float
 ) -> None:
@@ -160,8 +149,7 @@ def _check(
             "value, less than 1; write 0.01 for 1 %"
         )
     for name, value in (("held_out", held_out), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name}: got {value!r}; accepted: a number between 0 and 1")
+        check_share(name, value)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import UserDict
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from distr_compile.accuracy.batch import Batch, add_to_digest, walk
 
@@ -25,8 +27,11 @@ def test_arguments_of_every_kind() -> None:
     given = [(x, y), {"x": x, "y": y}, UserDict(x=x, y=y), Batch((x,), {"y": y}, labels=1)]
     assert [Batch.of(item).call(model).item() for item in given] == [13, 13, 13, 13]
     assert Batch.of(x).call(nn.Identity()) is x
-    one_list = [x, y]  # a list is one argument
-    assert Batch.of(one_list).call(lambda xs: len(xs)) == 2
+    (rows,) = DataLoader(TensorDataset(torch.ones(4), torch.zeros(4)), batch_size=4)
+    assert isinstance(rows, list)  # whose parts are arguments
+    assert Batch.of(rows).call(model).tolist() == [1, 1, 1, 1]
+    assert Batch.of(([x, y],)).call(lambda xs: len(xs)) == 2
+    assert Batch([x, y]).args == (x, y)  # type: ignore[arg-type]
     assert Batch.of(given[3]) is given[3]
 
 
@@ -52,6 +57,26 @@ def test_walks_again_and_stops_at_the_limit() -> None:
 def test_an_iterator_is_refused() -> None:
     with pytest.raises(ValueError, match="got generator, which can be walked only once"):
         list(walk(x for x in [1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"args": torch.ones(2, 3)}, r"^args: got tensor.*one argument is written \(x,\), with"),
+        ({"args": {"x": 1}}, r"^args: got .*accepted: a tuple or list of arguments; "),
+        ({"kwargs": [1]}, r"^kwargs: got \[1\] \(list\); accepted: a mapping of names"),
+    ],
+)
+def test_what_is_no_arguments(given: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=re.compile(told, re.DOTALL)):
+        Batch(**given)
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(-1, ValueError), (1.5, TypeError)])
+def test_limits_that_are_none(limit: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^limit: got .*accepted: a number of batches >= 0, or None"):
+        list(walk([1, 2], limit))
+    assert len(list(walk([1, 2], np.int64(1)))) == 1  # type: ignore[arg-type]
 
 
 def digest(value: Any, tolerant: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -298,3 +299,17 @@ def test_names_and_mistakes() -> None:
         metric: Metric = METRICS[name]
         with pytest.raises(ValueError, match="no position that counts"):
             metric.result(metric.statistic(LOGITS, LOGITS, nothing))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "told"),
+    [
+        ({"better": "Higher"}, ValueError, "better: got 'Higher' (str); accepted: 'higher' or"),
+        ({"ideal": "1"}, TypeError, "ideal: got '1' (str); accepted: a number or None"),
+        ({"name": None}, TypeError, "name: got None (NoneType); accepted: a string"),
+        ({"result": 3}, TypeError, "result: got 3 (int); accepted: a function"),
+    ],
+)
+def test_metrics_that_are_none(change: dict[str, Any], kind: type[Exception], told: str) -> None:
+    with pytest.raises(kind, match=re.escape(told)):
+        dataclasses.replace(METRICS["top1"], **change)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor
 import distr_compile
 from distr_compile import Batch, Regression, regress
 from distr_compile.accuracy import checkpoint, sameness
+from distr_compile.accuracy.baseline import Tolerance
 from distr_compile.accuracy.evaluate import evaluate
 from distr_compile.accuracy.instrument import layer_errors
+from distr_compile.accuracy.metrics import METRICS, as_metrics
 from distr_compile.accuracy.regress import held_against
 from tests.tiny_models import noise, stack
 
@@ -172,6 +176,51 @@ def test_mistakes(tmp_path: Path) -> None:
         run(metrics=[lambda output, batch: 0, lambda output, batch: 1])
     with pytest.raises(ValueError, match="policies: got one whose name is empty"):
         run(policies={"": POLICY})
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        ({"tolerance": 0.02}, TypeError, "tolerance: got 0.02 (float); accepted: a Tolerance("),
+        (
+            {"compiler": "indutcor"},
+            ValueError,
+            "compiler: got 'indutcor' (str); accepted: inductor",
+        ),
+        ({"out": "."}, ValueError, "out: got '.'; accepted: a file in a folder that exists"),
+        ({"baseline": ".", "update_baseline": True}, ValueError, "baseline: got '.'; accepted: a"),
+        ({"limit": -1}, ValueError, "limit: got -1; accepted: a number of batches >= 1, or None"),
+        ({"policies": {}}, ValueError, "policies: got an empty mapping; accepted: a policy, or"),
+        ({"metrics": 3}, TypeError, "metrics: got 3 (int); accepted: a list of top1"),
+        ({"model": None}, TypeError, "model: got None (NoneType); accepted: a module or a"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    options: dict[str, object], kind: type[Exception], told: str
+) -> None:
+    def never() -> Iterator[Batch]:
+        raise AssertionError("measured")
+
+    arguments = {"model": stack(), "batches": never, "policies": POLICY, **options}
+    with pytest.raises(kind, match=re.escape(told)):
+        regress(**arguments)  # type: ignore[arg-type]
+
+
+def test_one_metric_needs_no_list() -> None:
+    by_name = run(BATCHES[:1], metrics="cosine").result.policies["policy"].metrics
+    assert list(by_name) == list(
+        run(BATCHES[:1], metrics=["cosine"]).result.policies["policy"].metrics
+    )
+    assert as_metrics(METRICS["kl"]) == [METRICS["kl"]]
+    assert [metric.name for metric in as_metrics(len)] == ["len"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", [-1, float("nan"), float("inf"), "0.1", True])
+def test_tolerances_that_are_none(part: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^tolerance: relative: got .*; accepted: a number >= 0; "
+    ):
+        Tolerance(part, 0.0)
 
 
 def stopped(out: Path, count: int, **options: object) -> None:

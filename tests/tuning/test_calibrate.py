@@ -22,7 +22,7 @@ from distr_compile import Batch, cli, explain
 from distr_compile.bases import Bases, fingerprint
 from distr_compile.cli import FOUND_ERROR, OK, USAGE, main
 from distr_compile.commands import calibrate as command
-from distr_compile.policy import Policy
+from distr_compile.policy import Policy, PolicyError
 from distr_compile.tuning.calibrate import Statistics, calibrate, nested_bases
 from tests.saved_models import TEXT, saved_gpt2
 from tests.tiny_models import HEADS, KEY_HEADS, WIDTH, Attention, noise, stack
@@ -269,6 +269,41 @@ def test_calls_of_one_layer_have_bases_each(tmp_path: Path) -> None:
     policy = policy.with_bases(result.path, hashlib.sha256(data).hexdigest())
     torch.compiler.reset()
     assert relative(run(model, policy, x), model(x).detach()) > 1.2 * error
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        ({"path": "no/such/b"}, ValueError, "path: got 'no/such/b'; accepted: a file in a folder"),
+        ({"limit": -1}, ValueError, "limit: got -1; accepted: a number of batches >= 1"),
+        ({"model": None}, TypeError, "model: got None (NoneType); accepted: a torch.nn.Module"),
+        (
+            {"layers": ["layers.0", "layres.1"]},
+            PolicyError,
+            'got "layres.1", which names no module of the model; accepted: ',
+        ),
+    ],
+)
+def test_mistakes_are_told_before_the_model_runs(
+    options: dict[str, Any], kind: type[Exception], told: str, tmp_path: Path
+) -> None:
+    def never() -> list[Batch]:
+        raise AssertionError("measured")
+
+    arguments: dict[str, Any] = {"model": stack(), "path": tmp_path / "b", **options}
+    with pytest.raises(kind, match=re.escape(told)):
+        calibrate(batches=never, progress=False, **arguments)
+    assert not (tmp_path / "b").exists()
+
+
+def test_data_without_a_finite_row_makes_no_bases(tmp_path: Path) -> None:
+    x = noise(1, 2, 64)
+    x[1] = torch.nan
+    made = calibrate(stack(), [x], path=tmp_path / "b", progress=False)
+    assert {bases.rows for bases in made.bases.layers.values()} == {64}
+    with pytest.raises(ValueError, match="no finite row of the data was counted"):
+        calibrate(stack(), [x[1:]], path=tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_body_shared_by_layers_is_refused(tmp_path: Path) -> None:
