@@ -97,6 +97,10 @@ def attention_varlen(
             advice = "put the sequences one behind the other"
             got = f"{t.dim()} dimensions"
             raise ValueError(sentence(name, got, "(tokens, heads, width)", advice))
+    if len(value) != len(key):
+        accepted = f"as many as key has, {len(key)}"
+        advice = "give the value of each key"
+        raise ValueError(sentence("value", f"{len(value)} tokens", accepted, advice))
     if cu_seq_k is None:
         advice = "give cu_seq_q again where both have the same sequences"
         raise ValueError(sentence("cu_seq_k", "None", "a tensor like cu_seq_q", advice))
@@ -108,7 +112,9 @@ def attention_varlen(
     keys = _used(keys, seqused_k)
     is_causal = tuple(window_size) == _CAUSAL
     out = []
-    for (first, last), (first_key, last_key) in zip(rows, keys, strict=True):
+    # Without sequences one of no tokens is computed, so that dtypes, sizes and options are checked.
+    pairs = list(zip(rows, keys, strict=True)) or [((0, 0), (0, 0))]
+    for (first, last), (first_key, last_key) in pairs:
         if is_causal and last - first != last_key - first_key:
             got = f"(-1, 0) for a sequence of {last - first} rows and {last_key - first_key} keys"
             advice = "call distr_compile.attention on it, with a mask that says which keys it sees"
@@ -124,7 +130,7 @@ def attention_varlen(
             **options,
         )
         out.append(one.transpose(0, 1))
-    return torch.cat(out) if out else query.new_empty(0, query.shape[1], value.shape[2])
+    return torch.cat(out)
 
 
 def _bounds(
@@ -132,8 +138,7 @@ def _bounds(
 ) -> list[tuple[int, int]]:
     """First and last row of each sequence, checked."""
     check_type(name, cumulated, Tensor, "a tensor of integers", "give torch.tensor([0, ...])")
-    is_whole = not (cumulated.is_floating_point() or cumulated.dtype == torch.bool)
-    bounds = cumulated.tolist() if cumulated.dim() == 1 and is_whole else []
+    bounds = cumulated.tolist() if _is_list(cumulated) else []
     rising = all(a <= b for a, b in itertools.pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens or not rising:
         got = str(bounds) if bounds else f"{tuple(cumulated.shape)} of {cumulated.dtype}"
@@ -147,10 +152,19 @@ def _bounds(
     return pairs
 
 
+def _is_list(t: Tensor) -> bool:
+    """Whether a tensor is a list of integers."""
+    is_whole = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    return is_whole and t.dim() == 1 and t.layout == torch.strided
+
+
 def _used(keys: list[tuple[int, int]], used: Tensor | None) -> list[tuple[int, int]]:
     if used is None:
         return keys
     check_type("seqused_k", used, Tensor, "a tensor of integers", "leave it out to use all")
+    if not _is_list(used):
+        got, accepted = f"{tuple(used.shape)} of {used.dtype}", f"({len(keys)},), integers"
+        raise ValueError(sentence("seqused_k", got, accepted, "leave it out to use all"))
     counts = used.tolist()
     if len(counts) != len(keys) or any(
         not 0 <= n <= b - a for n, (a, b) in zip(counts, keys, strict=True)

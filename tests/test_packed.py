@@ -128,6 +128,23 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "cu_seq_k: got 1 sequences; accepted: as many as",
     ),
     "too short": ({"max_q": 29}, "max_q: got 29; accepted: at least 30; give the length of"),
+    "complex": ({"cu_seq_q": BOUNDS.to(torch.complex64)}, "cu_seq_q: got (3,) of torch.complex64"),
+    "more values": (
+        {"value": torch.cat([Q, Q])},
+        "value: got 100 tokens; accepted: as many as key",
+    ),
+    "used, floating": (
+        {"seqused_k": torch.tensor([1.5, 3])},
+        "seqused_k: got (2,) of torch.float32; accepted: (2,), integers; leave it out",
+    ),
+    "used, bool": (
+        {"seqused_k": torch.tensor([True, True])},
+        "seqused_k: got (2,) of torch.bool; accepted: (2,), integers",
+    ),
+    "used, one number": (
+        {"seqused_k": torch.tensor(3)},
+        "seqused_k: got () of torch.int64; accepted: (2,), integers",
+    ),
     "used": ({"seqused_k": torch.tensor([21, 3])}, "seqused_k: got [21, 3]; accepted: a number"),
     "axes": ({"query": Q[None]}, "query: got 4 dimensions; accepted: (tokens, heads, width)"),
     "causal": (
@@ -206,3 +223,22 @@ def test_the_longest_lengths_may_be_tensors() -> None:
     wanted = distr_compile.attention_varlen(*given, int(most), int(most))
     got = distr_compile.attention_varlen(*given, most, most)  # type: ignore[arg-type]
     assert torch.equal(got, wanted)
+
+
+def test_without_sequences_sizes_dtypes_and_options_are_checked() -> None:
+    none, q = torch.zeros(1, dtype=torch.int64), Q[:0].clone().requires_grad_()
+
+    def run(*qkv: Tensor, **options: Any) -> Tensor:
+        return distr_compile.attention_varlen(*qkv, none, none, 0, 0, **options)
+
+    out = run(q, q, q[..., :8])
+    assert out.shape == (0, Q.shape[1], 8)
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
+    with pytest.raises(ValueError, match=r"^estimator: got .lhs."):
+        run(q, q, q, estimator="lhs")
+    with pytest.raises(ValueError, match=r"q, k, v: got torch\.float32, torch\.float64"):
+        run(q, q.double(), q)
+    with pytest.raises(ValueError, match=r"k: got width 8; must be that of q"):
+        run(q, q[..., :8], q)
