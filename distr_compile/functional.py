@@ -220,13 +220,28 @@ def _plan(*, group_size: int, rank: int | None, **fields: Any) -> LayerPlan:
 
 
 def check_tensors(query: object, key: object, value: object) -> None:
-    """Refuse what is no tensor.
+    """Refuse what is no tensor, and tensors whose memory has no strides.
+
+    Nested ones are for the caller to refuse, who knows what to give instead.
 
     Raises:
         TypeError: the first of them that is none, by its name.
+        ValueError: the first that is sparse, or in the format of MKL-DNN.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         check_type(name, t, Tensor, "a tensor", "give Q, K and V as for SDPA")
+        check_layout(name, t)
+
+
+def check_layout(name: str, t: Any) -> None:
+    """Refuse a tensor whose memory has no strides, other than a nested one.
+
+    Raises:
+        ValueError: it is sparse, or in the format of MKL-DNN.
+    """
+    if not t.is_nested and t.layout != torch.strided:
+        advice = f"give {name}.to_dense()"
+        raise ValueError(sentence(name, f"a tensor of {t.layout}", "a tensor with strides", advice))
 
 
 def number_of(key: str, value: Any, accepted: str, advice: str, *, whole: bool = False) -> Any:
@@ -262,6 +277,7 @@ def four_axes(
     check_tensors(query, key, value)
     if mask is not None:
         check_type("attn_mask", mask, Tensor, "a tensor, or None", "give a bool or floating tensor")
+        check_layout("attn_mask", mask)
     axes = query.dim()
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.is_nested:

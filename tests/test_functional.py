@@ -289,6 +289,18 @@ def test_other_types(name: str, value: Any, message: str) -> None:
         distr_compile.attention(**{**given, name: value})
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+@pytest.mark.parametrize("make", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_tensors_without_strides_are_refused(name: str, make: str) -> None:
+    given = dict(zip(("query", "key", "value"), same(1, 2, 20, 64), strict=True))
+    like = torch.zeros(1, 1, 20, 20) if name == "attn_mask" else given[name]
+    message = (
+        rf"^{name}: got a tensor of torch\._?\w+; accepted: a tensor with strides; give {name}"
+    )
+    with pytest.raises(ValueError, match=message):
+        distr_compile.attention(**{**given, name: getattr(like, make)()})
+
+
 @pytest.mark.parametrize("kind", [torch.tensor, np.float32])
 def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
     """SDPA takes them."""
