@@ -31,9 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: ``sys.argv[1:]`` if None.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # A job scheduler may set WORLD_SIZE alone; torchrun sets both.
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return cli.main(given)
-    is_first = os.environ["RANK"] == "0"
+    for name in ("WORLD_SIZE", "RANK"):
+        if not os.environ[name].isdecimal():
+            print(
+                f"distr: {name}: got {os.environ[name]!r}; accepted: a number, as torchrun sets "
+                "it; unset it to run one process, or start torchrun",
+                file=sys.stderr,
+            )
+            return cli.USAGE
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return cli.main(given)
+    is_first = int(os.environ["RANK"]) == 0
     command = next((word for word in given if not word.startswith("-")), "")
     if command not in SHARED:
         if is_first:
@@ -60,9 +71,15 @@ def _together(argv: list[str]) -> int:
     from distr_compile.accuracy.ranks import dealing
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(
+            int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
+        )
     # What is exchanged lies in the memory of the host.
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except ValueError as error:  # a variable of the environment is missing or wrong
+        print(f"distr: {error}; accepted: what torchrun sets; start torchrun", file=sys.stderr)
+        return cli.USAGE
     try:
         with dealing():
             return cli.main(argv)

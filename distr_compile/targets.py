@@ -153,6 +153,8 @@ def pretrained(target: str) -> nn.Module:
 
 
 def _factory(target: str, module_name: str, factory_name: str) -> Target:
+    if not all(map(str.isidentifier, [*module_name.split("."), factory_name])):
+        raise TargetSyntaxError(f"target: got {target!r}; accepted: {ACCEPTED}")
     if os.getcwd() not in sys.path:  # a console script, unlike python -m, does not see the folder
         sys.path.insert(0, os.getcwd())
     try:

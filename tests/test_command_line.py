@@ -93,6 +93,9 @@ WRONG = {
     "both": (["--data", "mine:data", "--text", "x"], USAGE, "--data, --text: got both"),
     "shape": (["--data", "mine:data", "--shape", "2,8"], USAGE, "--shape, --attn: got one beside"),
     "no data": (["--pretrained"], USAGE, "--pretrained: got no --data or --text; accepted: with"),
+    "sizes": (["--batch-size", "3"], USAGE, "--batch-size, --tokens: got one without --data or"),
+    "tokens": (["--tokens", "77"], USAGE, "--batch-size, --tokens: got one without --data or"),
+    "folder": (["--json", "."], USAGE, "--json: got '.'; accepted: a file in a folder that"),
     "empty": (["--data", "mine:nothing"], FOUND_ERROR, "--data: got no batch; accepted: at least"),
     "no loader": (["--data", "mine:dato"], FOUND_ERROR, "--data: got 'mine:dato'"),
 }
@@ -163,11 +166,27 @@ MISSING = {
         ["explain", "mine:pair", "--policy", "no.toml"],
         "no.toml: file: got No such file or directory; accepted: a TOML file in UTF-8; check the",
     ),
-    "json": (
-        ["explain", "mine:pair", "--json", "no/out.json"],
-        "report: cannot write no/out.json: there is no folder no",
+}
+
+
+UNWRITABLE = {
+    "calibrate": (["mine:model", "--data", "mine:data", "--out", "."], "--out: got '.'; accepted:"),
+    "explain": (["mine:pair", "--json", "no/out.json"], "--json: got 'no/out.json'; accepted: a"),
+    "tune": (
+        ["mine:model", "--data", "mine:data", "--budget", "1", "--out", "o", "--plot", "o.xyz"],
+        "--plot: got 'o.xyz'; accepted: a file whose name ends with .",
     ),
 }
+
+
+@pytest.mark.parametrize("command", UNWRITABLE)
+def test_what_cannot_be_written_is_told_first(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = UNWRITABLE[command]
+    code, out, err = said(capsys, command, *arguments)
+    assert (code, out) == (USAGE, "")
+    assert f"distr: {message}" in err
 
 
 @pytest.mark.parametrize("name", MISSING)

@@ -345,3 +345,46 @@ def test_a_command_that_cannot_be_shared_says_so(monkeypatch: Any, capsys: Any) 
     assert main(["explain", "timm:x"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("distr: explain: got several processes; accepted: calibrate, regress")
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, ""),
+        ({"WORLD_SIZE": ""}, ""),
+        ({"RANK": "0"}, ""),
+        (
+            {"WORLD_SIZE": "abc", "RANK": "0"},
+            "distr: WORLD_SIZE: got 'abc'; accepted: a number",
+        ),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "distr: WORLD_SIZE: got ''; accepted: a number, as"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "-1"},
+            "distr: RANK: got '-1'; accepted: a number",
+        ),
+    ],
+)
+def test_what_a_scheduler_sets_is_no_group(
+    variables: dict[str, str], told: str, monkeypatch: Any, capsys: Any
+) -> None:
+    from distr_compile.__main__ import main
+
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["policy", "schema"]) == (2 if told else 0)
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_group_that_cannot_meet_is_told(monkeypatch: Any, capsys: Any) -> None:
+    from distr_compile.__main__ import main
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["regress", "mine:model"]) == 2
+    said = capsys.readouterr().err
+    assert "environment variable MASTER_ADDR expected" in said
+    assert said.endswith("accepted: what torchrun sets; start torchrun\n")

@@ -45,6 +45,7 @@ def _project(tmp_path, monkeypatch):
     monkeypatch.delenv("DISTR_POLICY", raising=False)
     for name, text in {"p.toml": POLICY, "text.txt": TEXT, "mine.py": MINE}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
     yield
     sys.modules.pop("mine", None)
 
@@ -125,6 +126,29 @@ def test_a_model_and_a_loader_of_the_user(capsys):
         ("mine:model --data mine:loader --pretrained", USAGE, "a factory loads its own"),
         ("mine:model --data mine:loader --device tpu9", USAGE, "--device: got 'tpu9'"),
         ("mine:model --data mine:loader --policy p.toml --policy x/p.toml", FOUND_ERROR, "x/p"),
+        (
+            "mine:model --data :x",
+            USAGE,
+            "--data: got ':x'; accepted: pkg.module:name",
+        ),
+        ("mine:model --data .mine:x", USAGE, "--data: got '.mine:x'; accepted: pkg.module:name"),
+        (".mine:model --data mine:loader", USAGE, "target: got '.mine:model'; accepted: timm:"),
+        ("mine:model --data mine:loader --json .", USAGE, "--json: got '.'; accepted: a file in"),
+        (
+            "mine:model --data mine:loader --tolerance nan",
+            USAGE,
+            "got 'nan'; accepted: a ",
+        ),
+        (
+            "mine:model --data mine:loader --tolerance -1",
+            USAGE,
+            "got '-1'; accepted: a num",
+        ),
+        (
+            "hf:bert --text latin.txt",
+            FOUND_ERROR,
+            "--text: got 'latin.txt', whose byte 2 is",
+        ),
         ("mine:model --data mine:loader --limit 0", USAGE, "got '0'; accepted"),
         ("timm:vit_tinny --data . --pretrained", FOUND_ERROR, "timm has no model vit_tinny"),
         ("hf:./none --text text.txt --pretrained", FOUND_ERROR, "its weights cannot be loaded"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distr_compile.commands import data
-from distr_compile.commands.common import OK, USAGE, CommandError, add_parser
+from distr_compile.commands.common import OK, USAGE, CommandError, add_parser, check_files
 from distr_compile.policy import Policy
 
 
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
             "accepted: a policy that does in [default] or a rule; write it there, or leave "
             "--policy out for bases of all layers"
         )
+    check_files(out=options.out)
     subject = data.load(options)
 
     from distr_compile.tuning.calibrate import calibrate

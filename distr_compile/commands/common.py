@@ -6,7 +6,10 @@ Nothing here loads torch before a model is built: checking a policy does not nee
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,6 +95,55 @@ def count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of batches >= 1")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """A finite number that is not negative."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number >= 0 such as 0.02")
+    return number
+
+
+def check_files(**files: str | None) -> None:
+    """Tell before anything is built which file could not be written.
+
+    Args:
+        **files: what is to be written, by the option that names it, without its dashes.
+
+    Raises:
+        CommandError: a folder, or a file in a folder that is not there.
+    """
+    from distr_compile.accuracy.given import check_folder
+
+    for option, path in files.items():
+        if path is not None:
+            try:
+                check_folder(path, f"--{option}")
+            except ValueError as error:
+                raise CommandError(str(error), USAGE) from None
+
+
+def imported(text: str, option: str) -> Any:
+    """The object that ``pkg.module:name`` names.
+
+    Raises:
+        CommandError: it is written in another way, or there is none.
+    """
+    module_name, _, name = text.partition(":")
+    accepted = "pkg.module:name of a function"
+    if not all(map(str.isidentifier, [*module_name.split("."), name])):
+        message = f"{option}: got {text!r}; accepted: {accepted}; write the module's whole name"
+        raise CommandError(message, USAGE)
+    if os.getcwd() not in sys.path:  # a console script, unlike python -m, does not see the folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise CommandError(f"{option}: got {text!r}: {error}; accepted: {accepted}") from error
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -21,6 +19,7 @@ from distr_compile.commands.common import (
     CommandError,
     build,
     count,
+    imported,
 )
 
 BATCH_SIZE = 16
@@ -81,12 +80,11 @@ def add_source(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--batch-size",
         type=count,
-        default=BATCH_SIZE,
         metavar="N",
         help=f"of pictures and texts (default: {BATCH_SIZE})",
     )
     group.add_argument(
-        "--tokens", type=count, default=0, metavar="N", help="in a row of text (default: up to 512)"
+        "--tokens", type=count, metavar="N", help="in a row of text (default: up to 512)"
     )
     return group
 
@@ -136,7 +134,8 @@ def load(options: argparse.Namespace) -> Subject:
         )
     # Slips in names are told before anything is loaded.
     asked = [_metric(text) for text in options.metric or ()]
-    loader = _imported(options.data, "--data") if options.data and not is_folder else None
+    loader = imported(options.data, "--data") if options.data and not is_folder else None
+    text = _read(options.text) if options.text else ""
     model = _model(options)
 
     from distr_compile.accuracy import datasets
@@ -150,12 +149,13 @@ def load(options: argparse.Namespace) -> Subject:
             batches = loader
         elif is_folder:
             dtype = TORCH_DTYPES[options.dtype or "float32"]
-            batches = datasets.Images(model, Path(options.data), options.batch_size, dtype)
+            size = options.batch_size or BATCH_SIZE
+            batches = datasets.Images(model, Path(options.data), size, dtype)
             if batches.note:
                 print(f"distr: {batches.note}", file=sys.stderr)
             natural = ("cosine", "sqnr") if batches.note else ("top1", "top5")
         else:
-            batches, natural = _texts(model, name, options)
+            batches, natural = _texts(model, name, text, options)
     except TargetError as error:
         raise CommandError(str(error)) from error
     return Subject(options.target, model, batches, tuple(asked or natural))
@@ -198,7 +198,19 @@ def _model(options: argparse.Namespace) -> Any:
         raise CommandError(f"--device: got {options.device!r}: {reason}", USAGE) from error
 
 
-def _texts(model: Any, name: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...]]:
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(
+            f"--text: got {path!r}, whose byte {error.start} is no UTF-8; accepted: a text in "
+            "UTF-8; convert it, as iconv does"
+        ) from error
+
+
+def _texts(
+    model: Any, name: str, text: str, options: argparse.Namespace
+) -> tuple[Any, tuple[str, ...]]:
     from distr_compile.accuracy import datasets
 
     kind = datasets.language_model(model.config) if options.pretrained else ""
@@ -208,37 +220,23 @@ def _texts(model: Any, name: str, options: argparse.Namespace) -> tuple[Any, tup
             "accepted: causal and masked language models, and encoders; give --data "
             "pkg.module:loader"
         )
-    text = Path(options.text).read_text("utf-8")
     batches = datasets.text_batches(
         model,
         datasets.tokenizer_of(name),
         text,
         kind,
-        batch_size=options.batch_size,
-        tokens=options.tokens,
+        batch_size=options.batch_size or BATCH_SIZE,
+        tokens=options.tokens or 0,
     )
     return batches, ("perplexity",) if kind else ("rank-correlation",)
 
 
 def _metric(text: str) -> Any:
     if ":" in text:
-        return _imported(text, "--metric")
+        return imported(text, "--metric")
     from distr_compile.accuracy.metrics import as_metric
 
     try:
         return as_metric(text)
     except ValueError as error:
         raise CommandError(f"--{error}", USAGE) from error
-
-
-def _imported(text: str, option: str) -> Any:
-    """The object that ``pkg.module:name`` names."""
-    module_name, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:  # a console script, unlike python -m, does not see the folder
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise CommandError(
-            f"{option}: got {text!r}: {error}; accepted: pkg.module:name of a function"
-        ) from error

@@ -14,6 +14,7 @@ from distr_compile.commands.common import (
     add_model_arguments,
     add_parser,
     build_model,
+    check_files,
     check_inputs,
     in_its_own_words,
     symbolic_sizes,
@@ -57,6 +58,12 @@ def _target(options: argparse.Namespace) -> Target:
                 "attention is does not depend on weights; leave it out",
                 USAGE,
             )
+        if options.batch_size or options.tokens:
+            raise CommandError(
+                "--batch-size, --tokens: got one without --data or --text; accepted: with one of "
+                "them; say sizes of inputs that are guessed by --shape",
+                USAGE,
+            )
         return build_model(options)
     if options.shape or options.attn:
         raise CommandError(
@@ -80,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the report."""
     # A wrong policy is told at once, before a model is built.
     policy = Policy.from_any(options.policy)
+    check_files(json=options.json)
     target = _target(options)
 
     import torch

@@ -15,6 +15,7 @@ from distr_compile.commands.common import (
     add_model_arguments,
     add_parser,
     build_model,
+    check_files,
     symbolic_sizes,
 )
 from distr_compile.policy import Policy
@@ -65,16 +66,11 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from distr_compile.accuracy.given import check_folder
     from distr_compile.kernels.attention.cpu import unavailable_reason
     from distr_compile.lowering.spelling import SpellingError, read_call
     from distr_compile.measuring import measure_calls, measure_model, pinned
 
-    if options.json:
-        try:
-            check_folder(options.json, "--json")
-        except ValueError as error:
-            raise CommandError(str(error), USAGE) from None
+    check_files(json=options.json)
     if why := unavailable_reason():
         print(f"the fused CPU kernel is not available: {why}\n")
     if options.call:

@@ -14,6 +14,8 @@ from distr_compile.commands.common import (
     CommandError,
     add_idle_argument,
     add_parser,
+    amount,
+    check_files,
     idle,
 )
 from distr_compile.policy import Policy
@@ -44,7 +46,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=amount,
         metavar="SHARE",
         help="of the loss that may come or go where data and weights are the baseline's",
     )
@@ -69,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
             f"--baseline: got {options.baseline!r}, there is no file of that name; accepted: one "
             "that --update-baseline wrote; add that to write it"
         )
+    check_files(json=options.json, baseline=options.baseline)
     subject = data.load(options)
 
     from dataclasses import replace

@@ -20,6 +20,7 @@ from distr_compile.commands.common import (
     CommandError,
     add_idle_argument,
     add_parser,
+    check_files,
     idle,
 )
 from distr_compile.policy import Policy
@@ -89,20 +90,11 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("--metric: got several; accepted: one, which the budget is of", USAGE)
 
     from distr_compile.accuracy.batch import walk
-    from distr_compile.accuracy.given import check_folder
     from distr_compile.tuning.tune import tune
 
-    files = {"--out": options.out, "--plot": options.plot, "--json": options.json}
-    for what, path in files.items():
-        if path:
-            try:
-                check_folder(path, what)
-            except ValueError as error:
-                raise CommandError(str(error), USAGE) from None
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError(
-            "--plot: got no matplotlib; install it: pip install 'distr-compile[plots]'", USAGE
-        )
+    check_files(out=options.out, plot=options.plot, json=options.json)
+    if options.plot:
+        _check_plot(options.plot)
     subject = data.load(options)
 
     with data.in_its_own_words(subject, options):
@@ -130,6 +122,22 @@ def run(options: argparse.Namespace) -> int:
     asks = [each for each in (policy, result.policy) if each is not None]
     in_vain = result.held_out is None and any(each.forces_approximation for each in asks)
     return idle([options.policy or options.out]) if in_vain and not options.allow_exact else OK
+
+
+def _check_plot(path: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            "--plot: got no matplotlib; install it: pip install 'distr-compile[plots]'", USAGE
+        )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in known:
+        accepted = ", ".join(f".{suffix}" for suffix in known)
+        raise CommandError(
+            f"--plot: got {path!r}; accepted: a file whose name ends with {accepted}; name it so",
+            USAGE,
+        )
 
 
 def _command() -> str:

@@ -77,6 +77,11 @@ def write_whole(path: Path, text: str) -> None:
     """Write beside the target and rename, so that a reader never sees half a file."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"report: cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        message = (
+            f"report: cannot write {str(path)!r}, a folder; accepted: the path of a file; give one"
+        )
+        raise IsADirectoryError(message)
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         part.write_text(text, encoding="utf-8")
