@@ -22,7 +22,7 @@ from distr_compile.lowering import op
 from distr_compile.lowering.call import read_arguments
 from distr_compile.lowering.checks import validate
 from distr_compile.lowering.registering import empty_output
-from distr_compile.policy.errors import sentence, shown
+from distr_compile.policy.errors import check_type, sentence, shown
 
 POST, COMPUTE, COLLECT = (f"scatter_heads: {what} round" for what in ("post", "compute", "collect"))
 """What ``torch.profiler`` calls the steps of a round; its number follows."""
@@ -73,13 +73,13 @@ def scatter_heads(
             given elsewhere, or on a device that the group's backend does not send from; the options
             differ between processes; what ``distr_compile.attention`` refuses. Every process raises
             then, so that none waits for another.
-        TypeError: an option that ``distr_compile.attention`` does not have.
+        TypeError: an option that ``distr_compile.attention`` does not have; no tensor or number
+            where there must be one.
     """
     team = _Team.of(src, group)
-    told = [heads_per_round, src, sorted((n, repr(x)) for n, x in options.items())]
     job, refused = None, None
     try:
-        _check_heads(heads_per_round)
+        heads_per_round = _whole_heads(heads_per_round)
         if team.is_source:
             job = _job(q, k, v, attn_mask, options)
             team.require(job.plan.device)
@@ -88,6 +88,8 @@ def scatter_heads(
             raise ValueError(sentence("q, k, v, attn_mask", got, "None", "give them on src only"))
     except Exception as error:
         refused = error
+    asked = sorted((n, repr(x)) for n, x in options.items())
+    told = [repr(heads_per_round), team.src, asked]
     plan = team.agree(job, refused, zlib.crc32(json.dumps(told).encode()))
     rounds = deal(plan.key_heads, max(1, heads_per_round // plan.shared), team.size)
     if job is None:
@@ -120,11 +122,13 @@ def deal(count: int, most: int, processes: int) -> list[list[slice]]:
     return rounds
 
 
-def _check_heads(heads_per_round: Any) -> None:
-    is_number = isinstance(heads_per_round, int) and not isinstance(heads_per_round, bool)
-    if not is_number or heads_per_round < 1:
-        got = shown(heads_per_round)
-        raise ValueError(sentence("heads_per_round", got, "a whole number >= 1", "give one"))
+def _whole_heads(heads_per_round: Any) -> int:
+    """The number as an int of Python, which reads alike in all processes."""
+    name, accepted = "heads_per_round", "a whole number >= 1"
+    number: int = functional.number_of(name, heads_per_round, accepted, "give one", whole=True)
+    if number < 1:
+        raise ValueError(sentence(name, shown(number), accepted, "give one"))
+    return number
 
 
 # --- what is to be computed ---------------------------------------------------------------------
@@ -227,6 +231,9 @@ def _job(
         missing = " and ".join(n for n, t in zip("qkv", (q, k, v), strict=True) if t is None)
         advice = "give them, or name the process that has them as src"
         raise ValueError(sentence(missing, "None on src", "tensors", advice))
+    for name, t in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
+        if t is not None:
+            check_type(name, t, Tensor, "a tensor", "give it as for distr_compile.attention")
     given = [t for t in (q, k, v, mask) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         advice = "call under torch.no_grad(); attention that is trained is sharded by its module"
@@ -298,7 +305,7 @@ class _Team:
         if src not in ranks:
             accepted = ", ".join(map(str, ranks))
             raise ValueError(sentence("src", shown(src), accepted, "give a rank of the group"))
-        return cls(found, ranks, src)
+        return cls(found, ranks, int(src))
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ CASES = (
 
 REFUSED = (
     "no tensors", "tensors elsewhere", "heads_per_round", "options", "sizes", "gradients",
-    "src", "outside", "unknown", "dropout",
+    "src", "outside", "unknown", "dropout", "lists", "mask",
 )  # fmt: skip
 FAULTS = {
     "no tensors": r"q and k and v: got None on src; accepted: tensors; give them, or name",
@@ -69,6 +70,8 @@ FAULTS = {
     "src": r"src: got 2 \(int\); accepted: 0, 1; give a rank of the group",
     "outside": r"group: got one without this process, rank 2; accepted: one that has it; call",
     "unknown": r"unexpected keyword argument 'colour'",
+    "lists": r"q: got \[\[\[.* \(list\); accepted: a tensor; give it as for distr_compile.attent",
+    "mask": r"attn_mask: got \[True\] \(list\); accepted: a tensor; give it as for",
     "dropout": r"dropout_p: got 0.1 \(float\); accepted: 0; nothing is trained here",
 }
 """What the process that is at fault says; the others say that another refused, or the same."""
@@ -94,6 +97,10 @@ def refused(name: str, groups: dict[int, Any]) -> str | None:
         options["enable_gqa"] = False
     elif name == "gradients" and rank == 1:
         tensors = (q.requires_grad_(), k, v)
+    elif name == "lists" and rank == 1:
+        tensors = (q.tolist(), k, v)
+    elif name == "mask" and rank == 1:
+        options["attn_mask"] = [True]
     elif name == "unknown":
         options["colour"] = "blue"
     elif name == "dropout":
@@ -126,6 +133,8 @@ def all_cases() -> dict[str, Any]:
             if rank != src:
                 options.pop("attn_mask", None)
             given = tensors if rank == src else [None] * 3
+            if name == "plain" and rank == src:  # a number of another kind, which reads as an int
+                options["heads_per_round"] = np.int64(options["heads_per_round"])
             out = scatter_heads(*given, src=src, group=groups[size], **options)
             if rank != src:
                 found[f"{name}, {size}"] = out is None

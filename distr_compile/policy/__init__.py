@@ -113,7 +113,9 @@ class Policy:
         bases = content.get("bases")
         object.__setattr__(self, "bases", None if bases is None else BasesFile(**bases))
         object.__setattr__(self, "_source", source)
-        object.__setattr__(self, "_folder", os.path.dirname(source.name) if source else "")
+        # Whole, so that the bases are found from any working directory.
+        folder = os.path.dirname(os.path.abspath(source.name)) if source and source.name else ""
+        object.__setattr__(self, "_folder", folder)
         if faults := refused_rounds(self.default, self.rule):
             raise collected([f"{self._place(path)}: {text}" for path, text in faults.items()])
 
@@ -136,8 +138,9 @@ class Policy:
     def _load(cls, path: str | os.PathLike[str], named_by: str) -> Policy:
         name = os.fspath(path)
         try:
-            # bytes, because reading text would change the line ends that save() writes back
-            text = Path(name).read_bytes().decode("utf-8")
+            # bytes, because reading text would change the line ends that save() writes back; the
+            # mark that some editors put in front of UTF-8 is no part of the text
+            text = Path(name).read_bytes().decode("utf-8-sig")
         except (OSError, ValueError) as error:
             got = getattr(error, "strerror", None) or str(error)
             message = sentence("file", got, "a TOML file in UTF-8", "check the path and the file")
@@ -281,7 +284,7 @@ class Policy:
 
     @property
     def bases_path(self) -> Path | None:
-        """Where the file of bases is, as seen from the working directory; None without one."""
+        """Where the file of bases is; None without one."""
         return None if self.bases is None else Path(self._folder, self.bases.file)
 
     def read_bases(self) -> bytes:

@@ -10,7 +10,7 @@ import tomlkit
 from tomlkit.items import Array
 
 from distr_compile.policy.plan import INSTEAD
-from distr_compile.policy.source import HEADER, Source, split_key
+from distr_compile.policy.source import HEADER, Source, bare_lines, split_key
 
 
 def text_with_default(text: str, fields: Mapping[str, object]) -> str:
@@ -24,7 +24,7 @@ def text_with_default(text: str, fields: Mapping[str, object]) -> str:
     table.update({key: value for key, value in fields.items() if key in table})
     new = {key: value for key, value in fields.items() if key not in table}
     lines = tomlkit.dumps(document).split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(bare_lines("\n".join(lines)), 1):
         if (header := HEADER.match(line)) and split_key(header[1]) == ("default",):
             # right below the header: at the table's end they would part the next table's comment
             # from that table

@@ -12,7 +12,9 @@ from tomlkit.exceptions import TOMLKitError
 
 from distr_compile.policy.errors import KeyPath, PolicyError, place_of, sentence
 
-_MULTILINE_STRING = re.compile(r"(\"{3}|'{3})(?:.|\n)*?\1")
+_MULTILINE_STRING = r"\"{3}(?:\\(?:.|\n)|[^\\])*?\"{3,5}|'{3}(?:.|\n)*?'{3,5}"
+_COMMENT_OR_STRING = r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'"
+_WORDS = re.compile(rf"({_MULTILINE_STRING})|{_COMMENT_OR_STRING}")
 HEADER = re.compile(r"\s*\[{1,2}([^\[\]#=]+)\]")
 _KEY = re.compile(r"\s*([\w.\-\"' \t]+?)\s*=")
 
@@ -30,7 +32,7 @@ class Source:
         The TOML parser keeps no positions, so this looks for headers and keys at line starts.
         That is enough for a file that parsed: what stands inside a list has the list's line.
         """
-        lines = _MULTILINE_STRING.sub(lambda m: "\n" * m[0].count("\n"), self.text).split("\n")
+        lines = bare_lines(self.text)
         table: KeyPath = ()
         here: KeyPath
         rules, depth, found = 0, 0, None
@@ -68,6 +70,11 @@ class Source:
             return False
 
         return bisect.bisect_left(range(len(lines) + 1), True, key=repeats)
+
+
+def bare_lines(text: str) -> list[str]:
+    """The lines of a text with nothing in the place of strings that go over several of them."""
+    return _WORDS.sub(lambda m: "\n" * m[1].count("\n") if m[1] else m[0], text).split("\n")
 
 
 def split_key(dotted: str) -> tuple[str, ...]:

@@ -45,6 +45,17 @@ def test_the_file_is_found_beside_the_policy(path: Path, monkeypatch: pytest.Mon
     assert edited.read_bases() == DATA
 
 
+def test_a_policy_of_a_relative_path_keeps_its_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    policy = Policy.load(path.name)
+    monkeypatch.chdir("/")
+    assert policy.read_bases() == DATA
+    assert policy.without_timing().read_bases() == DATA
+    assert policy.bases_path == path.parent / "data/b.safetensors"
+
+
 def test_a_policy_in_no_file_looks_in_the_working_directory(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,3 +117,35 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert link.is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.toml", "p.toml"]
+
+
+LONG = (
+    '# it is said in """ and in [default]\n'
+    + '''
+[[rule]]
+layers = """re:\\
+[default]
+\\"""
+[default]
+"""
+group_size = 1
+
+[default]  # here
+min_seq_len = 0
+'''
+)
+
+
+def test_a_header_within_a_string_is_none(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(LONG)
+    policy = Policy.load(tmp_path / "p.toml")
+    changed = policy.with_default(group_size=4)
+    assert changed.to_toml() == LONG.replace("# here\n", "# here\ngroup_size = 4\n")
+    assert changed.default.group_size == 4
+    assert changed.rule == policy.rule
+
+
+def test_a_mark_of_utf_8_is_read_over(tmp_path: Path) -> None:
+    text = "[default]\ngroup_size = 4\n"
+    (tmp_path / "p.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert Policy.load(tmp_path / "p.toml").to_toml() == text
