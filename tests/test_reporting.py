@@ -336,8 +336,10 @@ def test_json_into_a_missing_folder_says_so(tmp_path):
 
 def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
+    with pytest.raises(OSError, match="taken', a folder; accepted: the path of a file"):
         Report(()).to_json(tmp_path / "taken")
+    with pytest.raises(OSError, match=r"report: cannot write '\.', a folder; accepted: the path"):
+        Report(()).to_json("")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
