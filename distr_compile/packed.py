@@ -88,19 +88,7 @@ def attention_varlen(
         accepted = "(-1, -1) for all keys, (-1, 0) for causal attention"
         advice = "keep sliding windows exact: torch.nn.attention.varlen.varlen_attn"
         raise ValueError(sentence("window_size", str(window_size), accepted, advice))
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.is_nested:
-            advice = "of a jagged one give values() here, and offsets() as cu_seq_q and cu_seq_k"
-            accepted = "(tokens, heads, width), a tensor with strides"
-            raise ValueError(sentence(name, "a nested tensor", accepted, advice))
-        if t.dim() != 3:
-            advice = "put the sequences one behind the other"
-            got = f"{t.dim()} dimensions"
-            raise ValueError(sentence(name, got, "(tokens, heads, width)", advice))
-    if len(value) != len(key):
-        accepted = f"as many as key has, {len(key)}"
-        advice = "give the value of each key"
-        raise ValueError(sentence("value", f"{len(value)} tokens", accepted, advice))
+    _check_packed(query, key, value)
     if cu_seq_k is None:
         advice = "give cu_seq_q again where both have the same sequences"
         raise ValueError(sentence("cu_seq_k", "None", "a tensor like cu_seq_q", advice))
@@ -131,6 +119,23 @@ def attention_varlen(
         )
         out.append(one.transpose(0, 1))
     return torch.cat(out)
+
+
+def _check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse tensors that do not have the axes of packed ones, and values of other keys."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.is_nested:
+            advice = "of a jagged one give values() here, and offsets() as cu_seq_q and cu_seq_k"
+            accepted = "(tokens, heads, width), a tensor with strides"
+            raise ValueError(sentence(name, "a nested tensor", accepted, advice))
+        if t.dim() != 3:
+            advice = "put the sequences one behind the other"
+            got = f"{t.dim()} dimensions"
+            raise ValueError(sentence(name, got, "(tokens, heads, width)", advice))
+    if len(value) != len(key):
+        accepted = f"as many as key has, {len(key)}"
+        advice = "give the value of each key"
+        raise ValueError(sentence("value", f"{len(value)} tokens", accepted, advice))
 
 
 def _bounds(
