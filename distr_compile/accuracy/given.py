@@ -7,15 +7,17 @@ from pathlib import Path
 
 from distr_compile.backend import COMPILERS
 from distr_compile.functional import number_of
-from distr_compile.policy.errors import nearest, sentence, shown
+from distr_compile.policy.errors import check_type, nearest, sentence, shown
 
 
 def check_folder(path: str | os.PathLike[str], what: str = "path") -> None:
     """Tell before anything is measured that a file cannot be written.
 
     Raises:
+        TypeError: it is no path.
         ValueError: its folder is missing, or it is a folder itself.
     """
+    check_type(what, path, (str, os.PathLike), "the path of a file", "say where to write")
     if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise ValueError(
             f"{what}: got {os.fspath(path)!r}; accepted: a file in a folder that exists; create "
@@ -35,7 +37,7 @@ def check_compiler(compiler: object) -> None:
         raise ValueError(sentence("compiler", shown(compiler), ", ".join(COMPILERS), advice))
 
 
-def check_limit(limit: object, least: int = 1) -> int | None:
+def check_limit(limit: object, least: int = 1, name: str = "limit") -> int | None:
     """The number of batches at most, an int of Python; None stays.
 
     Raises:
@@ -45,9 +47,9 @@ def check_limit(limit: object, least: int = 1) -> int | None:
     if limit is None:
         return None
     accepted, advice = f"a number of batches >= {least}, or None", "leave it out to take all"
-    number: int = number_of("limit", limit, accepted, advice, whole=True)
+    number: int = number_of(name, limit, accepted, advice, whole=True)
     if number < least:
-        raise ValueError(sentence("limit", str(number), accepted, advice))
+        raise ValueError(sentence(name, str(number), accepted, advice))
     return number
 
 

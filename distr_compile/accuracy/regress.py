@@ -187,6 +187,7 @@ def regress(
         check_type(what, each, Tolerance, "a Tolerance(relative, absolute)", advice)
     check_compiler(compiler)
     limit = check_limit(limit)
+    check_limit(layer_batches, 0, "layer_batches")
     if update_baseline and path is None:
         raise ValueError("update_baseline: got no baseline; give the path of the file to write")
     if path is not None and not update_baseline and ranks.is_first():

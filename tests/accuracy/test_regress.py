@@ -190,6 +190,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ({"out": "."}, ValueError, "out: got '.'; accepted: a file in a folder that exists"),
         ({"baseline": ".", "update_baseline": True}, ValueError, "baseline: got '.'; accepted: a"),
         ({"limit": -1}, ValueError, "limit: got -1; accepted: a number of batches >= 1, or None"),
+        ({"layer_batches": -1}, ValueError, "layer_batches: got -1; accepted: a number of"),
         ({"policies": {}}, ValueError, "policies: got an empty mapping; accepted: a policy, or"),
         ({"metrics": 3}, TypeError, "metrics: got 3 (int); accepted: a list of top1"),
         ({"model": None}, TypeError, "model: got None (NoneType); accepted: a module or a"),

@@ -275,6 +275,7 @@ def test_calls_of_one_layer_have_bases_each(tmp_path: Path) -> None:
     ("options", "kind", "told"),
     [
         ({"path": "no/such/b"}, ValueError, "path: got 'no/such/b'; accepted: a file in a folder"),
+        ({"path": None}, TypeError, "path: got None (NoneType); accepted: the path of a file"),
         ({"limit": -1}, ValueError, "limit: got -1; accepted: a number of batches >= 1"),
         ({"model": None}, TypeError, "model: got None (NoneType); accepted: a torch.nn.Module"),
         (
