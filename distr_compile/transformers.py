@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from distr_compile import calls, naming
+from distr_compile import calls, masks, naming
 from distr_compile.bases import BasesOfModel
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.functional import drawn_seed, four_axes
@@ -37,6 +36,17 @@ NAME = "distr"
 
 ATTRIBUTE = "_distr_assigned"
 """Where a module keeps what :func:`apply` gave it."""
+
+HARMLESS = frozenset(
+    """
+    cache_position cu_seq_lens_k cu_seq_lens_q input_ids labels max_length_k max_length_q
+    mm_token_type_ids num_items_in_batch position_ids s_aux seq_idx softcap token_type_ids
+    """.split()
+)
+"""What models hand to their attention that is heeded, said by the mask already, or not about it."""
+
+UNHEEDED = frozenset({"block_indices", "indices", "sinks"})
+"""What a model hands over to have fewer keys seen, or sinks of each token."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,9 @@ class Assigned:
 
 
 def register() -> None:
-    """Make ``attn_implementation="distr"`` known to transformers, with the masks of SDPA.
+    """Make ``attn_implementation="distr"`` known to transformers, with masks.
+
+    Masks are those of SDPA, and those of "eager" for models whose code can use no others.
 
     Models without a plan from :func:`apply` take the ``[default]`` of the policy that the
     environment variable ``DISTR_POLICY`` names, or of the defaults.
@@ -66,7 +78,7 @@ def register() -> None:
     global _read
     _read = _policy(os.environ.get(ENV_VAR))
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, masks.make)
 
 
 def apply(model: nn.Module, policy: Any = None) -> None:
@@ -153,31 +165,33 @@ def attend(
         query: ``(B, H, N, d)``.
         key: ``(B, H_k, M, d)``; H_k divides H.
         value: ``(B, H_k, M, d_v)``.
-        attention_mask: as ``sdpa_mask`` makes it: ``(B, 1, N, M)``, bool; or floating, which is
-            added.
+        attention_mask: as :func:`masks.make` makes it: ``(B, 1, N, M)``, bool; or floating, which
+            is added.
         dropout: on the weights; such a call is exact, unless gradients are recorded and the plan
             says ``training = "approximate"``.
         scaling: multiplies Q K^T; ``1 / sqrt(d)`` if None.
         is_causal: where there is no mask; the module's own ``is_causal`` if None.
         position_bias: ``(B or 1, H, N, M)``, added to the scaled scores.
         options: ``softcap``, ``s_aux`` (sinks) and ``position_ids`` are heeded: where these tell of
-            packed sequences, each is attended to alone. What else models hand over tells masks,
-            which are in ``attention_mask`` already.
+            packed sequences, each is attended to alone. What ``HARMLESS`` names, and what is no
+            tensor, tells masks, which are in ``attention_mask`` already.
 
     Returns:
         ``(B, N, H, d_v)`` and None, as there are no weights to give.
 
     Raises:
-        ValueError: ``output_attentions``, or dropout beside a soft cap or sinks.
+        ValueError: ``output_attentions``, another tensor among the options, or dropout beside a
+            soft cap or sinks.
         PolicyError: the policy of the environment has rules, and :func:`apply` was not called.
     """
+    _check_options(options)
     softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
-    if options.get("output_attentions"):
-        advice = 'load the model with attn_implementation="eager"'
-        raise ValueError(sentence("output_attentions", "True", "False or None", advice))
     queries, keys = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+        if attention_mask is None and is_causal:  # "eager" without a mask sees everything
+            config = type(getattr(module, "config", None))
+            is_causal = masks.reads_those_of_sdpa(config) is not False
     is_causal = bool(is_causal) and attention_mask is None and queries > 1
     if is_causal and keys > queries:  # an empty static cache: from the top left nothing sees these
         key, value = key[:, :, :queries], value[:, :, :queries]
@@ -192,6 +206,19 @@ def attend(
     else:
         out = _attend(module, q, k, v, mask, sinks, scores)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what would change the result and is not heeded."""
+    if options.get("output_attentions"):
+        advice = 'load the model with attn_implementation="eager"'
+        raise ValueError(sentence("output_attentions", "True", "False or None", advice))
+    for name, value in options.items():
+        if value is None or name in HARMLESS:
+            continue
+        if name in UNHEEDED or isinstance(value, Tensor):
+            advice = 'load the model with "sdpa" or "eager" and model.compile(backend="distr")'
+            raise ValueError(sentence(name, f"a {type(value).__name__}", "None", advice))
 
 
 def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
