@@ -109,12 +109,15 @@ def apply(model: nn.Module, policy: Any = None) -> None:
     asked.check_ambiguous(naming.ambiguous(model, shown))
     _check_asked(model)
     bases = BasesOfModel(asked, model)
+    given: dict[nn.Module, Assigned] = {}
     for module, group in names.items():
         every = dict.fromkeys((*map(shown.__getitem__, group), *group))
         plans = [asked.resolve(name) for name in every]
         plan = next((each for each in plans if each.rule), plans[0])
         needs = ESTIMATORS[plan.estimator].needs == "bases"
-        setattr(module, ATTRIBUTE, Assigned(shown[group[0]], plan, bases if needs else None))
+        given[module] = Assigned(shown[group[0]], plan, bases if needs else None)
+    for module, assigned in given.items():  # all or none: nothing above has changed the model
+        setattr(module, ATTRIBUTE, assigned)
 
 
 def _check_asked(model: nn.Module) -> None:

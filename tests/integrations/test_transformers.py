@@ -441,6 +441,18 @@ def test_a_rule_that_names_nothing() -> None:
         )
 
 
+def test_a_policy_that_fits_no_layer_changes_none() -> None:
+    """Each rule is right by itself; of layer 1 they ask what no estimator does."""
+    ours = built("llama", "distr")
+    distr_compile.transformers.apply(ours, {"default": {"group_size": 1}})
+    before = [vars(module).get("_distr_assigned") for module in ours.modules()]
+    rules = [{"layers": "*", "rounds": 2}, {"layers": "*.1.self_attn", "estimator": "lsh-mean"}]
+    with pytest.raises(PolicyError, match=r"layer 'model.layers.1.self_attn': rounds"):
+        distr_compile.transformers.apply(ours, {"rule": rules})
+    after = [vars(module).get("_distr_assigned") for module in ours.modules()]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+
+
 def test_a_model_that_does_not_ask_for_it() -> None:
     with pytest.raises(TypeError, match=r"model: got None \(NoneType\); accepted: a model of tran"):
         distr_compile.transformers.apply(None)
