@@ -26,7 +26,7 @@ from distr_compile.lowering.choose import EXACT
 from distr_compile.lowering.judge import Judge
 from distr_compile.lowering.sdpa import best_sdpa
 from distr_compile.lowering.told import Listener, listening
-from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all
+from distr_compile.passes.apply import LayerChoice, Placed, apply, find_all, planned_before
 from distr_compile.passes.emit import declare_constants
 from distr_compile.passes.rewrite import keep_from_fusion
 from distr_compile.policy import Attended, LayerPlan, Policy, RuleAudit
@@ -37,6 +37,12 @@ from distr_compile.running import Shared, serving, with_inputs
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure", "root")
+
+_NOT_OURS_TO_PLAN = (
+    "calls of distr attention that were in the graph already, and are in no row: {}, planned by "
+    "transformers.apply, distr_compile.attention or an export; the policy of this compile does not "
+    "apply to them"
+)
 
 
 @dataclass(frozen=True)
@@ -271,10 +277,12 @@ def run_pass(
     served: Mapping[str, Mapping[int, int]] = {}
     inputs: Mapping[str, Mapping[str, torch.Tensor]] = {}
     key = (*_graph_key(gm, frame, shared), graph.mode)
-    if placed or frame.limit_note():
+    planned = planned_before(gm)
+    if placed or planned or frame.limit_note():
         chooser = Chooser(policy, root, frame, shared)
         bases = BasesOfModel(policy, root.module if root is not None else None)
         outcome = apply(placed, chooser, bases, judge, change=change)
+        chooser.notes += [_NOT_OURS_TO_PLAN.format(planned)] * bool(planned)
         declare_constants(gm)
         audit = audit.of_graph(_attended(outcome.rows, root), _modules_of(gm, root))
         if _is_whole(gm, root, frame):

@@ -12,6 +12,7 @@ from torch import fx
 
 from distr_compile.bases import BasesOfModel, site_name
 from distr_compile.estimators import ESTIMATORS, MIN_QUERIES
+from distr_compile.lowering import op
 from distr_compile.lowering.judge import Judge
 from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
@@ -120,6 +121,13 @@ def find_all(module: fx.GraphModule, calls: tuple[fx.Node, ...] = ()) -> list[Pl
         if isinstance(body, fx.GraphModule):
             placed += find_all(body, tuple(callers))
     return placed
+
+
+def planned_before(module: fx.GraphModule) -> int:
+    """How many calls of our op a graph and the bodies of its higher-order ops have already."""
+    bodies = [each for each in module.modules() if isinstance(each, fx.GraphModule)]
+    nodes = [node for body in bodies for node in body.graph.nodes]
+    return sum(node.target is op.call for node in nodes)
 
 
 def apply(

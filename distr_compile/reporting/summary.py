@@ -87,7 +87,7 @@ class Report:
         if not self.parts and self.graphs_without_attention:
             return f"no attention in {table.count(self.graphs_without_attention, 'compiled graph')}"
         percent = self.flops_approximated_percent
-        called = sum(all(row.form == CALLED for row in part.rows) for part in self.parts)
+        called = sum(_is_called(part) for part in self.parts)
         is_called = 0 < called == len(self.parts)
         graphs = table.count(sum(map(_is_graph, self.parts)), "graph")
         where = " called without a graph" if is_called else f" in {graphs}"
@@ -189,7 +189,11 @@ class Report:
 def _is_graph(part: GraphReport) -> bool:
     """Whether something was compiled; what modules called themselves, or ran as it is, was not."""
     outside = {reason.code for row in part.rows for reason in row.reasons} & {OUTSIDE_BLOCKS}
-    return not outside and not all(row.form == CALLED for row in part.rows)
+    return not outside and not _is_called(part)
+
+
+def _is_called(part: GraphReport) -> bool:
+    return bool(part.rows) and all(row.form == CALLED for row in part.rows)
 
 
 def _unique(items: Iterable[str]) -> tuple[str, ...]:

@@ -325,6 +325,37 @@ def test_compiled_with_auto_the_backend_decides() -> None:
     assert (got - exact).abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("body", ["a model with plans", "a function"])
+def test_the_policy_of_a_compile_that_comes_too_late(body: str) -> None:
+    """The report says of what was planned before that the backend leaves it."""
+    ours = built("llama", "distr")
+    distr_compile.transformers.apply(ours, POLICY)
+    x = torch.randn(1, 2, 64, 64)
+    cases: dict[str, Any] = {
+        "a model with plans": (ours, ids(), 2),
+        "a function": (lambda q: distr_compile.attention(q, q, q, group_size=2), x, 1),
+    }
+    called, given, count = cases[body]
+    exact = {"default": {"group_size": 1}}
+    compiled = by_backend(called, exact)
+    with torch.no_grad():
+        compiled(given)
+        explained = distr_compile.explain(called, given, policy=exact)
+    for report in (distr_compile.report(compiled), explained):
+        assert report.rows == ()
+        (note,) = report.notes
+        assert f"in no row: {count}, planned by transformers.apply" in note
+        assert "the policy of this compile does not apply to them" in note
+        assert "0 attentions in 1 graph" in str(report)
+
+
+def test_no_note_where_nothing_was_planned_before() -> None:
+    compiled = by_backend(built("llama", "sdpa"), POLICY)
+    with torch.no_grad():
+        compiled(ids())
+    assert distr_compile.report(compiled).notes == ()
+
+
 PACKED = ("llama", "llama, key heads, left padding", "mistral, window", "gemma2, soft cap")
 
 
