@@ -8,17 +8,50 @@ a model, too, which layers are approximated, which are not, and why.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from distr_compile.bases import BasesOfModel
 from distr_compile.lowering import training
 from distr_compile.lowering.call import Shape
 from distr_compile.passes.decide import Decision, flops
+from distr_compile.policy import LayerPlan
 from distr_compile.reporting import GraphReport, SiteRow, record
 from distr_compile.reporting.rows import CALLED
 
 ATTRIBUTE = "_distr_outcomes"
 """Where a module keeps which outcomes it has a row for, and its id: a copy begins anew."""
+
+NAME = "distr"
+"""What ``attn_implementation`` is to be for such a model."""
+
+ASSIGNED = "_distr_assigned"
+"""Where a module keeps what ``distr_compile.transformers.apply`` gave it."""
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What a policy has for one module of a model.
+
+    Attributes:
+        name: full dotted name in the model that was given to ``apply``.
+        plan: what the policy says of it.
+        bases: of the model, where its estimator needs them.
+        is_plain: its calls are exact and have no row: the model runs as without a policy.
+    """
+
+    name: str
+    plan: LayerPlan
+    bases: BasesOfModel | None = None
+    is_plain: bool = False
+
+
+def is_asking(module: torch.nn.Module) -> bool:
+    """Whether a module has a plan of ``apply``, or is a model that asks for such attention."""
+    config: Any = getattr(module, "config", None)
+    return ASSIGNED in module.__dict__ or getattr(config, "_attn_implementation", None) == NAME
 
 
 def note(

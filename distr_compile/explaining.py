@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distr_compile import identity, naming
+from distr_compile import identity, naming, underneath
 from distr_compile.backend import run_pass
 from distr_compile.lowering.judge import Judge
 from distr_compile.policy import Policy, PolicyError
@@ -37,7 +37,9 @@ def explain(
     compiled. Where the policy leaves something to what is faster, that is measured and kept as a
     compile would, unless ``DISTR_MEASURE=0`` forbids it, and so the CPU kernel may be built.
     A module in eval mode, or a method of one, runs under ``torch.no_grad()``. What Dynamo
-    learns meanwhile is dropped, so that a later compile is as if this had not been called.
+    learns meanwhile is dropped, so that a later compile is as if this had not been called. What the
+    model was compiled with, in place too, is set aside meanwhile, and so are plans of
+    ``distr_compile.transformers.apply``: the policy given is what counts.
 
     Args:
         model: a module or a function, compiled or not.
@@ -66,14 +68,22 @@ def explain_by(
     policy: str | PathLike[str] | Policy | Mapping[str, Any] | None = None,
 ) -> Report:
     """Explain as :func:`explain` does; ``judge`` makes, for each graph, who says what is faster."""
-    checked = Policy.from_any(policy)
+    with underneath.plain(model) as own:
+        return _explained(judge, own, args, kwargs, Policy.from_any(policy))
+
+
+def _explained(
+    judge: Callable[[], Judge],
+    model: nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    checked: Policy,
+) -> Report:
     owner = identity.key_of(model)
-    if isinstance(model, nn.Module):
-        model = owner  # type: ignore[assignment]
     graphs: list[GraphReport] = []
     without_attention = 0
     audit = checked.audit()
-    outside = _Outside(owner)
+    outside = Outside(owner)
 
     def observe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal without_attention, audit
@@ -146,7 +156,7 @@ def untraced() -> Iterator[dict[str, Any]]:
         sizes.update(sizes_before)
 
 
-class _Outside(TorchDispatchMode):
+class Outside(TorchDispatchMode):
     """Finds the attention that is executed outside of the captured graphs.
 
     That is code which Dynamo skips, or was told to (``torch.compiler.disable``). A dispatch mode
@@ -183,6 +193,15 @@ class _Outside(TorchDispatchMode):
                 return graph(*args)
             finally:
                 self._depth -= 1
+
+        return run
+
+    def watching(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """``model``, watched while it runs."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return model(*args, **kwargs)
 
         return run
 

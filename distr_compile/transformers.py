@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from distr_compile import calls, masks, naming
 from distr_compile.bases import BasesOfModel
+from distr_compile.calls import ASSIGNED, NAME, Assigned
 from distr_compile.estimators import ESTIMATORS
 from distr_compile.functional import drawn_seed, four_axes
 from distr_compile.lowering import op, sdpa
@@ -30,12 +31,6 @@ from distr_compile.passes.decide import Decision, decide_call
 from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError
 from distr_compile.policy.errors import check_type, sentence
 from distr_compile.reporting import Reason
-
-NAME = "distr"
-"""What ``attn_implementation`` is to be."""
-
-ATTRIBUTE = "_distr_assigned"
-"""Where a module keeps what :func:`apply` gave it."""
 
 HARMLESS = frozenset(
     """
@@ -47,21 +42,6 @@ HARMLESS = frozenset(
 
 UNHEEDED = frozenset({"block_indices", "indices", "sinks"})
 """What a model hands over to have fewer keys seen, or sinks of each token."""
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """What a policy has for one module of a model.
-
-    Attributes:
-        name: full dotted name in the model that was given to :func:`apply`.
-        plan: what the policy says of it.
-        bases: of the model, where its estimator needs them.
-    """
-
-    name: str
-    plan: LayerPlan
-    bases: BasesOfModel | None = None
 
 
 def register() -> None:
@@ -117,7 +97,7 @@ def apply(model: nn.Module, policy: Any = None) -> None:
         needs = ESTIMATORS[plan.estimator].needs == "bases"
         given[module] = Assigned(shown[group[0]], plan, bases if needs else None)
     for module, assigned in given.items():  # all or none: nothing above has changed the model
-        setattr(module, ATTRIBUTE, assigned)
+        setattr(module, ASSIGNED, assigned)
 
 
 def _check_asked(model: nn.Module) -> None:
@@ -276,7 +256,10 @@ def _attend(
     sinks: Tensor | None,
     scores: Scores,
 ) -> Tensor:
-    assigned = getattr(module, ATTRIBUTE, None) or Assigned("", _plan_without_apply())
+    assigned: Assigned | None = getattr(module, ASSIGNED, None)
+    if assigned is not None and assigned.is_plain:
+        return _exactly(q, k, v, mask, sinks, scores)
+    assigned = assigned or Assigned("", _plan_without_apply())
     shape = Shape.of(
         *(q, k, v, mask, scores.is_causal),
         softcap=scores.softcap > 0,

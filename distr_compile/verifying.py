@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from distr_compile import identity
+from distr_compile import identity, underneath
 from distr_compile.backend import Result, run_pass
 from distr_compile.comparing import (
     bound_of,
@@ -40,7 +40,7 @@ from distr_compile.comparing import (
     unlike,
     without_nan,
 )
-from distr_compile.explaining import untraced
+from distr_compile.explaining import Outside, untraced
 from distr_compile.lowering.exactly import computing_exactly
 from distr_compile.passes.emit import STANDS_FOR
 from distr_compile.policy import Policy, PolicyError
@@ -66,7 +66,7 @@ class SiteCheck:
         status: "ok", "wrong" or "not-verified".
         why: what is to be known of a status other than ok; may be empty.
         dtype: of the attention, such as "float32".
-        graph: number of the compiled graph.
+        graph: number of the compiled graph, -1 for what ran outside of every graph.
         site: number of the attention within its graph.
     """
 
@@ -119,7 +119,9 @@ class Verification:
     def ok(self) -> bool:
         """Whether every attention and every output was compared and is within its bound.
 
-        Where there is neither, nothing was compared, and it is not.
+        Where there is neither, nothing was compared, and it is not. Neither is it where attention
+        ran outside of every graph. A softmax there counts as attention if there is no other: some
+        are of routers or of sampling.
         """
         statuses = [row.status for row in self.rows] + [check.status for check in self.outputs]
         return bool(statuses) and all(status == "ok" for status in statuses)
@@ -205,7 +207,9 @@ def verify(
     under ``torch.no_grad()``; others run as grad mode is. Both runs start from the same random
     numbers and copies of the inputs, and the second from what the model held before the first.
     Afterwards the tensors, attributes and containers of the modules, the inputs and the random
-    numbers are what they were before the call. What Dynamo learns is dropped.
+    numbers are what they were before the call. What Dynamo learns is dropped. What the model was
+    compiled with, in place too, is set aside meanwhile, and so are plans of
+    ``distr_compile.transformers.apply``.
 
     Args:
         model: a module or a function, compiled or not.
@@ -224,13 +228,20 @@ def verify(
         Exception: whatever the model raises, and whatever the rewritten model raises.
     """
     check_callable(model)
-    checked = _at_any_length(Policy.from_any(policy))
+    with underneath.plain(model) as own:
+        return _verified(own, args, kwargs, _at_any_length(Policy.from_any(policy)))
+
+
+def _verified(
+    model: nn.Module | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    checked: Policy,
+) -> Verification:
     owner = identity.key_of(model)
-    if isinstance(model, nn.Module):
-        model = owner  # type: ignore[assignment]
     is_inference = isinstance(owner, nn.Module) and not owner.training
     grad_mode = torch.no_grad() if is_inference else contextlib.nullcontext()
-    watch = _Watch(checked)
+    watch = _Watch(checked, Outside(owner))
     before, numbers = Snapshot(model), RandomState.now()
 
     def run(call: Callable[..., Any]) -> dict[str, Tensor]:
@@ -248,7 +259,7 @@ def verify(
             expected = run(model)
         with untraced() as options, computing_exactly():
             try:
-                got = run(torch.compile(model, backend=watch, **options))
+                got = run(watch.outside.watching(torch.compile(model, backend=watch, **options)))
             except Exception as error:
                 inner = getattr(error, "inner_exception", None)
                 if isinstance(inner, PolicyError):
@@ -311,8 +322,8 @@ def _outputs(
 class _Watch:
     """A Dynamo backend: the pass, plain execution, and both graphs once more beside each call."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, outside: Outside) -> None:
+        self.policy, self.outside = policy, outside
         self.graphs: list[_Graph] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -320,10 +331,10 @@ class _Watch:
         paths = {id(part.graph): path for path, part in _graph_modules(gm)}
         result = run_pass(gm, self.policy, change=True)
         if not result.graph.rows:
-            return gm.forward
+            return self.outside.excluding(gm.forward)
         graph = _Graph(result, original, gm, paths)
         self.graphs.append(graph)
-        return graph
+        return self.outside.excluding(graph)
 
     @property
     def called(self) -> list[_Graph]:
@@ -331,10 +342,18 @@ class _Watch:
         return [graph for graph in self.graphs if graph.calls]
 
     def checks(self) -> tuple[SiteCheck, ...]:
-        """The checks of all rows, graph by graph."""
-        return tuple(
-            check for i, graph in enumerate(self.called) for check in graph.checks(number=i)
-        )
+        """The checks of all rows, graph by graph, then one for each layer outside of them."""
+        checks = [check for i, graph in enumerate(self.called) for check in graph.checks(number=i)]
+        outside = [each for each in self.outside.found if not checks or _is_attention(each.op)]
+        texts = {each.layer: each.reason.text for each in outside}
+        for layer, text in texts.items():
+            checks.append(SiteCheck(layer, "exact", None, 0.0, "not-verified", text, graph=-1))
+        return tuple(checks)
+
+
+def _is_attention(op: str) -> bool:
+    """Whether an op is attention for certain; the math of SDPA has a softmax of its own."""
+    return "softmax" not in op or "safe_softmax" in op
 
 
 def _graph_modules(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:

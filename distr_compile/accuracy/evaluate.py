@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distr_compile import underneath
 from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batch, Batches, walk
 from distr_compile.accuracy.metrics import Metric, Score, as_metrics
@@ -51,7 +52,7 @@ def evaluate(
     ``backend="distr"``, without gradients; what Dynamo learns meanwhile is dropped.
 
     Args:
-        model: a module in eval mode, or a function.
+        model: a module in eval mode, or a function; compiled or not (``underneath.plain``).
         batches: as ``batch.walk`` takes them.
         metrics: as ``metrics.as_metric`` takes them.
         policies: name -> policy; None is the model itself, not compiled. Where one says "auto",
@@ -96,7 +97,7 @@ class Compiled:
     """A model and its compiled selves.
 
     Attributes:
-        model: the model itself.
+        model: the model itself, with nothing in it compiled.
         by_policy: the name of a policy -> what to call.
         reports: what the pass did with the first batch, by the name of the policy.
     """
@@ -107,7 +108,7 @@ class Compiled:
 
     def exact(self, batch: Batch) -> Any:
         """The output of the model itself, for a batch that is on its device."""
-        return batch.call(self.model)
+        return exactly(self.model, batch)
 
     def rows(self, batch: Batch, metrics: Iterable[Metric]) -> Rows:
         """The rows of one batch under every policy.
@@ -143,23 +144,31 @@ def compiled(
 ) -> Iterator[Compiled]:
     """Compile ``model`` once for each policy, for the time of the context, without gradients.
 
+    What it was compiled with before is set aside meanwhile; see ``underneath.plain``.
+
     Raises:
         ValueError: the model is in training mode, where dropout changes every output.
     """
     if getattr(model, "training", False):
         raise ValueError("model: got one in training mode; accepted: eval mode; call model.eval()")
-    with torch.no_grad(), untraced() as options:
+    with torch.no_grad(), untraced() as options, underneath.plain(model) as own:
         by_policy: dict[str, Model] = {}
         for name, policy in policies.items():
             # A loss must not hang on what is faster here.
             timeless = None if policy is None else policy.without_timing()
             distr: dict[str, Any] = {"policy": timeless, "compiler": compiler}
             by_policy[name] = (
-                model
+                own
                 if policy is None
-                else torch.compile(model, backend="distr", options=distr, **options)
+                else torch.compile(own, backend="distr", options=distr, **options)
             )
-        yield Compiled(model, by_policy)
+        yield Compiled(own, by_policy)
+
+
+def exactly(model: Model, batch: Batch) -> Any:
+    """The output of a model of ``underneath.plain``, which is compiled in no part."""
+    with underneath.eagerly():
+        return batch.call(model)
 
 
 def device_of(model: Model) -> torch.device:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from distr_compile import identity
+from distr_compile import identity, underneath
 from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches, walk
 from distr_compile.accuracy.evaluate import device_of
@@ -154,9 +154,12 @@ class Instrument:
 
     @contextlib.contextmanager
     def on(self, model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-        """The model to call instead of ``model``, without gradients; compiled once in a context."""
-        with torch.no_grad(), untraced() as options:
-            yield torch.compile(model, backend=self, **options)
+        """The model to call instead of ``model``, without gradients; compiled once in a context.
+
+        What it was compiled with before is set aside meanwhile; see ``underneath.plain``.
+        """
+        with torch.no_grad(), untraced() as options, underneath.plain(model) as own:
+            yield torch.compile(own, backend=self, **options)
 
     @property
     def usable(self) -> dict[str, Site]:

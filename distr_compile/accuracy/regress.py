@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from distr_compile import underneath
 from distr_compile.accuracy import baseline as baselines
 from distr_compile.accuracy import ranks, sameness
 from distr_compile.accuracy.baseline import (
@@ -113,6 +114,12 @@ def _cell(name: str, value: Value | None) -> str:
 FORCED = 'min_seq_len = "auto" counts as 0 here, so that no loss hangs on what is faster'
 """Said where a policy leaves lengths to the machine."""
 
+SET_ASIDE = (
+    "the plans that distr_compile.transformers.apply gave the model were set aside: what was "
+    "measured is the policy given here, in the exact model's place"
+)
+"""Said of a model that has such plans."""
+
 
 def regress(
     model: Callable[..., Any],
@@ -140,7 +147,9 @@ def regress(
     inputs. Outputs are dropped batch by batch.
 
     Args:
-        model: a module in eval mode, on its device; batches are moved there.
+        model: a module in eval mode, on its device; batches are moved there. What it was compiled
+            with and plans of ``distr_compile.transformers.apply`` are set aside meanwhile: neither
+            is part of the exact model.
         batches: a list, a data loader, or a function that returns an iterable: what can be walked
             more than once. An item is a ``Batch``, a dict of keyword arguments, a tuple or
             list of positional ones, or one argument.
@@ -192,9 +201,12 @@ def regress(
         raise ValueError("update_baseline: got no baseline; give the path of the file to write")
     if path is not None and not update_baseline and ranks.is_first():
         baselines.read(path)  # to be told now, not when all is measured
-    name = name or type(model).__name__
-    measuring = _Measuring(model, name, named, as_metrics(metrics), compiler, limit, layer_batches)
-    result = measuring.run(batches, None if out is None else Path(out), resume, progress)
+    had_plans = underneath.has_plans(model)
+    with underneath.plain(model) as own:
+        name = name or type(own).__name__
+        options = (compiler, limit, layer_batches)
+        measuring = _Measuring(own, name, named, as_metrics(metrics), *options)
+        result = measuring.run(batches, None if out is None else Path(out), resume, progress)
     regression = Regression(result)
     if path is not None and ranks.is_first():
         regression = held_against(path, result, update_baseline, tolerance, other_tolerance)
@@ -207,6 +219,8 @@ def regress(
     timed = ", ".join(label for label, policy in named.items() if policy.asks_for_times)
     if timed:
         notes += (f"{timed}: {FORCED}",)
+    if had_plans:
+        notes += (f"{name}: {SET_ASIDE}",)
     regression = replace(regression, notes=(*regression.notes, *notes))
     if out is not None and ranks.is_first():
         text = json.dumps(regression.to_dict(), indent=1) + "\n"

@@ -52,7 +52,6 @@ class Placed:
             return [interior[0], self.found.anchor, interior[-1]]
         return [self.found.anchor]
 
-
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """Why it stays exact by where it stands: its gradient may be a formula of the model's."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,30 @@ def record(
                 DistrWarning,
                 stacklevel=2,
             )
+
+
+@contextlib.contextmanager
+def reports_apart(owners: Iterable[Any]) -> Iterator[None]:
+    """See no reports of before in the context, and keep none of those that are made in it.
+
+    Args:
+        owners: modules, functions and other callables, compiled or not, whose reports are meant.
+    """
+    known: list[Any] = []
+    for each in owners:
+        with contextlib.suppress(TypeError):  # nothing that could have a report
+            known.append(_owner_of(each))
+    known = list({id(owner): owner for owner in known}.values())
+    with LOCK:
+        before = {id(owner): _ENTRIES.pop(id(owner), None) for owner in known}
+    try:
+        yield
+    finally:
+        with LOCK:
+            for identity, entry in before.items():
+                _ENTRIES.pop(identity, None)
+                if entry is not None:
+                    _ENTRIES[identity] = entry
 
 
 def report(obj: Any) -> Report:

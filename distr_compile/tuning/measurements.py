@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distr_compile.accuracy import ranks, sameness
 from distr_compile.accuracy.batch import Batch
-from distr_compile.accuracy.evaluate import device_of, evaluate
+from distr_compile.accuracy.evaluate import device_of, evaluate, exactly
 from distr_compile.accuracy.instrument import SiteErrors, site_errors
 from distr_compile.accuracy.metrics import METRICS, Metric
 from distr_compile.policy import Policy
@@ -151,7 +151,7 @@ class Measurements:
             ValueError: no labels, no logits, or what else it asks for.
         """
         batch = next(self.data.half(held=False)).to(device_of(self.model))
-        output = batch.call(self.model)
+        output = exactly(self.model, batch)
         self.metric.statistic(output, output, batch)
         self._smooth = smooth_metric(output, batch)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batch
-from distr_compile.accuracy.evaluate import device_of
+from distr_compile.accuracy.evaluate import device_of, exactly
 from distr_compile.accuracy.instrument import Call, Instrument, SiteErrors
 from distr_compile.accuracy.metrics import METRICS, Metric, has_logits
 from distr_compile.policy import Policy
@@ -115,7 +115,7 @@ class Bench:
 
             def rows_of(given: Batch) -> list[Tensor]:
                 batch = given.to(device_of(self.model))
-                exact = batch.call(self.model)
+                exact = exactly(self.model, batch)
                 outputs = (s if s is None else output(batch, s) for s in (None, *settings))
                 return [
                     metric.statistic(exact if out is None else out, exact, batch)

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from distr_compile import underneath
 from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batches
 from distr_compile.accuracy.checkpoint import write_whole
@@ -69,7 +70,8 @@ def tune(
     """Find the policy of least attention cost whose loss is within a budget, and write it.
 
     Args:
-        model: the module that will be compiled, in eval mode.
+        model: the module that will be compiled, in eval mode. What it was compiled with already,
+            and plans of ``distr_compile.transformers.apply``, are set aside meanwhile.
         batches: data with labels, if the metric needs them; as ``batch.walk`` takes them, two or
             more, and the same ones every time.
         budget: the largest ``Metric.loss`` allowed: for a metric with labels a share of the exact
@@ -99,38 +101,39 @@ def tune(
             model in training mode, or one without attention to tune.
         PolicyError: the policy or a candidate is wrong.
     """
-    as_of_metric = as_metric(metric)
-    _check(model, budget, as_of_metric, held_out, confidence)
-    check_compiler(compiler)
-    if path is not None:
-        check_folder(path)
-    base = Policy() if policy is None else Policy.from_any(policy)
-    known = Measurements(
-        model=model,
-        data=Halves(batches, held_out),
-        metric=as_of_metric,
-        confidence=confidence,
-        base=base,
-        fields=candidate_fields(base, candidates),
-        clock=cost.clock(time, device_of(model)),
-        compiler=compiler,
-    )
-    state_path = None if path is None else Path(f"{os.fspath(path)}.state.json")
-    known.state, stale = State.shared(state_path, known.key(time), resume=resume)
-    tuner = _Tuner(known, float(budget), [f"Begun anew: {stale}."] if stale else [])
-    if known.state.found:
-        tuner.taken = [f"Measurements taken from {state_path}; not all were made in this run."]
-        if known.metric_identity is None and known.state.forget_losses():
-            tuner.taken.append(
-                f"Losses were measured anew: nobody can tell whether {as_of_metric.name} is the "
-                "metric of before. Give a function whose closure holds no objects."
-            )
-    known.check_metric()
-    with progress_bar(progress) as known.bar:
-        if progress and ranks.is_first():
-            for note in (*tuner.notes, *tuner.taken):
-                known.bar.console.print(note, highlight=False)
-        return tuner.run(None if path is None else Path(path), command)
+    with underneath.plain(model) as own:
+        as_of_metric = as_metric(metric)
+        _check(own, budget, as_of_metric, held_out, confidence)
+        check_compiler(compiler)
+        if path is not None:
+            check_folder(path)
+        base = Policy() if policy is None else Policy.from_any(policy)
+        known = Measurements(
+            model=own,
+            data=Halves(batches, held_out),
+            metric=as_of_metric,
+            confidence=confidence,
+            base=base,
+            fields=candidate_fields(base, candidates),
+            clock=cost.clock(time, device_of(own)),
+            compiler=compiler,
+        )
+        state_path = None if path is None else Path(f"{os.fspath(path)}.state.json")
+        known.state, stale = State.shared(state_path, known.key(time), resume=resume)
+        tuner = _Tuner(known, float(budget), [f"Begun anew: {stale}."] if stale else [])
+        if known.state.found:
+            tuner.taken = [f"Measurements taken from {state_path}; not all were made in this run."]
+            if known.metric_identity is None and known.state.forget_losses():
+                tuner.taken.append(
+                    f"Losses were measured anew: nobody can tell whether {as_of_metric.name} is "
+                    "the metric of before. Give a function whose closure holds no objects."
+                )
+        known.check_metric()
+        with progress_bar(progress) as known.bar:
+            if progress and ranks.is_first():
+                for note in (*tuner.notes, *tuner.taken):
+                    known.bar.console.print(note, highlight=False)
+            return tuner.run(None if path is None else Path(path), command)
 
 
 def _check(

@@ -155,7 +155,7 @@ def attention_bwd(
     }
     seed = None if dropout is None else dropout.seed
     inputs = {"Qhat": Qhat, "Khat": Khat, "V": V, "Mask": mask, "Seed": seed, "Grad": grad}
-    inputs |= {"Lse": lse, "Delta": delta, "Ends": places and places.ends}
+    inputs |= {"Lse": lse, "Delta": delta, "Ends": places.ends if places else None}
     with torch.cuda.device_of(Qhat):
         if num_queries and batch * heads:
             _launch_delta(out, grad, delta)
