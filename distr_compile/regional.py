@@ -55,11 +55,11 @@ def compile_blocks(
 
     Args:
         model: the whole model.
-        policy: as in ``torch.compile(..., options={"policy": ...})``.
+        policy: as in ``torch.compile(..., options={"policy": ...})``, or given there.
         blocks: names of the blocks' classes, or patterns of their names in the model. None takes
             the classes that the model names in ``_repeated_blocks``, as models of diffusers do, or
             what stands in its lists of modules of one class.
-        options: the other options of the backend, and Inductor's; with ``root`` the names of layers
+        options: those of the backend, and Inductor's; with ``root`` the names of layers
             and blocks begin there.
         dynamic: as for ``torch.compile``.
         fullgraph: as for ``torch.compile``.
@@ -68,7 +68,7 @@ def compile_blocks(
         The names of the blocks, in groups.
 
     Raises:
-        ValueError: there are no such blocks, or an option is unknown.
+        ValueError: there are no such blocks, an option is unknown, or there are two policies.
         TypeError: no module, or no names of blocks.
         PolicyError: the policy is wrong: for itself, or for this model, as where a rule asks for
             approximation of modules outside of the blocks only; or it has no file of bases where an
@@ -79,7 +79,7 @@ def compile_blocks(
     if blocks is not None and not isinstance(blocks, str):
         accepted, advice = "a name, a list of names, or None", "give classes' or blocks' names"
         check_type("blocks", blocks, (list, tuple, set, frozenset), accepted, advice)
-    checked = Options.parse({**(options or {}), "policy": policy}, None)
+    checked = _parsed(policy, options)
     root = identity.root_of(model, checked.root)
     checked.policy.check_ambiguous(naming.ambiguous(model, root.shown))
     checked.policy.audit({*root.shown, *root.shown.values()}).check_names()
@@ -103,6 +103,19 @@ def compile_blocks(
             member._compiled_call_impl = _watched(run, backend, member, rules)
     surroundings.watch(model, root.shown, list(found.values()), checked)
     return list(groups.values())
+
+
+def _parsed(policy: Any, options: Mapping[str, Any] | None) -> Options:
+    """The options, with the policy from where it is given.
+
+    Raises:
+        ValueError, PolicyError: as ``compile_blocks``.
+    """
+    given = dict(options or {})
+    if policy is not None and given.get("policy") is not None:
+        got = "one as an argument and another in options"
+        raise ValueError(sentence("policy", got, "one of them", "leave the other out"))
+    return Options.parse(given if policy is None else {**given, "policy": policy}, None)
 
 
 @dataclass(eq=False)

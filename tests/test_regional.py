@@ -195,6 +195,19 @@ def test_blocks_of_which_nothing_was_compiled_are_warned_of_once() -> None:
     assert "TransformerEncoderLayer is a class of torch.nn" in said[0]
 
 
+def test_the_policy_may_be_an_option() -> None:
+    x = inputs()
+    models = [net(2), net(2)]
+    with torch.no_grad():
+        distr_compile.compile_blocks(models[0], POLICY, options=EAGER)
+        distr_compile.compile_blocks(models[1], options={"policy": POLICY, **EAGER})
+        wanted, got = (model(x) for model in models)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert [row.decision for row in distr_compile.report(models[1]).rows] == ["distr"] * 2
+    with pytest.raises(ValueError, match="policy: got one as an argument and another in options"):
+        distr_compile.compile_blocks(net(2), POLICY, options={"policy": POLICY})
+
+
 def test_what_is_wrong() -> None:
     model = net(2)
     with pytest.raises(TypeError, match=r"model: got None \(NoneType\); accepted: a torch.nn.Mod"):
