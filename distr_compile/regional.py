@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,13 +35,14 @@ def compile_blocks(
     """Compile the repeated blocks of a model in place, equal ones by one graph.
 
     Blocks of one class go together if their submodules, parameters and buffers have the same names,
-    types, shapes and dtypes, the policy the same plans for them, and its file bases of the same
-    sizes: Dynamo then captures and Inductor compiles the first that is called, and all others run
-    that code with their own weights and bases, which are inputs of the graph. What they are given
-    may still need a graph of its own, as other shapes do. What stands outside of the blocks runs in
-    eager; its attention has rows, exact for the reason "outside-blocks", found in the first call.
-    Attention in the very code of a module that holds blocks has none: a note names such code. Seeds
-    tell no blocks apart: a policy has none, and those of dropout are drawn by the graph.
+    types, shapes and dtypes, the same hooks, the policy the same plans for them, and its file bases
+    of the same sizes: Dynamo then captures and Inductor compiles the first that is called, and all
+    others run that code with their own weights and bases, which are inputs of the graph. What they
+    are given may still need a graph of its own, as other shapes do. What stands outside of the
+    blocks runs in eager; its attention has rows, exact for the reason "outside-blocks", found in
+    the first call. Attention in the very code of a module that holds blocks has none: a note names
+    such code. Seeds tell no blocks apart: a policy has none, and those of dropout are drawn by the
+    graph.
 
     Rules of the policy, and the rows of ``distr_compile.report(model)``, go by the names of layers
     in the whole model; ``runtime_calls`` of a row says how often its layer was called. What is
@@ -297,7 +299,36 @@ def _kind(
         for own, t in (*block.named_parameters(), *block.named_buffers())
     )
     sorted_sizes = tuple(sorted(sizes.items()))
-    return (modules, tensors, tuple(plans.items()), block.training, sorted_sizes)
+    return (modules, tensors, tuple(plans.items()), block.training, sorted_sizes, _hooks(block))
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _hooks(block: nn.Module) -> tuple[object, ...]:
+    """The hooks of a block's modules, each by what it calls: the graph has them inside.
+
+    And ``forward`` where it is not that of the class.
+    """
+    own_forwards = tuple(
+        (own, _called(module.__dict__["forward"]))
+        for own, module in block.named_modules()
+        if "forward" in module.__dict__
+    )
+    hooks = tuple(
+        (own, kind, _called(hook), key in getattr(module, f"{kind}_with_kwargs", ()))
+        for own, module in block.named_modules()
+        for kind in _HOOKS
+        for key, hook in getattr(module, kind, {}).items()
+    )
+    return own_forwards + hooks
+
+
+def _called(hook: object) -> tuple[int, ...]:
+    """A function by its identity, as blocks hold it; a method by its own and its object's."""
+    if inspect.ismethod(hook):  # made anew wherever it is asked for
+        return (id(hook.__self__), id(hook.__func__))
+    return (id(hook),)
 
 
 def _is_in(layer: str, block: str) -> bool:

@@ -140,6 +140,27 @@ def test_other_sizes_are_other_groups() -> None:
     assert groups == [["blocks.0", "blocks.2"], ["blocks.1"]]
 
 
+def twice(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+@pytest.mark.parametrize("hooked", [(1,), (0, 2), (0, 1, 2)])
+def test_blocks_with_other_hooks_are_other_groups(hooked: tuple[int, ...]) -> None:
+    model, x = net(3), inputs()
+    for i in hooked:
+        model.blocks[i].out.register_forward_hook(twice)  # type: ignore[union-attr]
+    options = {"policy": POLICY, **EAGER}
+    with torch.no_grad():
+        wanted = torch.compile(copy.deepcopy(model), backend="distr", options=options)(x)
+        groups = distr_compile.compile_blocks(model, POLICY, options=EAGER)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+    names = [f"blocks.{i}" for i in range(3)]
+    those = [name for i, name in enumerate(names) if i in hooked]
+    assert sorted(groups) == sorted(
+        part for part in (those, [name for name in names if name not in those]) if part
+    )
+
+
 class Part(Block):
     """Dynamo makes one body of all such layers in a graph."""
 
