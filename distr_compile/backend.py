@@ -33,7 +33,7 @@ from distr_compile.policy import Attended, LayerPlan, Policy, RuleAudit
 from distr_compile.reporting import GraphReport, Reason, SiteRow, record, report
 from distr_compile.reporting.breaks import break_before
 from distr_compile.reporting.publish import publish
-from distr_compile.running import Shared, serving, with_inputs
+from distr_compile.running import Shared, noticed, serving, with_inputs
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTION_KEYS = ("policy", "mode", "compiler", "report", "measure", "root")
@@ -194,7 +194,9 @@ def compile_graph(
             report(result.owner).to_json(parsed.report)
     rows = result.graph.rows
     if result.served:
-        return serving(compiled, result.graph, result.served, result.inputs)
+        compiled = serving(compiled, result.graph, result.served, result.inputs)
+    if shared is not None:
+        return noticed(compiled)
     has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
     return _heard(compiled, result.graph) if has_ops else compiled
 

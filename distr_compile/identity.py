@@ -262,7 +262,9 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
 
     Args:
         nodes: the nodes whose layer matters, those of higher-order bodies included; may be empty.
-        is_shared: the graph shall serve several modules: nothing is guarded.
+        is_shared: the graph shall serve several modules: nothing is guarded, until half of the
+            limit is used up. What then keeps modules apart, another number in each say, would have
+            the last of them run eagerly.
 
     Returns:
         What is known of the frame; ``reason`` says why a node is not covered.
@@ -278,7 +280,7 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
     named = {*wanted, local} if frame.is_crowded else wanted
     possible = {name for name in named if name and isinstance(frame.locals.get(name), nn.Module)}
     reason = frame.unguardable if possible else ""
-    if is_shared:
+    if is_shared and not frame.is_crowded:
         reason = "it serves several modules"
     if not reason and not all(frame.guard(name) for name in sorted(possible)):
         reason = "this version of PyTorch takes no identity guard"

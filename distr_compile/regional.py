@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,11 +39,11 @@ def compile_blocks(
     types, shapes and dtypes, the same hooks, the policy the same plans for them, and its file bases
     of the same sizes: Dynamo then captures and Inductor compiles the first that is called, and all
     others run that code with their own weights and bases, which are inputs of the graph. What they
-    are given may still need a graph of its own, as other shapes do. What stands outside of the
-    blocks runs in eager; its attention has rows, exact for the reason "outside-blocks", found in
-    the first call. Attention in the very code of a module that holds blocks has none: a note names
-    such code. Seeds tell no blocks apart: a policy has none, and those of dropout are drawn by the
-    graph.
+    are given may still need a graph of its own, as other shapes do, and so may plain attributes in
+    which they differ, such as a layer's number. What stands outside of the blocks runs in eager;
+    its attention has rows, exact for the reason "outside-blocks", found in the first call.
+    Attention in the very code of a module that holds blocks has none: a note names such code. Seeds
+    tell no blocks apart: a policy has none, and those of dropout are drawn by the graph.
 
     Rules of the policy, and the rows of ``distr_compile.report(model)``, go by the names of layers
     in the whole model; ``runtime_calls`` of a row says how often its layer was called. What is
@@ -100,8 +101,10 @@ def compile_blocks(
         rules.groups.append((backend, _names_in([found[name] for name in names], root)))
         for name in names:
             member: Any = found[name]
-            member.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-            run = entered(name, member._compiled_call_impl)
+            given = {"backend": backend, "dynamic": dynamic, "fullgraph": fullgraph}
+            member.compile(**given, **_limits(len(found)))
+            without = functools.partial(_alone, backend, name)
+            run = entered(name, member._compiled_call_impl, without)
             member._compiled_call_impl = _watched(run, backend, member, rules)
     surroundings.watch(model, root.shown, list(found.values()), checked)
     return list(groups.values())
@@ -128,10 +131,36 @@ class _Backend:
     shared: Shared
     was_called: bool = False
     has_warned: bool = False
+    ran_alone: set[str] = field(default_factory=set)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.was_called = True
         return compile_graph(gm, example_inputs, self.options, shared=self.shared)
+
+
+def _limits(blocks: int) -> dict[str, int]:
+    """How many graphs Dynamo may make of what all blocks run: as many of each as it may of one.
+
+    Blocks that differ in a number, such as that of the layer, need a graph each. Where this version
+    of PyTorch takes no such limit, ``identity.guard_frame_module`` keeps apart what Dynamo counts.
+    """
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        return {}
+    return {"recompile_limit": torch._dynamo.config.recompile_limit * blocks}
+
+
+def _alone(backend: _Backend, name: str) -> None:
+    """Warn once of a block that ran as it is, where others of its group run graphs."""
+    if not backend.was_called or name in backend.ran_alone:
+        return
+    backend.ran_alone.add(name)
+    warnings.warn(
+        f"compile_blocks: {name} was called and no graph ran in it: its attention was exact, and "
+        "row.runtime_calls does not count the call. Dynamo makes no graph where its limits are "
+        "reached, compiling is off, or nothing is computed; give fewer different blocks and shapes "
+        "or raise torch._dynamo.config.recompile_limit and accumulated_recompile_limit",
+        stacklevel=4,
+    )
 
 
 @dataclass(eq=False)

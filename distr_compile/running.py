@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 
@@ -23,7 +24,16 @@ from distr_compile.policy import RuleAudit
 from distr_compile.reporting import GraphReport, Handover
 from distr_compile.reporting.rows import Way
 
-_running: ContextVar[str] = ContextVar("distr_running_block", default="")
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module: its name, and whether a graph ran in it."""
+
+    block: str = ""
+    had_graph: bool = False
+
+
+_running: ContextVar[_Call] = ContextVar("distr_running_block", default=_Call())  # noqa: B039
 
 
 @dataclass(frozen=True)
@@ -81,15 +91,35 @@ class Shared:
         return replace(graph, calls=live.calls, handed=live.handed, called=live.called)
 
 
-def entered(block: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable that calls ``call`` as the module ``block``; calls nest, also in each other."""
+def entered(
+    block: str, call: Callable[..., Any], without: Callable[[], None]
+) -> Callable[..., Any]:
+    """A callable that calls ``call`` as the module ``block``; calls nest, also in each other.
+
+    ``without`` is told of each call in which no graph of :func:`noticed` ran.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        token = _running.set(block)
+        this = _Call(block)
+        token = _running.set(this)
         try:
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
         finally:
             _running.reset(token)
+        if not this.had_graph and not torch.compiler.is_compiling():
+            without()
+        return result
+
+    return run
+
+
+def noticed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph of several modules, for Dynamo to call: that it ran is known to who is running."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        _running.get().had_graph = True
+        return compiled(*args)
 
     return run
 
@@ -120,7 +150,7 @@ def serving(
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        block = _running.get()
+        block = _running.get().block
         own = rows.get(block)
         if own is None:
             if not inputs:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import distr_compile
+from distr_compile import regional
 from distr_compile.policy import PolicyError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -159,6 +160,61 @@ def test_blocks_with_other_hooks_are_other_groups(hooked: tuple[int, ...]) -> No
     assert sorted(groups) == sorted(
         part for part in (those, [name for name in names if name not in those]) if part
     )
+
+
+class Numbered(Block):
+    """Dynamo guards the number, as that of a layer in models of transformers: a graph for each."""
+
+    number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.number / 100
+
+
+def numbered(blocks: int) -> Net:
+    model = net(blocks)
+    for i, block in enumerate(model.blocks):
+        block.__class__, block.number = Numbered, i
+    return model
+
+
+@pytest.mark.parametrize("by", ["limit", "guards"])
+def test_more_different_blocks_than_graphs_of_one_code(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a limit of their own, or, where PyTorch takes none, by guards that Dynamo counts apart."""
+    if by == "guards":
+        monkeypatch.setattr(regional, "_limits", lambda blocks: {})
+    model, x = numbered(12), inputs()
+    options = {"policy": POLICY, **EAGER}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = torch.compile(copy.deepcopy(model), backend="distr", options=options)(x)
+        torch._dynamo.reset()
+        distr_compile.compile_blocks(model, POLICY, options=EAGER)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+    rows = distr_compile.report(model).rows
+    assert [(row.layer, row.decision, row.runtime_calls) for row in rows] == [
+        (f"blocks.{i}", "distr", 2) for i in range(12)
+    ]
+
+
+def test_blocks_that_no_graph_is_made_for_are_warned_of_once() -> None:
+    model, x = numbered(6), inputs()
+    distr_compile.compile_blocks(model, POLICY, options=EAGER)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch._dynamo.config.patch(accumulated_recompile_limit=4):
+            model(x)
+            model(x)
+    said = [str(each.message) for each in caught if "compile_blocks" in str(each.message)]
+    assert [text.partition(" was called")[0] for text in said] == [
+        "compile_blocks: blocks.4",
+        "compile_blocks: blocks.5",
+    ]
+    rows = distr_compile.report(model).rows
+    assert [row.runtime_calls for row in rows] == [2, 2, 2, 2, 0, 0]
 
 
 class Part(Block):
