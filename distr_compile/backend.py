@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -154,7 +155,55 @@ def distr(
         ValueError, PolicyError: wrong options or policy. Dynamo wraps them in
             ``BackendCompilerFailed`` (``.inner_exception``).
     """
-    return compile_graph(gm, example_inputs, Options.parse(options, mode), name)
+    return compile_graph(gm, example_inputs, _parsed(options, mode), name)
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """What was read of the options for the first graph of one ``torch.compile``.
+
+    Attributes:
+        backend: of that ``torch.compile``.
+        given: the mapping of its options, that very object, and the mode.
+        options: what they said.
+    """
+
+    backend: weakref.ref[Any]
+    given: tuple[Mapping[str, Any] | None, str | None]
+    options: Options
+
+    def is_of(self, options: Mapping[str, Any] | None, mode: str | None) -> bool:
+        """Whether these are they."""
+        return self.given[0] is options and self.given[1] == mode
+
+
+# By identity: what torch.compile makes of a backend is equal to others, and has no hash.
+_PARSED: dict[int, _Parsed] = {}
+
+
+def _parsed(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """The options as they were for the first graph: what one call compiled has one policy.
+
+    Raises:
+        ValueError, PolicyError: as ``Options.parse``.
+    """
+    backend, given = identity.compiling_backend(), (options, mode)
+    known = _PARSED.get(id(backend))
+    if known is not None and known.backend() is backend and known.is_of(options, mode):
+        return known.options
+    parsed = Options.parse(options, mode)
+    # A function that serves as a backend is the same for every torch.compile.
+    if isinstance(backend, getattr(torch, "_TorchCompileWrapper", ())):
+        _PARSED[id(backend)] = _Parsed(weakref.ref(backend, _forget(id(backend))), given, parsed)
+    return parsed
+
+
+def _forget(key: int) -> Callable[[weakref.ref[Any]], None]:
+    def callback(ref: weakref.ref[Any]) -> None:
+        if (known := _PARSED.get(key)) is not None and known.backend is ref:
+            _PARSED.pop(key, None)
+
+    return callback
 
 
 def compile_graph(

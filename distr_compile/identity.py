@@ -151,6 +151,15 @@ def find_root() -> Root | None:
     return replace(root_of(module), key=key, backend=backend)
 
 
+def compiling_backend() -> object:
+    """What the ``torch.compile`` that compiles now made of its backend; None outside of a call.
+
+    Each call of ``torch.compile`` makes one, which all graphs of what it returned have.
+    """
+    wrappers = _wrappers()
+    return wrappers[0].backend if wrappers else None
+
+
 def root_of(module: nn.Module, begin: str = "") -> Root:
     """A module as a root, whatever is being compiled; names of layers begin at ``begin``.
 
