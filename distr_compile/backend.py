@@ -242,12 +242,12 @@ def compile_graph(
         if parsed.report is not None:
             report(result.owner).to_json(parsed.report)
     rows = result.graph.rows
+    has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
     if result.served:
         compiled = serving(compiled, result.graph, result.served, result.inputs)
-    if shared is not None:
-        return noticed(compiled)
-    has_ops = any(row.decision == "distr" or row.kernel not in (None, EXACT) for row in rows)
-    return _heard(compiled, result.graph) if has_ops else compiled
+    elif has_ops:
+        compiled = _heard(compiled, result.graph)
+    return compiled if shared is None else noticed(compiled)
 
 
 @dataclass(frozen=True)

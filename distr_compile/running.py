@@ -92,7 +92,7 @@ class Shared:
 
 
 def entered(
-    block: str, call: Callable[..., Any], without: Callable[[], None]
+    block: str, call: Callable[..., Any], without: Callable[[], None] | None = None
 ) -> Callable[..., Any]:
     """A callable that calls ``call`` as the module ``block``; calls nest, also in each other.
 
@@ -100,13 +100,15 @@ def entered(
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        this = _Call(block)
+        around, this = _running.get(), _Call(block)
         token = _running.set(this)
         try:
             result = call(*args, **kwargs)
         finally:
             _running.reset(token)
-        if not this.had_graph and not torch.compiler.is_compiling():
+        if this.had_graph:
+            around.had_graph = True
+        elif without is not None and not torch.compiler.is_compiling():
             without()
         return result
 
