@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 
@@ -56,13 +56,24 @@ def reads_those_of_sdpa(config: type) -> bool | None:
 
 @functools.cache
 def _reads_those_of_sdpa(config: type) -> bool | None:
-    for each in config.__mro__:
-        models = [model for model in _models() if model.config_class is each]
-        package = each.__module__.rpartition(".")[0]
-        own = [model for model in models if model.__module__.rpartition(".")[0] == package]
-        if models:  # those that somebody derived from them say less
-            return all(map(_reads_them, own or models))
-    return None
+    kinds = [each for each in config.__mro__ if issubclass(each, PreTrainedConfig)]
+    found = next(filter(None, map(_models_of, kinds[:-1])), None)
+    return None if found is None else all(map(_reads_them, found))
+
+
+def _models_of(config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Those that have it; else those beside it, which may make a part of it; else its alias."""
+    loaded = list(_models())
+    beside = [model for model in loaded if _package(model) == _package(config)]
+    named = [model for model in loaded if model.config_class is config]
+    if named or beside:  # those that somebody derived elsewhere say less
+        return [model for model in named if model in beside] or named or beside
+    mapped: Any = MODEL_MAPPING.get(config, [])
+    return list(mapped) if isinstance(mapped, (list, tuple)) else [mapped]
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.rpartition(".")[0]
 
 
 def _reads_them(model: type[PreTrainedModel]) -> bool:

@@ -121,6 +121,11 @@ def test_which_configs_have_models_that_read_the_masks_of_sdpa() -> None:
         assert masks.reads_those_of_sdpa(config) is (name in AS_SDPA), name
     assert masks.reads_those_of_sdpa(type(None)) is None
 
+    alias, part = (transformers.CONFIG_MAPPING[name] for name in ("exaone", "t5gemma"))
+    for config in (alias, type(part().encoder)):  # a Llama; half of a T5Gemma, which has soft caps
+        assert transformers.MODEL_MAPPING[part] is not None
+        assert masks.reads_those_of_sdpa(config) is True
+
     class Mine(transformers.LlamaConfig):
         """One that somebody derived has the models of what it is derived from."""
 
