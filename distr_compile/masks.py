@@ -62,7 +62,7 @@ def _reads_those_of_sdpa(config: type) -> bool | None:
 
 
 def _models_of(config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    """Those that have it; else those beside it, which may make a part of it; else its alias."""
+    """The models that have it, or that stand beside it, of which it is a part, or of its alias."""
     loaded = list(_models())
     beside = [model for model in loaded if _package(model) == _package(config)]
     named = [model for model in loaded if model.config_class is config]

@@ -188,7 +188,7 @@ class _Lying:
 
     @classmethod
     def of(cls, call: Call, bases: Bases | None) -> _Lying:
-        """Of a call that has A and B, or is exact: one block."""
+        """The blocks of a call that has A and B; one of all rows where it is exact."""
         num_queries = call.q.shape[2]
         spans = spans_of(call, bases is not None)
         blocks = max(1, *(-(-(span.stop - span.first) // span.block) for span in spans))

@@ -16,6 +16,7 @@ from torch import fx
 
 from distr_compile.passes import open_up
 from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.anchors import anchor_kind
 from distr_compile.passes.memory import is_plain_fake, local_of
 from distr_compile.passes.operands import common_dtype, operand
 from distr_compile.passes.origin import Flow
@@ -43,7 +44,7 @@ _EXPONENTIALS = frozenset({"exp", "exp_", "exp2"})
 
 def find(graph: fx.Graph) -> list[AttentionSite | Unmatched]:
     """All attention of one graph, in graph order: one entry per softmax or fused call."""
-    anchors = [(node, kind) for node in graph.nodes if (kind := voc.anchor_kind(node))]
+    anchors = [(node, kind) for node in graph.nodes if (kind := anchor_kind(node))]
     if not anchors and not any(target_name(node) in _EXPONENTIALS for node in graph.nodes):
         return []
     try:

@@ -579,33 +579,6 @@ def read(node: Any) -> Op | None:
     return None if reader is None else _ask(reader, node)
 
 
-# -- nodes that are attention, or may be, for the report ----------------------------------------
-
-_ANCHORS = {
-    **dict.fromkeys("softmax _softmax special_softmax softmin _safe_softmax".split(), "softmax"),
-    "gumbel_softmax": "softmax",
-    **dict.fromkeys("flex_attention flex_attention_hop".split(), "flex"),
-    "scaled_dot_product_attention": "sdpa",
-    "_scaled_dot_product_attention_math": "sdpa",
-    "_scaled_dot_product_flash_attention_for_cpu": "sdpa",
-    "_scaled_dot_product_flash_attention": "sdpa",
-    "_scaled_dot_product_efficient_attention": "sdpa",
-    "_scaled_dot_product_cudnn_attention": "sdpa",
-}
-_MODULES = {
-    F.multi_head_attention_forward: "mha",
-    getattr(torch, "_transformer_encoder_layer_fwd", None): "encoder",
-}
-
-
-def anchor_kind(node: fx.Node) -> str | None:
-    """``"softmax"``, ``"sdpa"``, ``"mha"``, ``"encoder"`` or ``"flex"``: what a report counts."""
-    name = target_name(node)
-    if name in {"exp", "div", "div_", "truediv", "itruediv", "divide", "true_divide"}:
-        return "softmax" if isinstance(read(node), Softmax) else None
-    return _ANCHORS.get(name) or _MODULES.get(node.target)
-
-
 def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
     readers = {"reshape_as", "view_as", "expand_as", "type_as"}
