@@ -133,7 +133,8 @@ def compile_case(architecture: str, case: Case) -> Iterator[Row]:
             delta=meta(2, 8, N, dtype=torch.float32),
             places=places if case.variant == "padding" else None,
         )
-    cuts = {"_keys_bwd": tile.for_keys, "_queries_bwd": tile.for_queries}
+    of_keys = tile.keys_cut(case.variant == "padding")
+    cuts = {"_keys_bwd": of_keys, "_queries_bwd": tile.for_queries}
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     for kernel in compiled:
         name = kernel.metadata.name

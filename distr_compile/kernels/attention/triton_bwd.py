@@ -15,7 +15,7 @@ the products with A and B are of fp32 numbers, by one tf32 product where the inp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class BackwardTile:
 
     for_keys: Cut
     for_queries: Cut
+
+    def keys_cut(self, has_places: bool) -> Cut:
+        """That of dV and dK: where a mask places the blocks, half the rows leave it registers."""
+        rows = max(16, self.for_keys.rows // 2) if has_places else self.for_keys.rows
+        return replace(self.for_keys, rows=rows)
 
 
 Bases = tuple[Tensor, Tensor]
@@ -161,7 +166,7 @@ def attention_bwd(
             _launch_delta(out, grad, delta)
         # Also where there are no query rows: dK and dV become 0.
         if num_keys and dk.shape[0] * key_heads:
-            cut = tile.for_keys.fitted(length, num_keys)
+            cut = tile.keys_cut(places is not None).fitted(length, num_keys)
             launch(
                 _keys_bwd,
                 (cdiv(num_keys, cut["BLOCK_N"]), dk.shape[0] * key_heads),
