@@ -260,3 +260,12 @@ def test_an_exported_cast_of_the_weights() -> None:
     with computing_exactly():
         out = program.module()(*inputs)
     torch.testing.assert_close(out, model(*inputs), atol=2e-2, rtol=2e-2)
+
+
+def test_scores_that_are_an_input_are_after_no_break() -> None:
+    got = compiled(lambda scores, v: (scores / 6).softmax(-1) @ v)
+    with torch.no_grad():
+        got(draw(2, 4, 24, 24), draw(2, 4, 24, 32))
+    (row,) = distr_compile.report(got).rows
+    assert [reason.code for reason in row.reasons] == ["graph-break"]
+    assert "the scores are an input" in row.reasons[0].text
