@@ -26,6 +26,8 @@ from distr_compile.lowering.architecture import architecture
 ROOT = Path(__file__).parents[1]
 MEASURED = ("distr_compile/kernels", "distr_compile/lowering", "distr_compile/estimators.py")
 TESTED = ("distr_compile", "tests")
+SOURCES = {".py", ".cpp", ".h"}
+"""Suffixes of the files that a result hangs on; others are data."""
 
 Cell = dict[str, Any]
 
@@ -128,6 +130,7 @@ def _digest(sources: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in sources:
         path = ROOT / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        inside = (f for f in path.rglob("*") if f.suffix in SOURCES)
+        for file in sorted(inside) if path.is_dir() else [path]:
             digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
