@@ -58,7 +58,8 @@ def break_before(places: Iterable[tuple[str, int]], own: Any) -> str:
                 at = f"The graph break before it is at {one.at}"
                 return f"{at}: {_first_line(one.text)}.{_advice_of(one.text)} {_ADVICE}"
     if not breaks:
-        return "No graph break is known: the scores are an input of what is compiled"
+        told = "or the scores are an input of what is compiled: no break is known"
+        return f"A graph break lies between them, {told}. {_ADVICE}"
     return f"A graph break lies between them. {_ADVICE}"
 
 
