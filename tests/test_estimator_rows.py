@@ -269,10 +269,11 @@ def test_bases_go_to_the_estimator_that_needs_them() -> None:
 
 def test_bases_that_nothing_makes_are_not_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "COMPUTES", ("other",))
-    wanted = calibrate._wanted({"default": {"estimator": "calibrated"}}, None)
+    model = torch.nn.Module()
+    wanted = calibrate._wanted(model, {"default": {"estimator": "calibrated"}}, None)
     with pytest.raises(NoArithmeticError, match=r"'calibrated', .* 'encoder'; accepted: other;"):
         wanted("encoder")
-    assert not calibrate._wanted({"default": {"estimator": "projection"}}, None)("encoder")
+    assert not calibrate._wanted(model, {"default": {"estimator": "projection"}}, None)("encoder")
 
 
 def test_a_function_that_a_module_lacks_is_named() -> None:

@@ -129,8 +129,8 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
     if any(memory.is_laid_anew(n) for n in nodes | read_too):
         raise RefusedError("in-place-write", "sizes or strides of a tensor change in place")
     wide = site.compute_dtype if isinstance(site, OpenSite) else None
-    own = voc.fake(site.output).dtype
-    if memory.autocasts & nodes and wide is not None and wide.itemsize > own.itemsize:
+    is_wide = wide is not None and wide.itemsize > voc.fake(site.output).dtype.itemsize
+    if is_wide and memory.autocasts & nodes:
         text = "the scores are computed outside of autocast, and the weights used inside of it"
         raise RefusedError("mixed-dtype", text)
     if nodes & memory.transformed:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distr_compile.lowering.sharded import is_sharded
-from distr_compile.passes.vocabulary import same_shape, target_name, value_of
+from distr_compile.passes.vocabulary import hint, same_shape, target_name, value_of
 
 _LEVELS = {"increment_nesting": 1, "enter_dual": 1, "decrement_nesting": -1, "exit_dual": -1}
 """Parts of the names of functorch's nodes that open and close a transform's level."""
@@ -112,7 +112,9 @@ class Memory:
         made, now = self._geometry.get(node), _geometry(value_of(node))
         if made is None or now is None:
             return False
-        return not same_shape(made.numbers[1:], now.numbers[1:])
+        pairs = zip(made.numbers[1:], now.numbers[1:], strict=False)
+        is_other = len(made.numbers) != len(now.numbers)
+        return is_other or any(hint(a) != hint(b) for a, b in pairs)
 
     # -- filled in by the run ---------------------------------------------------------------------
 

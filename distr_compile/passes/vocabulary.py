@@ -351,8 +351,6 @@ def _softmax(
     if dtype is None:
         dtype = next((a for a in more if isinstance(a, torch.dtype)), None)
     dim = axis if dim is None else dim
-    if dim is None:  # as F.softmax has it
-        dim = 0 if len(shape_of(input)) in (0, 1, 3) else 1
     is_read = isinstance(dim, int)
     return Softmax(input, dim % max(len(shape_of(input)), 1), dtype) if is_read else None
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 from distr_compile.accuracy.batch import Batch
 from distr_compile.tuning.halves import Halves
@@ -135,7 +134,7 @@ def test_every_compiler_is_looked_at(tmp_path: Path) -> None:
     model, path = stack(), tmp_path / "p.toml"
     first = tuned(model, batches, 0.5, metric="cosine", path=path)
     assert (first.looks, first.fits) == (1, True)
-    with pytest.raises(BackendCompilerFailed, match="no-such-compiler"):
+    with pytest.raises(ValueError, match="no-such-compiler"):
         tuned(model, batches, 0.5, metric="cosine", path=path, compiler="no-such-compiler")
     second = tuned(model, batches, 0.5, metric="cosine", path=path, compiler="aot_eager")
     assert second.looks == 2
