@@ -45,7 +45,7 @@ def calls(drawn: st.DrawFn) -> tuple[tuple[int, ...], str, dict[str, Any], bool]
 
 @given(calls())
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -124,7 +124,7 @@ def check(program: Program, group_size: int, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(program=programs(), dynamic=st.booleans())
 def test_leading_axes(group_size: int, program: Program, dynamic: bool) -> None:
     check(program, group_size, dynamic)

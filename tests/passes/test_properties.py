@@ -18,7 +18,7 @@ from torch import Tensor
 from .capture import error, run, run_exact
 
 FIXED = settings(
-    max_examples=50,
+    max_examples=30,
     derandomize=True,
     deadline=None,
     database=None,
