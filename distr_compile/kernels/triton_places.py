@@ -39,6 +39,17 @@ def blocks_from(places, b, row, block, num_blocks):
 
 
 @triton.jit
+def _lying(places, b):
+    """The first row of an entry, one past its last, where block 0 begins, its rows, last block."""
+    low = tl.load(places + 5 * b)
+    high = tl.load(places + 5 * b + 1)
+    begin = tl.load(places + 5 * b + 2)
+    rows = tl.load(places + 5 * b + 4)
+    last = tl.maximum(_ceil(tl.load(places + 5 * b + 3) - begin, rows), 1) - 1
+    return low, high, begin, rows, last
+
+
+@triton.jit
 def rows_of_tile(places, b, tile, block, num_rows, tiles_per_block, ROWS: tl.constexpr):
     """Block of a tile of ROWS rows, its first row, and one past the last row of the block.
 
@@ -47,11 +58,7 @@ def rows_of_tile(places, b, tile, block, num_rows, tiles_per_block, ROWS: tl.con
     than the end.
     """
     if places is not None:
-        low = tl.load(places + 5 * b)
-        high = tl.load(places + 5 * b + 1)
-        begin = tl.load(places + 5 * b + 2)
-        rows = tl.load(places + 5 * b + 4)
-        last = tl.maximum(_ceil(tl.load(places + 5 * b + 3) - begin, rows), 1) - 1
+        low, high, begin, rows, last = _lying(places, b)
         tiles = _ceil(tl.where(last == 0, high, begin + rows) - low, ROWS)  # of the first block
         per_block = _ceil(rows, ROWS)
         rest = tl.maximum(tile - tiles, 0)
@@ -69,11 +76,7 @@ def rows_of_tile(places, b, tile, block, num_rows, tiles_per_block, ROWS: tl.con
 def rows_of_block(places, b, i, block, num_rows):
     """First row that uses block i of an entry, and one past the last; none where it has no such."""
     if places is not None:
-        low = tl.load(places + 5 * b)
-        high = tl.load(places + 5 * b + 1)
-        begin = tl.load(places + 5 * b + 2)
-        rows = tl.load(places + 5 * b + 4)
-        last = tl.maximum(_ceil(tl.load(places + 5 * b + 3) - begin, rows), 1) - 1
+        low, high, begin, rows, last = _lying(places, b)
         first = tl.where(i == 0, low, begin + i * rows)
         stop = tl.where(i == last, high, begin + (i + 1) * rows)
         return first, tl.where(i > last, first, stop)
