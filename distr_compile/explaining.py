@@ -24,6 +24,12 @@ from distr_compile.policy import Policy, PolicyError
 from distr_compile.policy.errors import check_callable
 from distr_compile.reporting import GraphReport, NotAttention, Reason, Report
 
+SET_ASIDE = (
+    "the model has plans of distr_compile.transformers.apply: they were set aside here, to tell of "
+    "the policy given; a compile keeps them, and its policy is for other attention"
+)
+"""Said of a model that has such plans."""
+
 
 def explain(
     model: nn.Module | Callable[..., Any],
@@ -68,8 +74,13 @@ def explain_by(
     policy: str | PathLike[str] | Policy | Mapping[str, Any] | None = None,
 ) -> Report:
     """Explain as :func:`explain` does; ``judge`` makes, for each graph, who says what is faster."""
+    had_plans = underneath.has_plans(model)
     with underneath.plain(model) as own:
-        return _explained(judge, own, args, kwargs, Policy.from_any(policy))
+        report = _explained(judge, own, args, kwargs, Policy.from_any(policy))
+    if had_plans and report.parts:
+        first = replace(report.parts[0], notes=(*report.parts[0].notes, SET_ASIDE))
+        report = replace(report, parts=(first, *report.parts[1:]))
+    return report
 
 
 def _explained(

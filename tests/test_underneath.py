@@ -222,6 +222,9 @@ def test_plans_of_a_model_are_set_aside(is_compiled: bool) -> None:
     checked = distr_compile.verify(model, input_ids=TOKENS, policy=POLICY)
     assert checked.ok
     assert len(checked.rows) == 2
+    explained = distr_compile.explain(model, TOKENS, policy=POLICY)
+    assert explained.distr == 2
+    assert any("a compile keeps them" in note for note in explained.notes)
     with torch.no_grad():
         assert torch.equal(model(TOKENS)[0], before)
     assert len(distr_compile.report(ours).rows) == rows

@@ -19,7 +19,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distr_compile.passes.memory import Memory, call, tensors_in
-from distr_compile.passes.vocabulary import HIDING, argument, target_name, value_of
+from distr_compile.passes.vocabulary import (
+    HIDING,
+    argument,
+    shape_only_at,
+    target_name,
+    value_of,
+)
 
 SECONDS = 0.5
 """Processor time for the constants of one graph; what is not computed by then stays a tensor."""
@@ -29,13 +35,6 @@ BYTES = 64 * 2**20
 
 LARGEST_SIZE = 2**24
 """No sequence is longer: a larger number in a program is no position."""
-
-_SHAPE_ONLY = {
-    **dict.fromkeys("ones_like zeros_like full_like empty_like new_ones new_zeros".split(), 0),
-    **dict.fromkeys("new_full new_empty new_tensor".split(), 0),
-    **dict.fromkeys("type_as expand_as view_as reshape_as to".split(), 1),
-}
-"""Operations that read of this argument only shape, dtype or device."""
 
 _FILLED = {
     **dict.fromkeys("zeros zeros_like new_zeros".split(), 0),
@@ -173,7 +172,7 @@ class Constants:
             is_call = current.op in ("call_function", "call_method")
             if not is_call or current not in memory.known or len(found) > 256:
                 raise _NotConstantError
-            skipped = _SHAPE_ONLY.get(target_name(current))
+            skipped = shape_only_at(current)
             for place, given in enumerate((*current.args, *current.kwargs.values())):
                 if place != skipped:
                     stack += [n for n in tree_leaves(given) if isinstance(n, fx.Node)]

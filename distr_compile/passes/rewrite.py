@@ -25,7 +25,7 @@ from distr_compile.passes.open_up import Attend
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
-from distr_compile.passes.vocabulary import fake, shape_of, tensor_of
+from distr_compile.passes.vocabulary import fake, shape_of, target_name, tensor_of
 
 
 def rewrite(
@@ -188,7 +188,7 @@ def _replace(
     site.output.replace_all_uses_with(out)
     out.meta[STANDS_FOR] = site.output.name
     for reader, node in readers:
-        _read_sizes(reader, node)
+        _read_stand_in(graph, reader, node)
     for node in sorted(site.interior, reverse=True):
         graph.erase_node(node)
 
@@ -218,15 +218,21 @@ def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
     ]
     for user, node in found:
         is_static = all(isinstance(size, int) for size in shape_of(node))
-        if not is_static and user.target != "type_as":
-            raise RefusedError("layout", f"{user.target} reads a symbolic shape of the scores")
+        if not is_static and target_name(user) not in _CASTS:
+            raise RefusedError("layout", f"{target_name(user)} reads a symbolic shape of scores")
     return found
 
 
-def _read_sizes(reader: fx.Node, node: fx.Node) -> None:
-    """Give a shape reader the sizes, or the dtype, themselves."""
-    is_cast = reader.target == "type_as"
-    name = "to" if is_cast else str(reader.target).removesuffix("_as")
-    arguments = (fake(node).dtype,) if is_cast else shape_of(node)
-    # The node stays: another attention may have it as a term.
-    reader.target, reader.args = name, (reader.args[0], *arguments)
+_CASTS = {"type_as", "to"}
+
+
+def _read_stand_in(graph: fx.Graph, reader: fx.Node, node: fx.Node) -> None:
+    """Give a shape reader a tensor of that shape, dtype and device with one element in memory.
+
+    The reader stays: another attention may have it as a term.
+    """
+    emit, like = Emitter(graph, reader), fake(node)
+    stand_in = emit.function(torch.empty, (), dtype=like.dtype, device=like.device)
+    if target_name(reader) not in _CASTS:
+        stand_in = emit.method("expand", stand_in, *shape_of(node))
+    reader.replace_input_with(node, stand_in)

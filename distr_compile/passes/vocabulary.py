@@ -350,9 +350,10 @@ def _softmax(
 ) -> Op | None:
     if dtype is None:
         dtype = next((a for a in more if isinstance(a, torch.dtype)), None)
-    dim = axis if dim is None else dim
-    is_read = isinstance(dim, int)
-    return Softmax(input, dim % max(len(shape_of(input)), 1), dtype) if is_read else None
+    dim, rank = axis if dim is None else dim, len(shape_of(input))
+    if dim is None:  # what PyTorch takes then
+        dim = 0 if rank in (0, 1, 3) else 1
+    return Softmax(input, dim % max(rank, 1), dtype) if isinstance(dim, int) else None
 
 
 def _softmin(*, node: fx.Node) -> Op | None:
@@ -577,7 +578,21 @@ def read(node: Any) -> Op | None:
     return None if reader is None else _ask(reader, node)
 
 
+_SHAPE_ONLY = {
+    **dict.fromkeys("ones_like zeros_like full_like empty_like rand_like randn_like".split(), 0),
+    **dict.fromkeys("new_ones new_zeros new_full new_empty new_tensor size dim numel".split(), 0),
+    **dict.fromkeys("type_as expand_as view_as reshape_as to".split(), 1),
+}
+
+
+def shape_only_at(node: fx.Node) -> int | None:
+    """Where in its arguments an operation of PyTorch reads shape, dtype or device only."""
+    name = target_name(node)
+    is_ours = node.op == "call_method" or node.target == getattr(torch, name, None)
+    return _SHAPE_ONLY.get(name) if is_ours or str(node.target).startswith("aten.") else None
+
+
 def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
-    readers = {"reshape_as", "view_as", "expand_as", "type_as"}
-    return user.op == "call_method" and user.target in readers and user.args[0] is not node
+    given = (*user.args, *user.kwargs.values())
+    return [place for place, x in enumerate(given) if x is node] == [shape_only_at(user)]

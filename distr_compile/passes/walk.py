@@ -47,8 +47,10 @@ from distr_compile.passes.steps import (
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
 
-def _no_product(text: str = "the softmax is not fed by a product QK^T") -> RefusedError:
-    return RefusedError("no-qk-product", text, attention=False)
+def _no_product(fed_by: fx.Node) -> RefusedError:
+    name = target_name(fed_by)
+    what = f"{name}, not by a product QK^T" if name else "an input or a parameter, as it is"
+    return RefusedError("no-qk-product", f"the softmax is fed by {what}", attention=False)
 
 
 @dataclass
@@ -79,14 +81,15 @@ class Walk(Way):
         op, flow = read(node), self.flow
         rank = len(shape_of(node))
         if not isinstance(op, voc.Softmax) or rank == 0:
-            raise _no_product("the softmax's arguments are not known")
+            text = f"{target_name(node)} is no softmax over one axis that is known here"
+            raise RefusedError("no-qk-product", text, attention=False)
         self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else target_name(node))
         made = flow.memory.definition(op.x, min(op.inner, default=node)) or op.x
         candidates = flow.chained[made] | flow.behind[made]
         if not candidates and _is_cut_off(op.x) and _weighs_values(node, flow):
             raise RefusedError("graph-break", "QK^T and the softmax are in different graphs")
         if not candidates:
-            raise _no_product()
+            raise _no_product(made)
         try:
             product, product_op = self._back(op, node)
             q, k, axes = self._product(product, product_op)
@@ -99,7 +102,7 @@ class Walk(Way):
             out, out_level, v, output_dims = self._forward(node, axes)
         except RefusedError as refused:
             if not any(flow.is_scores(p) for p in candidates):
-                raise _no_product() from refused
+                raise _no_product(made) from refused
             if op.dim != rank - 1 and refused.code.startswith("weights-"):
                 text = f"the softmax runs over axis {op.dim} of {rank}, and {refused}"
                 raise RefusedError("softmax-axis", text) from refused
@@ -216,7 +219,7 @@ class Walk(Way):
         if name in {"linear", "conv1d", "conv2d"} and flow.behind[node]:
             raise RefusedError("cross-head-mix", f"{name} mixes the scores across heads")
         if not flow.behind[node]:
-            raise _no_product()
+            raise _no_product(node)
         if name in {"cat", "concat"}:
             parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
             scored = [p for p in parts if isinstance(p, fx.Node) and flow.behind[p]]

@@ -393,6 +393,25 @@ def _(q, k, v):
     return (q @ k.mT * C).softmax(-1) @ v
 
 
+@form("scores and weights whose shape and dtype alone are read, too", mask="causal")
+def _(q, k, v):
+    scores = q @ k.mT * C
+    hidden = torch.zeros_like(scores).masked_fill(scores.new_ones(scores.shape).triu(20) > 0, -1e9)
+    weights = (scores + hidden).softmax(-1)
+    return weights @ v + torch.full_like(input=weights, fill_value=2.0).mean()
+
+
+@form(
+    "an axis that PyTorch chooses",
+    key_heads=1,
+    q=(ROWS, WIDTH),
+    k=(KEYS, WIDTH),
+    v=(KEYS, VALUE_WIDTH),
+)
+def _(q, k, v):
+    return F.softmax(q @ k.mT * C) @ v
+
+
 # -- the tests ------------------------------------------------------------------------------------
 
 

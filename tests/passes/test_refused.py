@@ -104,6 +104,11 @@ def _(q, k, v):
     return torch.einsum("bhqk,bhqd->bhkd", (q @ k.mT * C).softmax(-1), v)
 
 
+@refuse("a softmax over the axis that PyTorch chooses", "softmax-axis")
+def _(q, k, v):
+    return F.softmax(q[0] @ k[0].mT * C) @ v[0]
+
+
 # -- no attention at all --------------------------------------------------------------------------
 
 
