@@ -1,6 +1,7 @@
 """Settings of PyTorch, Triton and measuring that all tests share."""
 
 import importlib.metadata
+import importlib.util
 import os
 
 import torch
@@ -25,6 +26,13 @@ import pytest  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 from distr_compile.lowering import stored  # noqa: E402
+
+# The same draws in every run; --hypothesis-profile=default draws others. GPU machines may lack it.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")

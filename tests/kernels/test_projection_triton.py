@@ -117,14 +117,23 @@ SHAPES = [
     (1, 2, 1, 1000, 33, 96, 33, 600),
     (1, 1, 1, 100, 70, 192, 48, 100),
     (1, 1, 1, 130, 300, 128, 64, 64),
-    (1, 2, 2, 60, 40, 80, 79, 60),
+    (1, 1, 1, 60, 40, 80, 79, 60),
     (1, 1, 1, 40, 40, 256, 16, 32),
     (1, 1, 1, 50, 50, 17, 1, 32),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    # The large ones in one precision each.
+    [
+        (shape, dtype)
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+        if shape[3] * shape[5] < 5000 or (i + j) % 2 == 0
+    ],
+    ids=str,
+)
 def test_scores_are_those_of_the_definition(shape: tuple, dtype: torch.dtype) -> None:
     B, H, Hk, N, M, d, rank, block = shape
     Q, K = draw(B, H, N, d, seed=1, dtype=dtype), draw(1, Hk, M, d, seed=2, dtype=dtype)
@@ -170,11 +179,13 @@ def masks(name: str, B: int, H: int, N: int, M: int) -> Tensor:
     return bias
 
 
+# Each with as many keys as queries, or with fewer.
 MASKS = ["padding", "per row", "per head", "rows", "float16 bias", "bias"]
 
 
-@pytest.mark.parametrize("num_keys", [50, 41])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "num_keys"), [(name, 50 - 9 * (i % 2)) for i, name in enumerate((*MASKS, "rows"))]
+)
 def test_masks_tell_which_rows_count(name: str, num_keys: int) -> None:
     """Large numbers stand in what a mask hides, so that counting them would show."""
     mask = masks(name, 2, 4, 50, num_keys)

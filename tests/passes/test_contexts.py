@@ -515,10 +515,10 @@ def _repeat(gm: fx.GraphModule, count: int) -> fx.Graph:
 
 
 def test_time_of_the_matcher_is_linear() -> None:
-    """Four times the nodes, 20,000 of them, take about four times as long."""
+    """Four times the nodes, 10,000 of them, take about four times as long."""
     gm = _long_graph(10)
     seconds = {}
-    for count in (28, 112):
+    for count in (14, 56):
         graph = _repeat(gm, count)
         start = time.process_time()
         found = match.find(graph)
@@ -526,7 +526,7 @@ def test_time_of_the_matcher_is_linear() -> None:
         assert len(found) == 10 * count
         assert all(isinstance(site, AttentionSite) for site in found)
     small, large = seconds
-    assert large >= 20_000 - 1_000
+    assert large >= 10_000 - 500
     assert seconds[large] / seconds[small] < 2 * large / small
 
 
