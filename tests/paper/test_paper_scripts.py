@@ -31,7 +31,7 @@ from benchmarks.paper.__main__ import PAGES, SCRIPTS, TRAINED
 from benchmarks.paper.bootstrap import paired
 from benchmarks.paper.page import PAGE, filled, table_of
 from benchmarks.paper.script import NOT_MEASURED, Cells, Script, UnavailableError
-from benchmarks.store import ROOT, Cell
+from benchmarks.store import MEASURED, ROOT, Cell
 from distr_compile.accuracy.batch import Batch
 from tests.zoo.minilm import RETRIEVAL
 
@@ -92,6 +92,20 @@ def test_cells_are_measured_once_and_again_when_a_source_changes(tmp_path: Path)
     assert asked == ["a", "b"]
     counting(asked, "benchmarks/paper/bootstrap.py").run(path)
     assert asked == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("has_times", [True, False])
+def test_times_are_measured_on_each_processor_and_accuracies_on_one(
+    has_times: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    script = counting(asked, "benchmarks/paper/page.py")
+    script = replace(script, sources=MEASURED) if has_times else script
+    script.run(tmp_path / "results.json")
+    monkeypatch.setattr("benchmarks.paper.script.cpu_name", lambda: "another processor")
+    store = script.run(tmp_path / "results.json")
+    assert asked == (["a", "b", "a", "b"] if has_times else ["a", "b"])
+    assert {e["cpu"] == "another processor" for e in store.environments.values()} == {has_times}
 
 
 def test_a_cell_that_cannot_be_measured_here_is_told_and_left(
