@@ -86,14 +86,22 @@ def einsum_scores(see: See, op: voc.Product, axes: tuple[int, ...]) -> tuple[Ope
 
 
 def einsum_axes(op: voc.Product, key: int) -> tuple[int, ...]:
-    """The axes of an einsum's output as (lead..., query, key), given which are the keys'."""
+    """The axes of an einsum's output as (lead..., query, key), given which are the keys'.
+
+    Where K has no heads, or fewer, other axes are Q's alone, too: the longest is the queries', of
+    equal or symbolic ones the last.
+    """
     first, second, out = _labels(op)
     other = first if out[key] in second else second
     queries = [i for i, x in enumerate(out) if x in other and not (x in first and x in second)]
-    if len(queries) != 1 or key in queries:
+    if not queries or key in queries:
         raise RefusedError("layout", f"einsum {op.equation!r}: which axis is the queries'?")
-    lead = [i for i in range(len(out)) if i not in (key, queries[0])]
-    return (*lead, queries[0], key)
+    sizes = shape_of(op.a if other is first else op.b)
+    longest = [sizes[other.index(out[i])] for i in queries]
+    is_known = all(isinstance(size, int) for size in longest)
+    query = max(queries, key=lambda i: (longest[queries.index(i)] if is_known else 0, i))
+    lead = [i for i in range(len(out)) if i not in (key, query)]
+    return (*lead, query, key)
 
 
 def einsum_values(

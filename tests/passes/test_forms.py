@@ -393,6 +393,19 @@ def _(q, k, v):
     return (q @ k.mT * C).softmax(-1) @ v
 
 
+@form("einsum of heads with one K and V", key_heads=1, k=(B, KEYS, WIDTH), v=(B, KEYS, 24))
+def _(q, k, v):
+    weights = torch.einsum("bhid,bjd->bhij", q * C, k).softmax(-1)
+    return torch.einsum("bhij,bjd->bihd", weights, v)
+
+
+@form("einsum of groups of heads", key_heads=1, k=(B, 2, KEYS, WIDTH), v=(B, 2, KEYS, 24))
+def _(q, k, v):
+    grouped = q.repeat(1, 2, 1, 1)[:, :4].unflatten(1, (2, 2))
+    weights = torch.einsum("bhgnd,bhmd->bhgnm", grouped, k).mul(C).softmax(-1)
+    return torch.einsum("bhgnm,bhme->bhgne", weights, v).flatten(1, 2)
+
+
 @form("scores and weights whose shape and dtype alone are read, too", mask="causal")
 def _(q, k, v):
     scores = q @ k.mT * C
