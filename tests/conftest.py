@@ -1,5 +1,6 @@
 """Settings of PyTorch, Triton and measuring that all tests share."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -14,10 +15,17 @@ if not torch.cuda.is_available():
 os.environ["DISTR_MEASURE"] = "0"
 
 import torch._dynamo
+import torch._dynamo.guards
 
 # torch 2.11 on Python >= 3.12 frees such guards while dicts still point at them, and the process
 # aborts (pytorch/pytorch#183753). Off by default in later versions.
 torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+
+# Each compile flushes the CPU's caches to time its guards, for a log that nobody reads here.
+torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
+
+# The libraries are large and stay: thousands of compiles need not look for garbage in them.
+gc.set_threshold(100_000, 50, 100)
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

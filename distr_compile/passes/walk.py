@@ -47,10 +47,14 @@ from distr_compile.passes.steps import (
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name
 
 
+def _no_attention(text: str) -> RefusedError:
+    return RefusedError("no-qk-product", text, attention=False)
+
+
 def _no_product(fed_by: fx.Node) -> RefusedError:
     name = target_name(fed_by)
     what = f"{name}, not by a product QK^T" if name else "an input or a parameter, as it is"
-    return RefusedError("no-qk-product", f"the softmax is fed by {what}", attention=False)
+    return _no_attention(f"the softmax is fed by {what}")
 
 
 @dataclass
@@ -81,8 +85,7 @@ class Walk(Way):
         op, flow = read(node), self.flow
         rank = len(shape_of(node))
         if not isinstance(op, voc.Softmax) or rank == 0:
-            text = f"{target_name(node)} is no softmax over one axis that is known here"
-            raise RefusedError("no-qk-product", text, attention=False)
+            raise _no_attention(f"{target_name(node)} is no softmax over one axis known here")
         self.backward.append(f"softmax({str(op.dtype)[6:]})" if op.dtype else target_name(node))
         made = flow.memory.definition(op.x, min(op.inner, default=node)) or op.x
         candidates = flow.chained[made] | flow.behind[made]

@@ -30,9 +30,6 @@ BF16 = pytest.param(
     ),
 )
 SLOW = {"several chunks", "short blocks in several chunks"}  # of the CPU kernel's own walk
-LONG = ["dropout", "bias of heads", "bias of scores", "bool mask"]
-"""Half of these in one precision, half in the other, where they are interpreted."""
-
 MORE: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "a wide head": ((1, 1, 1, 40, 50, 128, 128), {"rank": 64, "offset": 0}),
     "soft cap and bias": (
@@ -47,6 +44,12 @@ ALL = {
     for name, case in (CASES | MORE).items()
     if name not in SLOW and "strict" not in case[1]
 }
+
+
+LONG = ["dropout", "bias of heads", "bias of scores", "bool mask"]
+SHORT = [name for name in list(ALL)[::2] if name not in LONG]
+"""Where they are interpreted: of the long ones half in fp32, half in fp16; of the others all in
+fp32 and half in fp16."""
 
 
 class Call(Case):
@@ -90,7 +93,7 @@ class Call(Case):
     ("name", "dtype"),
     [
         *((name, torch.float32) for name in ALL if ON_GPU or name not in LONG[::2]),
-        *((name, torch.float16) for name in ALL if ON_GPU or name not in LONG[1::2]),
+        *((name, torch.float16) for name in ALL if ON_GPU or name in (*LONG[::2], *SHORT)),
         *(pytest.param(name, *BF16.values, marks=BF16.marks) for name in ALL),
     ],
 )

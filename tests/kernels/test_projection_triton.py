@@ -141,8 +141,9 @@ def test_scores_are_those_of_the_definition(shape: tuple, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("offset", [0, 40, -50, -2000, 2000])
+@pytest.mark.parametrize(
+    ("offset", "rounds"), [(0, 1), (40, 2), (-50, 1), (-50, 2), (-2000, 1), (2000, 1)]
+)
 def test_causal(offset: int, rounds: int, dtype: torch.dtype) -> None:
     Q, K = draw(1, 2, 120, 32, dtype=dtype), draw(1, 1, 140, 32, seed=1, dtype=dtype)
     options = {"rank": 16, "rounds": rounds, "grouping_block": 50, "seed": 0}
@@ -337,7 +338,7 @@ def views(x: Tensor) -> dict[str, Tensor]:
 
 
 def test_inputs_are_read_where_they_are() -> None:
-    Q, K = draw(2, 4, 40, 24), draw(2, 2, 50, 24, seed=1)
+    Q, K = draw(2, 2, 20, 24), draw(2, 1, 25, 24, seed=1)
     options = {"rank": 10, "grouping_block": 32, "seed": 0}
     first = factors(Q, K, **options)
     for (name, q), k in zip(views(Q).items(), views(K).values(), strict=True):
@@ -387,18 +388,15 @@ def test_everything_that_is_seen_is_written(is_causal: bool) -> None:
         assert not Khat[:, :, i, seen + 128 :].isfinite().any(), "work nobody needs"
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_heads_and_blocks_do_not_depend_on_each_other(
-    is_causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_and_blocks_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller may cut a call into heads and whole grouping blocks: the bits stay the same."""
     monkeypatch.setattr(projection, "CHUNK_ROWS", 48)
     Q, K = draw(2, 4, 150, 32, dtype=torch.float16), draw(2, 2, 180, 32, seed=1).half()
-    options = {"rank": 16, "grouping_block": 64, "seed": 0, "is_causal": is_causal}
+    options = {"rank": 16, "grouping_block": 64, "seed": 0, "is_causal": True}
     Qhat, Khat = factors(Q, K, causal_offset=7, **options)
     for b, h, first, last in ((0, 0, 0, 1), (1, 1, 1, 3), (1, 0, 1, 2)):
         rows = slice(first * 64, min(last * 64, 150))
-        seen = rows.stop + 7 if is_causal else 180
+        seen = rows.stop + 7
         part = factors(
             Q[b : b + 1, 2 * h : 2 * h + 2, rows],
             K[b : b + 1, h : h + 1, :seen],
@@ -407,7 +405,7 @@ def test_heads_and_blocks_do_not_depend_on_each_other(
         )
         assert torch.equal(part[0], Qhat[b : b + 1, 2 * h : 2 * h + 2, rows])
         for i in range(last - first):
-            sees = min(64 * (first + i + 1), 150) + 7 if is_causal else 180
+            sees = min(64 * (first + i + 1), 150) + 7
             whole = Khat[b : b + 1, h : h + 1, first + i, :sees]
             assert torch.equal(part[1][:, :, i, :sees], whole)
 

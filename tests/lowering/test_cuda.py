@@ -82,8 +82,9 @@ WHOLE = [(1 << 28, "bias per head"), (1 << 28, None)]
     [
         (name, *cut)
         for name in CASES
-        for cut in (*PARTS, *(WHOLE if name in ("plain", "exact") else ()))
-    ],
+        for cut in PARTS[: 2 if "projection" in name else 3]  # interpreted, its solve is slow
+    ]
+    + [(name, *cut) for name in ("plain", "exact") for cut in WHOLE],
 )
 def test_any_workspace_gives_the_definition(
     name: str, workspace: int, mask_kind: str | None

@@ -74,7 +74,7 @@ def test_reads_arguments_by_place_and_by_name(by_place: fx.Node, by_name: fx.Nod
         node("div", X, 2.0, rounding_mode="floor"),
         node("max", X),
         node(torch.max, X, 1),  # of an axis, not of two
-        node("softmax", X),
+        node("gumbel_softmax", X),
         node("sub", X),
         node(torch.einsum, "bij,kl->bijkl", X, Y),  # an outer product
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from distr_compile.accuracy.batch import Batch
 from distr_compile.tuning.halves import Halves
 from distr_compile.tuning.sensitivity import Bench
+from distr_compile.tuning.tuned import Tuning
 from tests.tiny_models import noise, stack
 from tests.tuning.classifier import CANDIDATES, classifier, task, tuned
 
@@ -63,6 +65,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(passes) == all_passes
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tuning]:
+    """A folder with what ``tuned`` leaves behind, and what it found."""
+    folder = tmp_path_factory.mktemp("kept")
+    batches = [noise(seed, 1, 32) for seed in range(2)]
+    found = tuned(stack(), batches, 1e-3, metric="cosine", path=folder / "p.toml")
+    assert found.notes == () or "Begun" not in found.notes[0]
+    return folder, found
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -78,13 +90,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_stale_state_is_told_and_dropped(
-    change: dict[str, Any], told: str, tmp_path: Path
+    change: dict[str, Any], told: str, kept: tuple[Path, Tuning], tmp_path: Path
 ) -> None:
+    shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
     model, path = stack(), tmp_path / "p.toml"
     state = tmp_path / "p.toml.state.json"
     batches = [noise(seed, 1, 32) for seed in range(2)]
-    first = tuned(model, batches, 1e-3, metric="cosine", path=path)
-    assert first.notes == () or "Begun" not in first.notes[0]
     change = dict(change)
     if change.pop("weights", False):
         with torch.no_grad():
@@ -101,7 +112,7 @@ def test_a_stale_state_is_told_and_dropped(
 
 
 def test_a_state_of_another_version_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Path, Tuning], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = [noise(seed, 1, 32) for seed in range(2)]
     for name, value in (
@@ -109,8 +120,7 @@ def test_a_state_of_another_version_is_dropped(
         ("measurements.sameness.of_sources", "another"),
         ("measurements.sameness.of_device", "another"),
     ):
-        path = tmp_path / f"{name}.toml"
-        tuned(stack(), batches, 1e-3, metric="cosine", path=path)
+        path = shutil.copytree(kept[0], tmp_path / name) / "p.toml"
         with monkeypatch.context() as patch:
             patch.setattr(f"distr_compile.tuning.{name}", lambda *of, value=value: value)
             result = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
@@ -173,14 +183,16 @@ def test_losses_in_a_metric_that_nobody_knows_are_measured_anew(tmp_path: Path) 
         (lambda found: found.update(other=1), "other: Extra inputs are not permitted"),
     ],
 )
-def test_a_damaged_state_is_told_and_dropped(change: Any, told: str, tmp_path: Path) -> None:
+def test_a_damaged_state_is_told_and_dropped(
+    change: Any, told: str, kept: tuple[Path, Tuning], tmp_path: Path
+) -> None:
+    shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
     batches = [noise(seed, 1, 32) for seed in range(2)]
     path, state = tmp_path / "p.toml", tmp_path / "p.toml.state.json"
-    whole = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
     content = json.loads(state.read_text())
     change(content["found"])
     state.write_text(json.dumps(content))
     result = tuned(stack(), batches, 1e-3, metric="cosine", path=path)
     assert result.notes[0].startswith("Begun anew: ")
     assert f"is damaged ({told}" in result.notes[0]
-    assert result.tuning == whole.tuning
+    assert result.tuning == kept[1].tuning
