@@ -6,6 +6,7 @@ Nothing here knows of attention. :func:`clones` and :func:`copied` copy what a c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import random
@@ -107,8 +108,12 @@ def modules_of(model: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
     function = inspect.unwrap(model)
     if not inspect.isfunction(function):
         return []
-    used = inspect.getclosurevars(function)
-    roots = {**used.nonlocals, **used.globals}
+    code, roots = function.__code__, {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            roots[name] = cell.cell_contents
+    known = function.__globals__
+    roots |= {name: known[name] for name in code.co_names if name in known}
     return [
         (".".join(part for part in (root, name) if part), module)
         for root, value in roots.items()

@@ -163,8 +163,8 @@ def attend(
         ``(B, N, H, d_v)`` and None, as there are no weights to give.
 
     Raises:
-        ValueError: ``output_attentions``, another tensor among the options, or dropout beside a
-            soft cap or sinks.
+        ValueError: ``output_attentions``, what ``UNHEEDED`` names, or dropout beside a soft cap or
+            sinks. Of another tensor among the options a warning tells, once.
         PolicyError: the policy of the environment has rules, and :func:`apply` was not called.
     """
     _check_options(options)
@@ -191,17 +191,30 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+_told: set[str] = set()
+"""Names of tensors that were not heeded, and that a warning has told of."""
+
+
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what would change the result and is not heeded."""
+    """Refuse what would change the result and is not heeded; tell once of what nobody knows.
+
+    Models hand on what a caller gives them beside their own arguments, such as a column of a data
+    set, which no attention looks at.
+    """
     if options.get("output_attentions"):
         advice = 'load the model with attn_implementation="eager"'
         raise ValueError(sentence("output_attentions", "True", "False or None", advice))
     for name, value in options.items():
         if value is None or name in HARMLESS:
             continue
-        if name in UNHEEDED or isinstance(value, Tensor):
-            advice = 'load the model with "sdpa" or "eager" and model.compile(backend="distr")'
-            raise ValueError(sentence(name, f"a {type(value).__name__}", "None", advice))
+        advice = 'load the model with "sdpa" or "eager" and model.compile(backend="distr")'
+        told = sentence(name, f"a {type(value).__name__}", "None", advice)
+        if name in UNHEEDED:
+            raise ValueError(told)
+        is_new = isinstance(value, Tensor) and name not in _told
+        if is_new and not torch.compiler.is_compiling():
+            _told.add(name)
+            warnings.warn(f"{told} if the model's attention depends on it", stacklevel=3)
 
 
 def _packed(mask: Tensor | None, position_ids: Tensor | None) -> list[int]:

@@ -25,8 +25,9 @@ from distr_compile.restoring import modules_of
 
 _Model = TypeVar("_Model", bound=Callable[..., Any])
 
-_COMPILED = "_torchdynamo_orig_callable"
-"""Attribute of what ``torch.compile`` made of a function: that function."""
+_COMPILED, _ITS_OWN = "_torchdynamo_orig_callable", "_torchdynamo_wrapper_id"
+"""Attributes of what ``torch.compile`` made of a function: that function, and its own id, by which
+it is known from what ``functools.wraps`` has copied them to."""
 
 
 @contextlib.contextmanager
@@ -60,7 +61,10 @@ def plain(model: _Model) -> Iterator[_Model]:
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """Run compiled functions that a model calls, of whatever name, as they were written."""
+    """Run compiled functions that a model calls, of whatever name, as they were written.
+
+    PyTorch knows this for the whole process only: what other threads call runs so, too.
+    """
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
@@ -79,10 +83,9 @@ def _original(model: Any) -> Any:
     # Of a method it is an attribute of the function, which does not know the object. What is kept
     # from being compiled stays so.
     while not inspect.ismethod(model) and not getattr(model, "_torchdynamo_disable", False):
-        inner = getattr(model, _COMPILED, None)
-        if inner is None:
+        if getattr(model, _ITS_OWN, None) != id(model):
             break
-        model = inner
+        model = getattr(model, _COMPILED)
     return model
 
 

@@ -142,6 +142,31 @@ def test_tuned_as_if_it_were_not_compiled(way: Any) -> None:
         assert wanted > 0
 
 
+def test_a_decorator_around_something_compiled_stays() -> None:
+    """``functools.wraps`` copies by what PyTorch finds the function that it compiled."""
+    inner = whole(stack())
+
+    @functools.wraps(torch.compile(inner.__call__, backend="eager"))
+    def outer(x: Any) -> Any:
+        return 100 * inner(x) + 7
+
+    with torch.no_grad(), underneath.plain(outer) as own:
+        assert own is outer
+
+
+def test_a_function_that_closes_over_what_is_not_there_yet() -> None:
+    def made() -> Any:
+        model = stack()
+
+        def function(x: Any) -> Any:
+            return model(x) if x is not None else later(x)
+
+        return function
+        later = None
+
+    assert len(distr_compile.explain(made(), BATCHES[0], policy=POLICY).rows) == 2
+
+
 def test_all_is_put_back_also_after_an_error() -> None:
     model = its_forward(in_place(stack(), options=OPTIONS))
     compiled = whole(model)

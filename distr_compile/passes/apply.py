@@ -38,11 +38,13 @@ class Placed:
         graph: the outer graph, or the body of a higher-order op (activation checkpointing, a nested
             compile region, ...).
         calls: the nodes that call this body; empty for the outer graph.
+        around: the nodes that call the graphs of those, out to the outer graph.
     """
 
     found: Found
     graph: fx.Graph
     calls: tuple[fx.Node, ...] = ()
+    around: tuple[fx.Node, ...] = ()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -55,7 +57,9 @@ class Placed:
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """Why it stays exact by where it stands: its gradient may be a formula of the model's."""
-        if any(target_name(call) == "autograd_function_apply" for call in self.calls):
+        if any(
+            target_name(call) == "autograd_function_apply" for call in (*self.calls, *self.around)
+        ):
             return (Reason("gradients", "a torch.autograd.Function has a backward of its own"),)
         return ()
 
@@ -104,12 +108,14 @@ class Outcome:
     """By module, likewise: the constants of the graph in whose place it has its own, by name."""
 
 
-def find_all(module: fx.GraphModule, calls: tuple[fx.Node, ...] = ()) -> list[Placed]:
+def find_all(
+    module: fx.GraphModule, calls: tuple[fx.Node, ...] = (), around: tuple[fx.Node, ...] = ()
+) -> list[Placed]:
     """All attention of a graph and of the bodies of its higher-order ops, each searched once.
 
-    ``calls`` are the nodes that call this graph, if it is such a body.
+    ``calls`` and ``around`` are those of :class:`Placed`, if it is such a body.
     """
-    placed = [Placed(found, module.graph, calls) for found in match.find(module.graph)]
+    placed = [Placed(found, module.graph, calls, around) for found in match.find(module.graph)]
     references: dict[str, list[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -118,7 +124,7 @@ def find_all(module: fx.GraphModule, calls: tuple[fx.Node, ...] = ()) -> list[Pl
     for target, callers in references.items():
         body = bodies.get(target)
         if isinstance(body, fx.GraphModule):
-            placed += find_all(body, tuple(callers))
+            placed += find_all(body, tuple(callers), (*calls, *around))
     return placed
 
 

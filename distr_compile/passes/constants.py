@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distr_compile.passes.memory import Memory, call, tensors_in
+from distr_compile.passes.shapes import shape_only_at
 from distr_compile.passes.vocabulary import (
     HIDING,
     argument,
-    shape_only_at,
     target_name,
     value_of,
 )

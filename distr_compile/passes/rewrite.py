@@ -22,10 +22,11 @@ from distr_compile.passes.decide import Decision
 from distr_compile.passes.emit import STANDS_FOR, Emitter
 from distr_compile.passes.layout import Layout
 from distr_compile.passes.open_up import Attend
+from distr_compile.passes.shapes import read_stand_in, shape_readers
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
-from distr_compile.passes.vocabulary import fake, shape_of, target_name, tensor_of
+from distr_compile.passes.vocabulary import fake, shape_of, tensor_of
 
 
 def rewrite(
@@ -170,7 +171,7 @@ def _sdpa_means_the_same(site: OpenSite) -> bool:
 def _replace(
     graph: fx.Graph, site: AttentionSite, attend: Attend, *, share_heads: bool, change: bool
 ) -> None:
-    readers = _shape_readers(site)
+    readers = shape_readers(site)
     emit = Emitter(graph, site.output)
     try:
         if isinstance(site, OpenSite):
@@ -188,7 +189,7 @@ def _replace(
     site.output.replace_all_uses_with(out)
     out.meta[STANDS_FOR] = site.output.name
     for reader, node in readers:
-        _read_stand_in(graph, reader, node)
+        read_stand_in(graph, reader, node)
     for node in sorted(site.interior, reverse=True):
         graph.erase_node(node)
 
@@ -206,33 +207,3 @@ def _write(site: OpenSite, emit: Emitter, attend: Attend, share_heads: bool) -> 
         # As an argument of the call a symbolic float would be specialised; here it is not.
         call.q, call.scale = emit.method("mul", call.q, call.scale), 1.0
     return layout.output(attend(emit, call.q, k, v, mask, call.scale))
-
-
-def _shape_readers(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:
-    """Nodes that look at the shape or dtype of one that goes: ``bias.view_as(scores)``."""
-    found = [
-        (user, node)
-        for node in site.interior
-        for user in node.users
-        if node is not site.output and user not in site.interior
-    ]
-    for user, node in found:
-        is_static = all(isinstance(size, int) for size in shape_of(node))
-        if not is_static and target_name(user) not in _CASTS:
-            raise RefusedError("layout", f"{target_name(user)} reads a symbolic shape of scores")
-    return found
-
-
-_CASTS = {"type_as", "to"}
-
-
-def _read_stand_in(graph: fx.Graph, reader: fx.Node, node: fx.Node) -> None:
-    """Give a shape reader a tensor of that shape, dtype and device with one element in memory.
-
-    The reader stays: another attention may have it as a term.
-    """
-    emit, like = Emitter(graph, reader), fake(node)
-    stand_in = emit.function(torch.empty, (), dtype=like.dtype, device=like.device)
-    if target_name(reader) not in _CASTS:
-        stand_in = emit.method("expand", stand_in, *shape_of(node))
-    reader.replace_input_with(node, stand_in)

@@ -290,6 +290,8 @@ def _ask(reader: Reader, node: fx.Node) -> Op | None:
     is_told = "node" in names or reader in _READ_BY_SIZES  # it looks at them itself
     if not is_told and node.kwargs.keys() - names - _HARMLESS:
         return None
+    if not is_told and count is not None and len(node.args) > count:
+        return None  # as of the overload add(input, alpha, other)
     named = {"node": node, **node.kwargs}
     try:
         op = reader(*node.args[:count], **{k: v for k, v in named.items() if k in names})
@@ -468,7 +470,7 @@ def _cast(x: Any, /, *, node: fx.Node) -> Op | None:
     return Cast(x) if source.dtype.is_floating_point and is_wide else None
 
 
-def _view(x: Any, /, dtype: Any = None) -> Op | None:
+def _view(x: Any, /, dtype: Any = None, *sizes: Any) -> Op | None:
     return None if isinstance(dtype, torch.dtype) else Reshape(x)  # else its bits, read anew
 
 
@@ -504,7 +506,9 @@ def _getitem(x: Any, index: Any, /) -> Op | None:
     return Reshape(x) if all(e is None or e is Ellipsis or e == whole for e in entries) else None
 
 
-def _dropout(input: Any, p: Any = 0.5, training: Any = True, *, train: Any = True) -> Op | None:
+def _dropout(
+    input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, *, train: Any = True
+) -> Op | None:
     is_idle = training is False or train is False or (isinstance(p, int | float) and p == 0)
     return Identity(input) if is_idle else Dropout(input, p)
 
@@ -576,23 +580,3 @@ def read(node: Any) -> Op | None:
         if reader is None and str(node.target).startswith("aten."):
             reader = _ATEN.get(target_name(node))
     return None if reader is None else _ask(reader, node)
-
-
-_SHAPE_ONLY = {
-    **dict.fromkeys("ones_like zeros_like full_like empty_like rand_like randn_like".split(), 0),
-    **dict.fromkeys("new_ones new_zeros new_full new_empty new_tensor size dim numel".split(), 0),
-    **dict.fromkeys("type_as expand_as view_as reshape_as to".split(), 1),
-}
-
-
-def shape_only_at(node: fx.Node) -> int | None:
-    """Where in its arguments an operation of PyTorch reads shape, dtype or device only."""
-    name = target_name(node)
-    is_ours = node.op == "call_method" or node.target == getattr(torch, name, None)
-    return _SHAPE_ONLY.get(name) if is_ours or str(node.target).startswith("aten.") else None
-
-
-def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
-    """Whether ``user`` looks at the shape or dtype of ``node``, not at its values."""
-    given = (*user.args, *user.kwargs.values())
-    return [place for place, x in enumerate(given) if x is node] == [shape_only_at(user)]

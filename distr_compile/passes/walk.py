@@ -25,6 +25,7 @@ from distr_compile.passes.operands import (
 )
 from distr_compile.passes.origin import BATCH, TOKEN, Flow, axis_origin
 from distr_compile.passes.output import order_to_copy
+from distr_compile.passes.shapes import reads_shape_only
 from distr_compile.passes.site import (
     Factor,
     Level,
@@ -203,7 +204,7 @@ class Walk(Way):
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that read a node's values and are read themselves."""
         dead = self.flow.memory.dead
-        return [u for u in node.users if not voc.reads_shape_only(u, node) and u not in dead]
+        return [u for u in node.users if not reads_shape_only(u, node) and u not in dead]
 
     def _blocked(self, node: fx.Node) -> None:
         """The walk cannot go on: find the node in the way and say what it means."""

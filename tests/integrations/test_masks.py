@@ -153,7 +153,7 @@ def attended(**options: Any) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "new_in_a_later_release"])
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
 def test_what_would_change_the_result_and_is_not_heeded(name: str) -> None:
     message = f'{name}: got a Tensor; accepted: None; load the model with "sdpa" or "eager" and'
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,19 @@ def test_a_policy_that_fits_no_layer_changes_none() -> None:
         distr_compile.transformers.apply(ours, {"rule": rules})
     after = [vars(module).get("_distr_assigned") for module in ours.modules()]
     assert all(a is b for a, b in zip(after, before, strict=True))
+
+
+def test_a_column_of_the_data_is_told_once_and_changes_nothing() -> None:
+    ours = built("llama", "distr")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = ours(ids)[0]
+        with pytest.warns(UserWarning, match="sample_weight: got a Tensor; accepted: None"):
+            got = ours(ids, sample_weight=torch.ones(1))[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours(ids, sample_weight=torch.ones(1))
+    assert torch.equal(got, wanted)
 
 
 def test_a_model_that_does_not_ask_for_it() -> None:

@@ -120,6 +120,53 @@ def test_a_keyword_that_is_not_known_is_not_read_past() -> None:
         assert (vocabulary.read(node) is not None) == known
 
 
+@pytest.mark.parametrize(
+    "op", [torch.add, torch.sub, torch.Tensor.add], ids=["add", "sub", "method"]
+)
+def test_a_factor_in_front_of_what_is_added(op: Callable[..., Tensor]) -> None:
+    """The old overload ``add(scores, alpha, bias)``: what stands in second place is no shift."""
+    bias = draw(4, 24, 24, seed=5)
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return op(q @ k.mT / 6, 2, bias).softmax(-1) @ v
+
+    got = compiled(model)
+    with torch.no_grad(), computing_exactly():
+        torch.testing.assert_close(got(*qkv()), model(*qkv()))
+
+
+@pytest.mark.parametrize("policy", [EXACT, FORCED], ids=["exact", "approximate"])
+def test_a_tensor_like_scores_has_their_order_in_memory(policy: dict[str, Any]) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (k @ q.mT).mT / 6
+        return scores.softmax(-1) @ v + torch.ones_like(scores).mT.view(-1).mean()
+
+    got = compiled(model, policy)
+    with torch.no_grad(), computing_exactly():
+        torch.testing.assert_close(got(*qkv()), model(*qkv()))
+
+
+class _Biased(nn.Module):
+    """A trained bias, with which SDPA lays its output out in another order than without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(32, 3 * 128), nn.Parameter(draw(4, 24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 32)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, self.bias[None])
+
+
+@pytest.mark.parametrize(("training", "decision"), [("approximate", "distr"), ("exact", "exact")])
+def test_a_trained_bias_is_no_write_in_place(training: str, decision: str) -> None:
+    got = compiled(_Biased(), {"default": FORCED["default"] | {"training": training}})
+    got(draw(2, 24, 32)).sum().backward()
+    (row,) = distr_compile.report(got).rows
+    assert row.decision == decision
+    assert codes(got) == ([] if decision == "distr" else ["gradients"])
+
+
 def test_a_clamp_is_not_judged_by_the_first_calls_factor() -> None:
     q, k, v = qkv()
 
@@ -210,8 +257,7 @@ def test_views_of_the_output(after: Callable[..., Tensor], sdpa: bool, compiler:
     with torch.no_grad(), computing_exactly():
         out, wanted = got(q, k, v), model(q, k, v)
     assert out.stride() == wanted.stride()
-    if sdpa:
-        torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(out, wanted)
 
 
 # -- the report -----------------------------------------------------------------------------------
