@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.error_inputs import Inputs
 from distr_compile.accuracy.batch import Batch
-from distr_compile.accuracy.instrument import Instrument, SiteCall
+from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.metrics import as_metric, main_output
 from distr_compile.kernels.counted import counted_rows
 from examples.demo import docstrings
@@ -172,7 +172,7 @@ def layers_of_zoo(name: str, examples: int) -> tuple[int, list[Inputs]]:
     zoo = load(name)
     found: list[Inputs] = []
 
-    def answer(call: SiteCall) -> Tensor:
+    def answer(call: Call) -> Tensor:
         Q, K, V = call.q.double(), call.k.double(), call.v.double()
         queries, keys = counted_rows(call.mask, Q.shape[2], K.shape[2], K.shape[1], 1)
         if queries is not None and keys is not None:

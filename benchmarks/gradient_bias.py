@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distr_compile.accuracy.instrument import Instrument, SiteCall
+from distr_compile.accuracy.instrument import Call, Instrument
 from distr_compile.accuracy.progress import progress_bar
 from distr_compile.kernels.attention import reference
 from tests.zoo import ZOO, load
@@ -30,7 +30,7 @@ ENTRIES = 2
 """Batch entries that are looked at."""
 
 
-def gradients(call: SiteCall, group_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+def gradients(call: Call, group_size: int) -> dict[str, tuple[Tensor, Tensor]]:
     """dQ and dK of one call: with the basis held constant, and in full."""
     generator = torch.Generator().manual_seed(0)
     mask, sinks = (None if t is None else t.detach() for t in (call.mask, call.sinks))
@@ -73,7 +73,7 @@ def of_model(name: str) -> dict[str, Any]:
     """Layer -> group size -> gradient -> what ``compared`` says."""
     zoo, found = load(name), {}
 
-    def answer(call: SiteCall) -> Tensor:
+    def answer(call: Call) -> Tensor:
         sizes = [g for g in GROUP_SIZES if call.q.shape[3] // g >= 16]
         if call.site.name not in found and sizes:
             found[call.site.name] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gradient_bias
-from distr_compile.accuracy.instrument import Site, SiteCall
+from distr_compile.accuracy.instrument import Call, Site
 from distr_compile.kernels.attention import reference
 from distr_compile.lowering.call import Scores
 from tests.zoo import ZOO
@@ -37,7 +37,7 @@ def test_the_full_gradient_is_the_numerical_one() -> None:
     q, k, v = (
         torch.randn(1, 2, 40, 32, generator=generator, dtype=torch.float64) for _ in range(3)
     )
-    call = SiteCall(Site("a", "a"), q, k, v, None, None, Scores(0.2), 0, {})
+    call = Call(Site("a", "a"), q, k, v, None, None, Scores(0.2), 0, {})
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(0), dtype=q.dtype)
     options: dict[str, Any] = {"scale": 0.2, "rank": 16, "estimator": "projection"}
 

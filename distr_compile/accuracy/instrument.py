@@ -77,7 +77,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, eq=False)
-class SiteCall:
+class Call:
     """One call of an attention.
 
     Attributes:
@@ -143,7 +143,7 @@ class Instrument:
         layers: of every attention, by name.
     """
 
-    answer: Callable[[SiteCall], Tensor]
+    answer: Callable[[Call], Tensor]
     wanted: Callable[[str], bool] = _everywhere
     policies: Mapping[str, Policy] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
@@ -256,7 +256,7 @@ class Instrument:
             **options: Any,
         ) -> Tensor:
             given = read_arguments(options)
-            call = SiteCall(site, q, k, v, mask, sinks, given.scores, given.site, candidates)
+            call = Call(site, q, k, v, mask, sinks, given.scores, given.site, candidates)
             if site.name in self.mixed:
                 return call.exact()
             site.calls[call.shape] += 1
@@ -426,7 +426,7 @@ class ErrorSums:
         self.exact: defaultdict[str, float] = defaultdict(float)
         self.error: dict[str, defaultdict[str, float]] = {}
 
-    def observe(self, call: SiteCall) -> Tensor:
+    def observe(self, call: Call) -> Tensor:
         """Measure all candidates; answer with the exact output."""
         out = call.exact()
         name = call.site.name

@@ -24,7 +24,7 @@ from distr_compile.accuracy.batch import Batches, walk
 from distr_compile.accuracy.checkpoint import write_whole
 from distr_compile.accuracy.evaluate import device_of
 from distr_compile.accuracy.given import check_folder, check_limit
-from distr_compile.accuracy.instrument import Instrument, Site, SiteCall
+from distr_compile.accuracy.instrument import Call, Instrument, Site
 from distr_compile.accuracy.progress import progress_bar, total
 from distr_compile.bases import Bases, LayerBases, fingerprint
 from distr_compile.estimators import MIN_QUERIES, NoArithmeticError, estimator_named
@@ -193,7 +193,7 @@ class _Observer:
 
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
-    def __call__(self, call: SiteCall) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         statistics = self.statistics.setdefault(call.site.name, Statistics())
         if call.q.shape[2] >= MIN_QUERIES:
             statistics.add(call.q, call.k, call.mask)

@@ -25,7 +25,7 @@ from torch import Tensor
 from distr_compile.accuracy import ranks
 from distr_compile.accuracy.batch import Batch
 from distr_compile.accuracy.evaluate import device_of, exactly
-from distr_compile.accuracy.instrument import Instrument, SiteCall, SiteErrors
+from distr_compile.accuracy.instrument import Call, Instrument, SiteErrors
 from distr_compile.accuracy.metrics import METRICS, Metric, has_logits
 from distr_compile.policy import Policy
 from distr_compile.tuning.search import Option, undominated
@@ -86,7 +86,7 @@ class Bench:
         self._setting = setting
         return batch.call(self._run)
 
-    def _answer(self, call: SiteCall) -> Tensor:
+    def _answer(self, call: Call) -> Tensor:
         label = self._setting.get(call.site.layer, EXACT)
         return call.approximate(label) if label in call.candidates else call.exact()
 

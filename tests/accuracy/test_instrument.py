@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distr_compile.accuracy.batch import Batch
-from distr_compile.accuracy.instrument import Instrument, SiteCall, layer_errors, site_errors
+from distr_compile.accuracy.instrument import Call, Instrument, layer_errors, site_errors
 from distr_compile.accuracy.metrics import METRICS
 from distr_compile.kernels.attention import reference
 from distr_compile.policy import Policy, PolicyError
@@ -84,7 +84,7 @@ def test_any_choice_gives_what_the_backend_gives() -> None:
 
     chosen: dict[str, str] = {}
 
-    def answer(call: SiteCall) -> Tensor:
+    def answer(call: Call) -> Tensor:
         label = chosen.get(call.site.layer)
         return call.exact() if label is None else call.approximate(label)
 
