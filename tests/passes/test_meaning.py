@@ -91,7 +91,9 @@ def test_a_function_with_its_own_backward_stays_exact(training: str) -> None:
     torch.testing.assert_close(out, _Own.apply(q, k, v))
     wanted = (q @ k.mT / 6).softmax(-1).mT @ torch.ones_like(out)
     torch.testing.assert_close(leaf.grad, wanted)
-    assert "gradients" in codes(got)
+    assert {row.decision for row in distr_compile.report(got).rows} == {"exact"}
+    # The body that torch 2.11 makes of it returns the weights for the backward.
+    assert {"gradients", "weights-reused"} & set(codes(got))
 
 
 # -- keywords, factors, dtypes --------------------------------------------------------------------
