@@ -54,10 +54,14 @@ class Store:
         """The cells of this environment, unfinished ones too."""
         return {key: cell for key, cell in self.cells.items() if cell["environment"] == self.id}
 
-    def is_finished(self, key: str) -> bool:
-        """Whether this cell need not be measured again."""
-        cell = self.current().get(key)
-        return cell is not None and not cell.get("unfinished")
+    def is_finished(self, key: str, whatever: frozenset[str] = frozenset()) -> bool:
+        """Whether this cell need not be measured again, ``whatever`` of an environment it had."""
+        cell = self.cells.get(key)
+        if cell is None or cell.get("unfinished"):
+            return False
+        known, own = self.environments.get(cell["environment"], {}), self.environment
+        told = {*known, *own} - whatever - {"commit"}
+        return all(known.get(name) == own.get(name) for name in told)
 
     def put(self, key: str, cell: Cell) -> None:
         """Add a cell to the file. A reader sees the file before or after, nothing between."""

@@ -30,7 +30,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -192,11 +192,25 @@ class _Wrapper(NamedTuple):
         held = [*self.arguments, *getattr(key, "__dict__", {}).values()]
         if isinstance(key, functools.partial):
             held += [*key.args, *key.keywords.values()]
-        with contextlib.suppress(TypeError, ValueError):  # not a Python function; an empty cell
-            captured = inspect.getclosurevars(_unwrap(self.fn))
-            held += [*captured.nonlocals.values(), *captured.globals.values()]
+        function = _unwrap(self.fn)
+        function = function.__func__ if inspect.ismethod(function) else function
+        if inspect.isfunction(function):
+            held += reached_by(function).values()
         modules = [m for h in held if isinstance(m := _unwrap(h), nn.Module)]
         return max(modules, key=lambda m: sum(1 for _ in m.modules()), default=None)
+
+
+def reached_by(function: FunctionType) -> dict[str, Any]:
+    """What a function closes over or finds as globals, by name.
+
+    A name that is bound later is left out, where ``inspect.getclosurevars`` raises.
+    """
+    code, known = function.__code__, function.__globals__
+    found: dict[str, Any] = {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            found[name] = cell.cell_contents
+    return found | {name: known[name] for name in code.co_names if name in known}
 
 
 def _wrappers() -> list[_Wrapper]:

@@ -6,7 +6,6 @@ Nothing here knows of attention. :func:`clones` and :func:`copied` copy what a c
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import random
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from distr_compile.identity import reached_by
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,9 @@ def modules_of(model: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
     function = inspect.unwrap(model)
     if not inspect.isfunction(function):
         return []
-    code, roots = function.__code__, {}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # nothing is in it yet
-            roots[name] = cell.cell_contents
-    known = function.__globals__
-    roots |= {name: known[name] for name in code.co_names if name in known}
     return [
         (".".join(part for part in (root, name) if part), module)
-        for root, value in roots.items()
+        for root, value in reached_by(function).items()
         if isinstance(value, nn.Module)
         for name, module in value.named_modules()
     ]

@@ -207,12 +207,13 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is None or name in HARMLESS:
             continue
+        if name not in UNHEEDED and (not isinstance(value, Tensor) or name in _told):
+            continue
         advice = 'load the model with "sdpa" or "eager" and model.compile(backend="distr")'
         told = sentence(name, f"a {type(value).__name__}", "None", advice)
         if name in UNHEEDED:
             raise ValueError(told)
-        is_new = isinstance(value, Tensor) and name not in _told
-        if is_new and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _told.add(name)
             warnings.warn(f"{told} if the model's attention depends on it", stacklevel=3)
 

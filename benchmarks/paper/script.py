@@ -27,7 +27,7 @@ from distr_compile.accuracy.progress import progress_bar
 
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_MEASURED = "not measured"
-OF_A_MACHINE = {"cpu", "architecture", "threads", "commit"}
+OF_A_MACHINE = frozenset({"cpu", "architecture", "threads"})
 TOLD = ("architecture", "torch", "triton", "python", "sources", "commit")
 
 Cells = dict[str, Callable[[], Cell]]
@@ -75,7 +75,7 @@ class Script:
     def run(self, path: Path, *, quick: bool = False) -> Store:
         """Measure the cells that are not in the file yet; the load beside each."""
         store, cells = Store(path, self.environment()), self.cells(quick)
-        left = [key for key in cells if not self.is_finished(store, key)]
+        left = [key for key in cells if not store.is_finished(key, self._whatever)]
         with progress_bar(True) as bar:
             for key in bar.track(left, description=self.name):
                 begin, load = time.perf_counter(), os.getloadavg()[0]
@@ -88,20 +88,12 @@ class Script:
                 store.put(key, {**found, "load": load, "seconds": seconds})
         return store
 
-    def is_finished(self, store: Store, key: str) -> bool:
-        """Whether the file has this cell, measured with what is here now."""
-        cell = store.cells.get(key, {})
-        if self._has_times or "environment" not in cell:
-            return store.is_finished(key)
-        environments = store.environments[cell["environment"]], store.environment
-        known, own = ({k: v for k, v in e.items() if k not in OF_A_MACHINE} for e in environments)
-        return known == own and not cell.get("unfinished")
-
     @property
-    def _has_times(self) -> bool:
-        """Times hang on all kernels. Accuracies hang on no processor: half of a table may come from
-        another one."""
-        return set(MEASURED) <= set(self.sources)
+    def _whatever(self) -> frozenset[str]:
+        """What of an environment its cells do not hang on: times hang on all kernels, and on the
+        processor; accuracies do not, and half of a table may come from another one."""
+        has_times = set(MEASURED) <= set(self.sources)
+        return frozenset() if has_times else OF_A_MACHINE
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """The command line."""

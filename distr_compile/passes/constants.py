@@ -20,12 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distr_compile.passes.memory import Memory, call, tensors_in
 from distr_compile.passes.shapes import shape_only_at
-from distr_compile.passes.vocabulary import (
-    HIDING,
-    argument,
-    target_name,
-    value_of,
-)
+from distr_compile.passes.vocabulary import HIDING, argument, target_name, value_of
 
 SECONDS = 0.5
 """Processor time for the constants of one graph; what is not computed by then stays a tensor."""

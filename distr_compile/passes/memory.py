@@ -62,7 +62,7 @@ class Memory:
         self.autocasts: set[fx.Node] = set()
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
-        self._laid_anew: set[fx.Node] = set()
+        self._results: Mapping[fx.Node, Any] = {}
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
         self._writers: dict[int, list[fx.Node]] = {}
         _Run(self, graph).run()
@@ -110,20 +110,18 @@ class Memory:
 
         The graph knows the last ones: of ``x.transpose_(0, 1)`` those afterwards, for all readers.
         """
-        return node in self._laid_anew
-
-    def note_layouts(self, values: Mapping[fx.Node, Any]) -> None:
-        """Record what is laid otherwise at the end of the run than when it was made."""
-        for node, made in self._geometry.items():
-            now = _geometry(values[node])
-            if now is None:
-                continue
-            pairs = zip(made.numbers[1:], now.numbers[1:], strict=False)
-            is_other = len(made.numbers) != len(now.numbers)
-            if is_other or any(hint(a) != hint(b) for a, b in pairs):
-                self._laid_anew.add(node)
+        made, now = self._geometry.get(node), _geometry(self._results.get(node))
+        if made is None or now is None:
+            return False
+        pairs = zip(made.numbers[1:], now.numbers[1:], strict=False)
+        is_other = len(made.numbers) != len(now.numbers)
+        return is_other or any(hint(a) != hint(b) for a, b in pairs)
 
     # -- filled in by the run ---------------------------------------------------------------------
+
+    def note_results(self, results: Mapping[fx.Node, Any]) -> None:
+        """Record what the nodes' results are at the end of the run."""
+        self._results = results
 
     def note(self, node: fx.Node, storages: frozenset[int], geometry: Geometry | None) -> None:
         """Record where a node's result lies."""
@@ -215,7 +213,7 @@ class _Run:
                     self.memory.autocasts.add(node)
             for context in reversed(self.autocast):
                 context.__exit__(None, None, None)
-        self.memory.note_layouts(self.values)
+        self.memory.note_results(self.values)
 
     def _visit(self, node: fx.Node) -> None:
         memory = self.memory
