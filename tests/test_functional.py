@@ -374,3 +374,18 @@ def test_under_autocast() -> None:
     half = [t.bfloat16() for t in (q, k, v)]
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, distr_compile.attention(*half))
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("rows", [5, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(24,), ()])
+def test_a_mask_of_less_than_two_axes(
+    shape: tuple[int, ...], dtype: torch.dtype, rows: int, group_size: int
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 32, generator=draw).to(dtype) for n in (rows, 24, 24))
+    bias = torch.randn(shape, generator=draw).to(dtype)
+    got = distr_compile.attention(q, k, v, bias, group_size=group_size)
+    want = distr_compile.attention(q, k, v, bias.expand(rows, 24), group_size=group_size)
+    torch.testing.assert_close(got, want)

@@ -110,22 +110,38 @@ def attention(
         ).to(q.dtype)
     if is_causal and causal_offset >= k.shape[2] - 1:
         is_causal = False  # the first row sees every key already, as in a decode step
+    if is_causal and scale <= 0:
+        q, scale = q * scale, 1.0  # of other scales SDPA on a CPU makes NaN
     if is_causal and (causal_offset or mask is not None):
         mask = with_causal(mask, q, k, causal_offset)
         is_causal = False
+    if mask is not None and mask.dim() < 2:
+        mask = mask.expand(q.shape[2], k.shape[2])  # SDPA takes a row of keys beside matrices only
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         # SDPA takes a mask wider than q only as fp32 beside a half type (of fp32 beside fp64 it
         # makes garbage); a narrower cast could turn finfo.min into -inf.
         mask = mask.to(torch.promote_types(q.dtype, torch.float32))
-    return F.scaled_dot_product_attention(
-        q,
-        k if k.shape[0] == q.shape[0] else k.expand(q.shape[0], -1, -1, -1),
-        v if v.shape[0] == q.shape[0] else v.expand(q.shape[0], -1, -1, -1),
-        mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+    k = k if k.shape[0] == q.shape[0] else k.expand(q.shape[0], -1, -1, -1)
+    v = v if v.shape[0] == q.shape[0] else v.expand(q.shape[0], -1, -1, -1)
+    given = {"is_causal": is_causal, "scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
+    # Dynamo asks no switches while it traces.
+    if torch.compiler.is_dynamo_compiling() or torch.backends.cuda.math_sdp_enabled():
+        return F.scaled_dot_product_attention(q, k, v, mask, **given)  # type: ignore[arg-type]
+    with _products_allowed():
+        return F.scaled_dot_product_attention(q, k, v, mask, **given)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _products_allowed() -> Iterator[None]:
+    """Let SDPA fall back to PyTorch's products, which ``sdpa_kernel`` forbids.
+
+    The model may spell its attention out, and then knows of no kernel that might be missing.
+    """
+    torch.backends.cuda.enable_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_math_sdp(False)
 
 
 def with_causal(mask: Tensor | None, q: Tensor, k: Tensor, causal_offset: int) -> Tensor:

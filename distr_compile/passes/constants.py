@@ -325,8 +325,8 @@ def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]
     if not symbols:
         yield {}
         return
-    found = [abs(x) for n in nodes for x in _literals(n) if abs(x) <= LARGEST_SIZE]
-    literals = {1, 3, sum(found), *found}
+    found = [x for n in nodes for x in _literals(n) if x <= LARGEST_SIZE]
+    literals = {1, 3, max(sum(found), _compared(nodes)), *found}
     ordered = sorted(symbols, key=str)
     sizes = {s for c in literals for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
     for size in sorted(sizes):
@@ -336,12 +336,49 @@ def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]
             yield {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
 
 
-def _literals(node: fx.Node) -> Iterator[int]:
-    """The numbers in a node's arguments, or in its size, that a position may be compared with."""
+def _compared(nodes: list[fx.Node]) -> int:
+    """How large all that is compared with positions may be, added up.
+
+    Numbers grow where tensors are added: 1, added to itself ten times over, is a window of 1024.
+
+    Raises:
+        _NotConstantError: positions or numbers grow beyond what a choice of sizes can show.
+    """
+    grown: dict[fx.Node, tuple[int, int]] = {}  # how many positions, and which number, a sum has
+    compared = 0
+    for node in nodes:
+        value, name = value_of(node), target_name(node)
+        leaves = (n for n in tree_leaves([node.args, node.kwargs]) if isinstance(n, fx.Node))
+        given = [grown[n] for n in leaves if n in grown]
+        positions, numbers = [p for p, _ in given], [n for _, n in given]
+        own = sum(_literals(node, of_fills=True))
+        if name in {"add", "sub"}:
+            position, number = sum(positions), sum(numbers) + own
+            is_exact = position or not value.dtype.is_floating_point
+            has_factor = len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1
+            if has_factor or position > 2 or (is_exact and number > LARGEST_SIZE):
+                raise _NotConstantError
+        else:
+            position, number = max(positions, default=0), max(numbers, default=0) + own
+        if isinstance(value, torch.SymInt) or name == "arange":
+            position = max(position, 1)
+        if isinstance(value, Tensor) and value.dtype is torch.bool:
+            compared += number if position else 0
+            position, number = 0, 1
+        grown[node] = position, number
+    return min(compared, LARGEST_SIZE)
+
+
+def _literals(node: fx.Node, *, of_fills: bool = False) -> Iterator[int]:
+    """The numbers in a node's arguments, or in its size, that a position may be compared with.
+
+    What fills a score to hide it is none of them, if not ``of_fills``.
+    """
     size, terms = value_of(node), []
     if isinstance(size, torch.SymInt):
         terms = [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
     fills = target_name(node) in {"masked_fill", "masked_fill_", "where", "full", "fill_"}
+    fills = fills and not of_fills
     for leaf in tree_leaves([node.args, node.kwargs, terms]):
         for x in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
             if isinstance(x, int | float) and math.isfinite(x) and not (fills and x <= HIDING):

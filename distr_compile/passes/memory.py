@@ -63,9 +63,12 @@ class Memory:
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
         self._results: Mapping[fx.Node, Any] = {}
+        self._inputs: frozenset[int] = frozenset()
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
         self._writers: dict[int, list[fx.Node]] = {}
         _Run(self, graph).run()
+        given = (node for node in graph.nodes if node.op == "placeholder")
+        self._inputs = frozenset().union(*map(self.storages, given))
         for node in reversed(graph.nodes):
             if node in self.pure and all(user in self.dead for user in node.users):
                 self.dead.add(node)
@@ -89,6 +92,19 @@ class Memory:
             nodes = self._writers.get(storage, [])
             found.update(nodes[bisect_right(nodes, after) : bisect_left(nodes, before)])
         return sorted(found)
+
+    def may_change(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
+        """Whether something between two others may write the memory of ``node``.
+
+        Of an input also what is known to write another one: a later call may be given the same
+        tensor twice.
+        """
+        if self.writers(node, after, before):
+            return True
+        if not self.storages(node) & self._inputs or isinstance(value_of(node), torch.nn.Parameter):
+            return False
+        writes = ((n, s) for s in self._inputs for n in self._writers.get(s, []))
+        return any(after < n < before and self._written[n][s] for n, s in writes)
 
     def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node that made what ``node`` holds when ``reader`` reads it.

@@ -36,10 +36,16 @@ def operand(see: See, node: fx.Node, rank: int, *, transposed: bool) -> Operand:
 
 
 def peel(see: See, node: fx.Node, dims: tuple[int, ...]) -> Operand:
-    """Take permutations and copies off a node and keep them as the operand's axis order."""
-    while isinstance(op := see(node), voc.Permute | voc.Identity):
+    """Take permutations, copies and casts to its own dtype off a node.
+
+    The permutations are kept as the operand's axis order.
+    """
+    while isinstance(op := see(node), voc.Permute | voc.Identity | voc.Cast):
         if isinstance(op, voc.Permute):
             dims = tuple(d if d < 0 else op.dims[d] for d in dims)
+        elif isinstance(op, voc.Cast):
+            if fake(node).dtype != fake(op.x).dtype:
+                break
         elif target_name(node) not in {"contiguous", "dropout"}:
             break
         node = op.x

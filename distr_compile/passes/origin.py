@@ -78,12 +78,17 @@ class Flow:
     def through(self, node: fx.Node, out: fx.Node) -> voc.Op | None:
         """What a node means, if ``out`` may read its source in its stead.
 
-        That is so where neither is written in place after the node, and the node is no write.
+        That is so where neither is written in place after the node, the node is no write, and it
+        does not leave the graph with a gradient, which somebody may ask of it there.
         """
         op, memory = self.read(node), self.memory
         if not isinstance(op, voc.Unary) or memory.writes(node) or self.cuts_gradient(node, out):
             return None
-        is_changed = memory.writers(node, node, out) or memory.writers(op.x, node, out)
+        value = voc.tensor_of(node)
+        is_recorded = value is not None and value.requires_grad
+        if is_recorded and any(user.op == "output" for user in node.users):
+            return None
+        is_changed = memory.may_change(node, node, out) or memory.may_change(op.x, node, out)
         return None if is_changed else op
 
     def is_scores(self, product: fx.Node, op: voc.Op | None = None) -> bool:

@@ -106,8 +106,11 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     Returns:
         Whether it did, or without ``change`` would. Fused calls are left alone, and sites that
         SDPA cannot say: with a soft cap, sinks, several dtypes, or a bias whose dtype is not that
-        of Q.
+        of Q. So are all where ``sdpa_kernel`` chooses among SDPA's kernels: perhaps none is left.
     """
+    chooses = graph.find_nodes(op="call_function", target=torch.nn.attention._sdpa_kernel)
+    if chooses or not torch.backends.cuda.math_sdp_enabled():
+        return False
     if site.causal is not None and site.causal.step and site.causal.offset:
         # SDPA's is_causal knows no offset.
         site = replace(site, causal=None, steps=(*site.steps, site.causal.step))
@@ -115,6 +118,8 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
         return False
 
     def attend(emit: Emitter, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> fx.Node:
+        if site.is_causal and scale <= 0:  # of which SDPA on a CPU makes NaN
+            q, scale = emit.method("mul", q, scale), 1.0
         options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": site.is_causal, "scale": scale}
         return emit.function(F.scaled_dot_product_attention, q, k, v, **options)
 

@@ -235,14 +235,26 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def target_name(node: fx.Node) -> str:
-    """The bare name of what a call node calls, without an overload; ``""`` for other nodes."""
+    """The bare name of what a call node calls, without an overload; ``""`` for other nodes.
+
+    What is neither PyTorch's nor Python's is named with its home: a custom op ``mine::exp`` or a
+    function ``mine.exp`` is no ``exp``.
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
         return ""
+    home = str(getattr(node.target, "__module__", None) or "builtins")
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return str(getattr(node.target, "__name__", node.target))
+        name = node.target._schema.name.rpartition("::")[2]
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+    if home.startswith(_OPS) and home != f"{_OPS}aten":
+        return f"{home.removeprefix(_OPS)}::{name}"
+    return name if home.partition(".")[0] in _HOMES else f"{home}.{name}"
+
+
+_OPS, _HOMES = "torch._ops.", frozenset("torch _operator operator builtins math".split())
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -380,6 +392,8 @@ def _exp(x: Any, /) -> Op | None:
 
 def _kept_axis(node: fx.Node) -> int | None:
     """The one axis that ``sum`` or ``logsumexp`` goes over with ``keepdim=True``."""
+    if not fake(node).dtype.is_floating_point:
+        return None  # sum(x, dim, dtype=torch.int64) adds up what is left of x without fractions
     dim = argument(node, 1, "dim")
     dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
     is_kept = argument(node, 2, "keepdim", False) is True and isinstance(dim, int)

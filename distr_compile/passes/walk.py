@@ -382,7 +382,7 @@ class Walk(Way):
 
     def _check_writes(self, node: fx.Node, start: fx.Node, out: fx.Node) -> None:
         """Refuse where a tensor may change between the model's read (start) and ours (out)."""
-        if self.flow.memory.writers(node, start, out):
+        if self.flow.memory.may_change(node, start, out):
             raise RefusedError("in-place-write", "an operand is written in place during attention")
 
     def _erase_dead(self) -> None:

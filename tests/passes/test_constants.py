@@ -148,15 +148,46 @@ def _narrow(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda i, j: j.to(dtype).float() <= i.to(dtype).float()
 
 
+def _doubled(i: Tensor, j: Tensor) -> Tensor:
+    width = torch.full((), 1)
+    for _ in range(7):
+        width = width + width
+    return (j <= i) & (j > i - width)
+
+
+def _positions_doubled(i: Tensor, j: Tensor) -> Tensor:
+    near, far = j + 1, i
+    for _ in range(7):
+        near = near + near
+    return (j <= i) & (far < near)
+
+
+def _beyond_any_position(i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (i - 2**40 < j - (2**40 - 128))
+
+
 @pytest.mark.parametrize(
     "rule",
     [
         lambda i, j: (j <= i) & (i - j - 40 - 40 - 40 <= 0),
+        lambda i, j: (j <= i) & (j > torch.sub(i, 3, alpha=40)),
+        _doubled,
+        _positions_doubled,
+        _beyond_any_position,
         lambda i, j: (j <= i) & (j > i.shape[0] - 140),
         _narrow(torch.int8),
         _narrow(torch.bfloat16),
     ],
-    ids=["a number thrice", "a number behind a size", "int8 positions", "bfloat16 positions"],
+    ids=[
+        "a number thrice",
+        "a number times another",
+        "a number doubled",
+        "positions doubled",
+        "numbers beyond any position",
+        "a number behind a size",
+        "int8 positions",
+        "bfloat16 positions",
+    ],
 )
 def test_what_is_causal_at_64_and_not_at_700(rule: Callable[..., Tensor]) -> None:
     inputs = [[torch.randn(1, 1, n, 32) for _ in range(3)] for n in (64, 700)]

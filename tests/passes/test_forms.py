@@ -348,7 +348,7 @@ def _(q, k, v, cache):
 
 @form("V written before its product reads it")
 def _(q, k, v):
-    weights = (q @ k.mT * C).softmax(-1)
+    weights, v = (q @ k.mT * C).softmax(-1), v + 1
     v.mul_(2.0)
     return weights @ v + v.sum()
 
