@@ -1,7 +1,8 @@
 """Run a model twice from one state, and leave it as it was: its tensors, attributes, random state.
 
 Nothing here knows of attention. :func:`clones` and :func:`copied` copy what a call is given,
-:class:`Snapshot` keeps what the modules of a model hold, :class:`RandomState` the generators.
+:class:`Snapshot` keeps what the modules of a model hold, :class:`RandomState` the generators;
+:class:`Repeatable` puts them together for calls over data.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,14 +124,18 @@ def modules_of(model: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
 class Snapshot:
     """What the modules of a model hold now: tensors by value, attributes and containers by item.
 
-    Parameters, buffers and other tensors in attributes, lists, tuples, dicts and sets are kept by
-    value, which takes as much memory again. Objects of other classes are kept as references.
+    Parameters, buffers and other tensors in attributes, lists, tuples, dicts, sets, deques and the
+    attributes of objects are kept by value, which takes as much memory again. Objects of classes of
+    PyTorch that are no containers, and what has no attributes, are kept as references.
 
     Args:
         model: a module or a function, see :func:`modules_of`.
+        parameters: False leaves out ``nn.Parameter``, which a forward without gradients reads only.
     """
 
-    def __init__(self, model: Callable[..., Any]) -> None:
+    def __init__(self, model: Callable[..., Any], *, parameters: bool = True) -> None:
+        self._modules = [module for _, module in modules_of(model)]
+        self._parameters = parameters
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, Tensor]] = {}
         seen: set[int] = set()
@@ -136,17 +144,25 @@ class Snapshot:
         self._values = clones((t for _, t in self._tensors.values()), keep_grad=False)
 
     def _keep(self, value: Any, name: str, seen: set[int]) -> None:
-        if isinstance(value, Tensor):
-            self._tensors.setdefault(id(value), (name, value))
-            return
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, set)):
-            return
-        seen.add(id(value))
-        if not isinstance(value, tuple):
-            self._containers.append((value, copy.copy(value)))
-        for key, item in _items(value):
-            hidden = isinstance(key, str) and key in ("_parameters", "_buffers", "_modules")
-            self._keep(item, name if hidden else f"{name}.{key}".strip("."), seen)
+        stack = [(value, name, 0)]
+        while stack:
+            value, name, depth = stack.pop()
+            if isinstance(value, Tensor):
+                if self._parameters or not isinstance(value, nn.Parameter):
+                    self._tensors.setdefault(id(value), (name, value))
+                continue
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if not isinstance(value, _CONTAINERS):
+                if depth == _OBJECTS_DEEP or not _is_plain_object(value):
+                    continue
+                value, depth = value.__dict__, depth + 1
+            if not isinstance(value, tuple):
+                self._containers.append((value, copy.copy(value)))
+            for key, item in reversed(list(_items(value))):
+                hidden = isinstance(key, str) and key in ("_parameters", "_buffers", "_modules")
+                stack.append((item, name if hidden else f"{name}.{key}".strip("."), depth))
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -163,17 +179,71 @@ class Snapshot:
 
     def restore(self) -> None:
         """Make everything as it was when this snapshot was taken."""
+        for module in self._modules:
+            # FSDP2 puts whole parameters into their place, and has to take them back itself.
+            if callable(reshard := getattr(module, "reshard", None)) and _is_sharded_by_fsdp(
+                module
+            ):
+                reshard()
         for container, before in self._containers:
             if _is_as_before(container, before):
                 continue
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(before)
+            is_list = isinstance(container, list | deque)
+            (container.extend if is_list else container.update)(before)
         for key, (_, tensor) in self._tensors.items():
             if _same(tensor, self._values[key]):
                 continue
             # Through .data: what autograd has saved of this tensor stays valid.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.data.copy_(self._values[key])
+
+
+class Repeatable:
+    """Calls a model over data so that several calls of one batch start from one state.
+
+    That is what the model held when this object was made, copies of the arguments, and the random
+    numbers of the batch. Parameters are taken to be read only.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._held = Snapshot(model, parameters=False)
+        self._numbers = RandomState.now()
+
+    def begin(self) -> None:
+        """Begin a batch: all calls until the next have the random numbers that come now."""
+        self._numbers = RandomState.now()
+
+    def call(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The output of a model or of what it was compiled to; nothing else is left of the call."""
+        args, kwargs = copied((args, kwargs))
+        self._numbers.restore()
+        try:
+            out = model(*args, **kwargs)
+            return copied(out) if self._held.written() else out  # it may lie in what is put back
+        finally:
+            self._held.restore()
+
+
+_CONTAINERS = (dict, list, tuple, set, deque)
+_OBJECTS_DEEP = 3
+"""How many objects may hold one another: a cache its layers, and these their own."""
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object is its attributes: a cache or a namespace, none of PyTorch or Python."""
+    if isinstance(value, (type, FunctionType, nn.Module)):
+        return False
+    home = type(value).__module__.partition(".")[0]
+    is_foreign = home == "torch" or home in sys.stdlib_module_names
+    if is_foreign and not isinstance(value, SimpleNamespace):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _is_sharded_by_fsdp(module: nn.Module) -> bool:
+    distributed = sys.modules.get("torch.distributed.fsdp")
+    return distributed is not None and isinstance(module, distributed.FSDPModule)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -88,8 +90,8 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
     """The batches from the first on, ``limit`` of them at most.
 
     Raises:
-        ValueError: ``batches`` is an iterator, which could be walked only once, or is nothing that
-            can be walked; or ``limit`` is less than 0.
+        ValueError: ``batches`` is an iterator, which could be walked only once, or gives the same
+            one as before, or is nothing that can be walked; or ``limit`` is less than 0.
         TypeError: ``limit`` is no integer.
     """
     limit = check_limit(limit, least=0)
@@ -100,8 +102,28 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
         raise ValueError(sentence("batches", got, accepted, "give list(batches) or a function"))
     if not isinstance(items, Iterable):
         raise ValueError(sentence("batches", shown(items), accepted, "return the batches there"))
-    for item in islice(items, limit):
+    walked = iter(items)
+    if any(before() is walked for before in _WALKED):
+        got = f"the same {type(walked).__name__} once more, which can be walked only once"
+        raise ValueError(sentence("batches", got, accepted, "return a new one in each call"))
+    _WALKED.append(_reference(walked))
+    for item in islice(walked, limit):
         yield Batch.of(item)
+
+
+_WALKED: deque[Callable[[], Any]] = deque(maxlen=8)
+"""The iterators that were walked last."""
+
+
+def _reference(walked: Iterator[Any]) -> Callable[[], Any]:
+    """What gives an iterator while somebody holds it; those that take no weak references are held.
+
+    Iterators of data loaders, which hold processes, take them.
+    """
+    try:
+        return weakref.ref(walked)
+    except TypeError:
+        return lambda: walked
 
 
 class Digest(Protocol):

@@ -17,6 +17,7 @@ from distr_compile.accuracy.metrics import Metric, Score, as_metrics
 from distr_compile.explaining import untraced
 from distr_compile.policy import Policy, PolicyError
 from distr_compile.reporting import Report, report
+from distr_compile.restoring import Repeatable
 
 Model = Callable[..., Any]
 Rows = dict[str, dict[str, Tensor]]
@@ -99,16 +100,18 @@ class Compiled:
     Attributes:
         model: the model itself, with nothing in it compiled.
         by_policy: the name of a policy -> what to call.
+        again: calls them, each from the same state.
         reports: what the pass did with the first batch, by the name of the policy.
     """
 
     model: Model
     by_policy: Mapping[str, Model]
+    again: Repeatable
     reports: dict[str, Report] = field(default_factory=dict)
 
     def exact(self, batch: Batch) -> Any:
         """The output of the model itself, for a batch that is on its device."""
-        return exactly(self.model, batch)
+        return exactly(self.model, batch, self.again)
 
     def rows(self, batch: Batch, metrics: Iterable[Metric]) -> Rows:
         """The rows of one batch under every policy.
@@ -117,6 +120,7 @@ class Compiled:
             PolicyError: a policy does not fit the model.
         """
         batch = batch.to(device_of(self.model))
+        self.again.begin()
         reference = self.exact(batch)
         rows: Rows = {}
         for name, run in self.by_policy.items():
@@ -126,7 +130,7 @@ class Compiled:
 
     def _call(self, name: str, run: Model, batch: Batch) -> Any:
         try:
-            output = batch.call(run)
+            output = self.again.call(run, batch.args, batch.kwargs)
         except Exception as error:
             inner = getattr(error, "inner_exception", None)
             if isinstance(inner, PolicyError):
@@ -162,13 +166,13 @@ def compiled(
                 if policy is None
                 else torch.compile(own, backend="distr", options=distr, **options)
             )
-        yield Compiled(own, by_policy)
+        yield Compiled(own, by_policy, Repeatable(own))
 
 
-def exactly(model: Model, batch: Batch) -> Any:
+def exactly(model: Model, batch: Batch, again: Repeatable) -> Any:
     """The output of a model of ``underneath.plain``, which is compiled in no part."""
     with underneath.eagerly():
-        return batch.call(model)
+        return again.call(model, batch.args, batch.kwargs)
 
 
 def device_of(model: Model) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from distr_compile.backend import COMPILERS
@@ -15,7 +16,7 @@ def check_folder(path: str | os.PathLike[str], what: str = "path") -> None:
 
     Raises:
         TypeError: it is no path.
-        ValueError: its folder is missing, or it is a folder itself.
+        ValueError: its folder is missing or takes no files, or it is a folder itself.
     """
     check_type(what, path, (str, os.PathLike), "the path of a file", "say where to write")
     if Path(path).is_dir() or not Path(path).parent.is_dir():
@@ -23,6 +24,14 @@ def check_folder(path: str | os.PathLike[str], what: str = "path") -> None:
             f"{what}: got {os.fspath(path)!r}; accepted: a file in a folder that exists; create "
             "the folder, or write elsewhere"
         )
+    try:
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        got = f"{os.fspath(path)!r}, whose folder takes no file: {error.strerror}"
+        raise ValueError(
+            sentence(what, got, "a file in a folder that can be written", "write elsewhere")
+        ) from error
 
 
 def check_compiler(compiler: object) -> None:

@@ -33,6 +33,7 @@ from distr_compile.kernels.projection.reference import RIDGE
 from distr_compile.naming import canonical
 from distr_compile.policy import Policy, Rule
 from distr_compile.policy.errors import check_type
+from distr_compile.restoring import Repeatable
 
 COMPUTES = ("calibrated",)
 """The estimators whose bases are made here, of those that need bases."""
@@ -118,8 +119,11 @@ def calibrate(
         nonlocal count
         with instrument.on(model) as run, progress_bar(progress) as bar:
             task = bar.add_task("calibrating", total=total(batches, limit))
+            again = Repeatable(model)
             for count, batch in enumerate(share, 1):
-                batch.to(device).call(run)
+                moved = batch.to(device)
+                again.begin()
+                again.call(run, moved.args, moved.kwargs)
                 bar.update(task, completed=count * ranks.world())
         return b"" if ranks.world() == 1 else observer.told(instrument)
 

@@ -20,6 +20,7 @@ from distr_compile.accuracy.evaluate import device_of, evaluate, exactly
 from distr_compile.accuracy.instrument import SiteErrors, site_errors
 from distr_compile.accuracy.metrics import METRICS, Metric
 from distr_compile.policy import Policy
+from distr_compile.restoring import Repeatable
 from distr_compile.tuning.bounds import Loss, loss_with_bound
 from distr_compile.tuning.candidates import UNIFORM, name_of, spelled_out
 from distr_compile.tuning.cost import Clock
@@ -151,7 +152,7 @@ class Measurements:
             ValueError: no labels, no logits, or what else it asks for.
         """
         batch = next(self.data.half(held=False)).to(device_of(self.model))
-        output = exactly(self.model, batch)
+        output = exactly(self.model, batch, Repeatable(self.model))
         self.metric.statistic(output, output, batch)
         self._smooth = smooth_metric(output, batch)
 

@@ -28,6 +28,7 @@ from distr_compile.accuracy.evaluate import device_of, exactly
 from distr_compile.accuracy.instrument import Call, Instrument, SiteErrors
 from distr_compile.accuracy.metrics import METRICS, Metric, has_logits
 from distr_compile.policy import Policy
+from distr_compile.restoring import Repeatable
 from distr_compile.tuning.search import Option, undominated
 
 Setting = Mapping[str, str]
@@ -64,6 +65,7 @@ class Bench:
     policies: Mapping[str, Policy]
     _setting: Setting = field(default_factory=dict)
     _run: Callable[..., Any] | None = None
+    _again: Repeatable | None = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[Batch, Setting], Any]]:
@@ -75,16 +77,17 @@ class Bench:
             yield self._output
             return
         with Instrument(self._answer, policies=self.policies).on(self.model) as run:
-            self._run = run
+            self._run, self._again = run, Repeatable(self.model)
             try:
                 yield self._output
             finally:
-                self._run = None
+                self._run = self._again = None
 
     def _output(self, batch: Batch, setting: Setting) -> Any:
         assert self._run is not None
+        assert self._again is not None
         self._setting = setting
-        return batch.call(self._run)
+        return self._again.call(self._run, batch.args, batch.kwargs)
 
     def _answer(self, call: Call) -> Tensor:
         label = self._setting.get(call.site.layer, EXACT)
@@ -114,8 +117,10 @@ class Bench:
         with self.ready() as output:
 
             def rows_of(given: Batch) -> list[Tensor]:
+                assert self._again is not None
                 batch = given.to(device_of(self.model))
-                exact = exactly(self.model, batch)
+                self._again.begin()
+                exact = exactly(self.model, batch, self._again)
                 outputs = (s if s is None else output(batch, s) for s in (None, *settings))
                 return [
                     metric.statistic(exact if out is None else out, exact, batch)
