@@ -26,6 +26,7 @@ from distr_compile.estimators import ESTIMATORS
 from distr_compile.functional import drawn_seed, four_axes
 from distr_compile.lowering import op, sdpa
 from distr_compile.lowering.call import Approximation, Scores, Shape, op_arguments
+from distr_compile.lowering.checkpointed import is_recomputed
 from distr_compile.lowering.judge import Judge
 from distr_compile.passes.decide import Decision, decide_call
 from distr_compile.policy import ENV_VAR, LayerPlan, Policy, PolicyError
@@ -281,7 +282,8 @@ def _attend(
         dropout=scores.dropout_p != 0,
     )
     # Such a call is exact unless the plan says training = "approximate", as with the backend.
-    shape = shape._replace(trained=_needs_gradient(q, k, v, mask, sinks))
+    trained = _needs_gradient(q, k, v, mask, sinks) or is_recomputed()
+    shape = shape._replace(trained=trained)
     decision = _decided(shape, assigned.plan)
     calls.note(module, shape, decision, mask_grad=_needs_gradient(mask))
     if not decision.is_distr:

@@ -20,6 +20,7 @@ from distr_compile.estimators import (
 )
 from distr_compile.lowering import exactly
 from distr_compile.lowering.call import Approximation, Shape
+from distr_compile.lowering.checkpointed import is_recomputed
 from distr_compile.passes.site import AttentionSite, count
 from distr_compile.passes.steps import AddStep, FillStep
 from distr_compile.passes.vocabulary import same_size, shape_of
@@ -82,12 +83,13 @@ def decide(site: AttentionSite, plan: LayerPlan, extra: tuple[Reason, ...] = ())
         extra: reasons known to the caller, such as a graph shared by layers with different plans.
     """
     reasons = _reasons(site, plan, extra)
-    if site.requires_grad and plan.training == "exact":
+    trained = site.requires_grad or is_recomputed()
+    if trained and plan.training == "exact":
         reasons.append(_GRADIENTS)
     elif site.written_later:
         text = "gradients are recorded, and an input or the output is written in place afterwards"
         reasons.append(Reason("in-place-write", text))
-    if site.dropout_p and not (site.requires_grad and plan.training == "approximate"):
+    if site.dropout_p and not (trained and plan.training == "approximate"):
         why = 'which is approximated in training that the policy calls "approximate" only'
         reasons.append(Reason("dropout", f"the weights are dropped out, {why}"))
     elif site.dropout_p and exactly.is_computing_exactly():
