@@ -97,6 +97,7 @@ class Options:
         else:
             inductor = {}
             names = [*sorted(given), *(["mode"] if mode not in (None, "default") else [])]
+            _check_known(given)
             if names:
                 raise ValueError(
                     f"{', '.join(names)}: for Inductor, but compiler is {compiler!r}; leave it out "
@@ -108,7 +109,7 @@ class Options:
 
 def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
     """Inductor's configuration of a mode and its own options, which override the mode's."""
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import list_mode_options
 
     modes = ["default", *list_mode_options()]
     if mode is not None and mode not in modes:
@@ -117,15 +118,22 @@ def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, An
     try:
         return dict(torch._TorchCompileInductorWrapper(mode, dict(given), None).config)
     except RuntimeError as error:  # an unknown name or a wrong type
-        known = config.get_config_copy()
-        unknown = [key for key in given if key.replace("-", "_") not in known]
-        if not unknown:
-            raise ValueError(f"options: {error}") from None
-        near = _nearest(unknown[0], [*OPTION_KEYS, *known])
-        raise ValueError(
-            f"options: got unknown key {unknown[0]!r}; accepted: {', '.join(OPTION_KEYS)} "
-            f"and Inductor's options{near}"
-        ) from None
+        _check_known(given)
+        raise ValueError(f"options: {error}") from None
+
+
+def _check_known(given: Mapping[str, Any]) -> None:
+    """Refuse the first option that Inductor has none of."""
+    from torch._inductor import config
+
+    known = config.get_config_copy() if given else {}
+    for key in given:
+        if key.replace("-", "_") not in known:
+            near = _nearest(key, [*OPTION_KEYS, *known])
+            raise ValueError(
+                f"options: got unknown key {key!r}; accepted: {', '.join(OPTION_KEYS)} and "
+                f"Inductor's options{near}"
+            )
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -333,12 +341,14 @@ def run_pass(
         chooser = Chooser(policy, root, frame, shared)
         bases = BasesOfModel(policy, root.module if root is not None else None)
         outcome = apply(placed, chooser, bases, judge, change=change)
-        chooser.notes += [_NOT_OURS_TO_PLAN.format(planned)] * bool(planned)
+        chooser.notes += [*bases.notes, *[_NOT_OURS_TO_PLAN.format(planned)] * bool(planned)]
         declare_constants(gm)
         audit = audit.of_graph(_attended(outcome.rows, root), _modules_of(gm, root))
         if _is_whole(gm, root, frame):
             audit.check_sizes()
         outputs, served, inputs = outcome.outputs, outcome.served, outcome.inputs
+        # Of another autocast, or of a flag that makes a mask.
+        key = (*key, *((row.form, row.mask, row.dtype) for row in outcome.rows))
         graph = replace(
             graph,
             rows=outcome.rows,
@@ -351,7 +361,7 @@ def run_pass(
         if (several := shared or alone) is not None:
             graph = replace(graph, notes=(*graph.notes, *several.notes))
             served = served if alone is None else _by_block(outcome.rows, alone)
-            key = (*key, *((row.form, row.mask, row.decision) for row in outcome.rows))
+            key = (*key, *(row.decision for row in outcome.rows))
             graph = several.count(graph, key)
     owner, backend = (root.key, root.backend) if root is not None else (None, None)
     about = (outputs, backend, audit, served, inputs)
@@ -503,7 +513,12 @@ def _graph_key(
     # A symbol's name changes from compile to compile. The names of tensors tell the pieces apart
     # into which DDPOptimizer cuts one graph: equal layers have inputs of equal shapes.
     shapes = [
-        (node.name, tuple(s if isinstance(s, int) else "?" for s in v.shape), str(v.dtype))
+        (
+            node.name,
+            tuple(s if isinstance(s, int) else "?" for s in v.shape),
+            str(v.dtype),
+            v.requires_grad,
+        )
         for node in inputs
         if isinstance(v := node.meta.get("example_value"), torch.Tensor)
     ]
@@ -512,7 +527,7 @@ def _graph_key(
         module = shared.blocks
     # The same frame compiled for another value of a flag is another graph, and both may run.
     returned = str(next(iter(reversed(gm.graph.nodes))).args)
-    return (frame.code_key, module, tuple(shapes), returned)
+    return (frame.code_key, module, tuple(shapes), returned, torch.is_grad_enabled())
 
 
 def _exact_kernels(result: Result, example_inputs: Sequence[Any]) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,11 +145,20 @@ def _sample(parameter: Tensor) -> bytes:
     return chosen.reshape(-1).cpu().view(torch.uint8).numpy().tobytes()
 
 
+_OWN: dict[int, tuple[weakref.ref[nn.Module], set[str]]] = {}
+"""By the id of a module: it, and fingerprints of files of bases that were once those of it."""
+
+
 class BasesOfModel:
-    """What a policy's file of bases has for the attentions of one model; read when first asked."""
+    """What a policy's file of bases has for the attentions of one model; read when first asked.
+
+    Attributes:
+        notes: what is to be known of the bases that were given.
+    """
 
     def __init__(self, policy: Policy, module: nn.Module | None) -> None:
         self._policy, self._module = policy, module
+        self.notes: list[str] = []
 
     def __call__(
         self, name: str, *, rank: int, head_dim: Any, key_heads: Any
@@ -201,8 +211,15 @@ class BasesOfModel:
                 "bases, and a compiled function that belongs to no module",
                 "compile the module that was calibrated",
             )
-        now = fingerprint(self._module)
-        if now != bases.fingerprint:
+        now, own = fingerprint(self._module), _own_files(self._module)
+        if now == bases.fingerprint:
+            own.add(now)
+        elif bases.fingerprint in own:
+            self.notes.append(
+                "the bases are of this model before its parameters changed: as calibrated when it "
+                "was compiled first"
+            )
+        else:
             raise self._error(
                 f"bases of a model with fingerprint {bases.fingerprint[:12]}, while that of the "
                 f"compiled {type(self._module).__name__} is {now[:12]}: other parameters, dtype or "
@@ -214,3 +231,12 @@ class BasesOfModel:
     def _error(self, got: str, advice: str) -> PolicyError:
         where = self._policy.place_of_bases()
         return PolicyError(f"{where}: file: got {got}; accepted: the bases of this model; {advice}")
+
+
+def _own_files(module: nn.Module) -> set[str]:
+    """The fingerprints under ``_OWN``; a compiled model that is trained has its bases all along."""
+    key = id(module)
+    known = _OWN.get(key)
+    if known is None or known[0]() is not module:
+        known = _OWN[key] = (weakref.ref(module, lambda _: _OWN.pop(key, None)), set())
+    return known[1]

@@ -20,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import distr_compile
-from distr_compile import DistrWarning, Policy, PolicyError, Report
+from distr_compile import DistrWarning, Policy, PolicyError, Report, backend
 from distr_compile.estimators import DEFAULT_ESTIMATOR
 from distr_compile.kernels.attention import reference
 from tests.backend_models import (
@@ -82,10 +82,11 @@ STRANGER = """
 
 def run_stranger(folder: Path, policy: Path) -> dict[str, Any]:
     """Compile with Inductor in a new process whose caches lie in ``folder``."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    # Which vector instructions there are would be found anew by compiling for each of them.
+    inductor = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_VEC_ISA_OK": "0"}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STRANGER), str(policy)],
-        env=environment,
+        env={**os.environ, **inductor},
         capture_output=True,
         text=True,
         check=False,
@@ -464,3 +465,9 @@ def test_sdpa_layers_too() -> None:
 
     model, x = Fused().eval(), tokens()
     torch.testing.assert_close(compiled(model)(x), approximate(model, x), **SAME)
+
+
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
+def test_a_misspelt_option_is_told_whatever_compiles(compiler: str) -> None:
+    with pytest.raises(Exception, match=r"got unknown key 'polcy'.*did you mean 'policy'"):
+        backend.Options.parse({"polcy": "p.toml", "compiler": compiler}, None)

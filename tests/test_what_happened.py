@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distr_compile
@@ -462,3 +463,41 @@ def test_reports_do_without_what_pytorch_does_not_tell(monkeypatch: pytest.Monke
     assert report(given_up).notes == ()
     with pytest.raises(LookupError):
         report(Attention())
+
+
+# --- several graphs of one module that live ------------------------------------------------------
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.is_causal = nn.Linear(64, 192), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 64)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("what", ["frozen", "input", "flag", "autocast"])
+@torch.enable_grad()
+def test_a_graph_that_may_run_again_keeps_its_row(what: str) -> None:
+    torch._dynamo.reset()
+    model, x = Switched().requires_grad_(False).eval(), torch.randn(2, 48, 64)
+    options = {"policy": {"default": {"min_seq_len": 0}}, "compiler": "eager"}
+    compiled = torch.compile(model, backend="distr", options=options)
+    compiled(x)
+    model.requires_grad_(what == "frozen")
+    model.is_causal = what == "flag"
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        compiled(x.clone().requires_grad_(what == "input"))
+    rows = distr_compile.report(compiled).rows
+    assert len(rows) == 2
+    second = {
+        "frozen": ("none", "float32", "exact"),
+        "input": ("none", "float32", "exact"),
+        "flag": ("causal", "float32", "distr"),
+        "autocast": ("none", "bfloat16", "distr"),
+    }
+    found = [(row.mask, row.dtype, row.decision) for row in rows]
+    assert found == [("none", "float32", "distr"), second[what]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distr_compile
 from distr_compile import Batch, cli, explain
 from distr_compile.bases import Bases, fingerprint
 from distr_compile.cli import FOUND_ERROR, OK, USAGE, main
@@ -349,6 +351,7 @@ def test_cached_code_takes_the_bases_of_the_present_file(tmp_path: Path) -> None
             env={
                 **os.environ,
                 "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+                "TORCHINDUCTOR_VEC_ISA_OK": "0",  # not found anew by compiling for each
                 "PYTHONPATH": str(Path(__file__).parents[2]),
             },
             capture_output=True,
@@ -569,3 +572,25 @@ def test_mistakes_on_the_command_line(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_model_that_is_trained_keeps_its_bases(tmp_path: Path) -> None:
+    """They are of the parameters before the first step: that is said, and no error."""
+    torch._dynamo.reset()
+    model, x = stack(), noise(1, 2, 64)
+    result = calibrate(model, [x], path=tmp_path / "b", progress=False)
+    fields = {**FIELDS, "training": "approximate"}
+    policy = Policy(fields).with_bases(result.path, result.sha256)
+    options = {"policy": policy, "compiler": "eager"}
+    compiled = torch.compile(model, backend="distr", options=options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    compiled(x).square().mean().backward()
+    assert distr_compile.report(compiled).parts[0].notes == ()
+    optimizer.step()
+    compiled(noise(2, 3, 64)).square().mean().backward()
+    with torch.no_grad():
+        compiled(x)
+    for graph in distr_compile.report(compiled).parts[1:]:
+        assert any("before its parameters changed" in note for note in graph.notes)
+    with pytest.raises(Exception, match="bases of a model with fingerprint"):
+        torch.compile(copy.deepcopy(model), backend="distr", options=options)(x)
