@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distr_compile import identity, naming, underneath
@@ -221,8 +222,9 @@ class Outside(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         op = func.name().rpartition("::")[2].partition(".")[0]  # "aten::_softmax.out"
-        if self._depth == 0 and self._OPS.match(op) and "backward" not in op:
-            first = out[0] if isinstance(out, tuple) else out
+        first = out[0] if isinstance(out, tuple) else out
+        is_run = self._depth == 0 and not isinstance(first, FakeTensor)  # not while compiling
+        if is_run and self._OPS.match(op) and "backward" not in op:
             shape = tuple(first.shape) if isinstance(first, torch.Tensor) else ()
             text = "Dynamo makes no graph of this code (skipped or disabled): it runs as it is"
             entry = NotAttention(self._layer(), op, shape, Reason("outside-graph", text))

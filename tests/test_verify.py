@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import distr_compile
 from distr_compile.cli import FOUND_ERROR, OK, main
@@ -500,3 +505,29 @@ def test_where_nothing_is_compared_nothing_is_ok() -> None:
     found = distr_compile.verify(lambda x: None, torch.ones(2))
     assert not found.ok
     assert "0 of 0 attention" in found.summary()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_fsdp_has_just_sharded_is_left_as_it_was() -> None:
+    model = nn.Sequential(Spelled(), Spelled()).eval()
+    wanted = model(x(1))
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    for _ in range(2):
+        assert distr_compile.verify(model, x(1)).ok
+        torch.testing.assert_close(model(x(1)), wanted)
+
+
+@pytest.mark.usefixtures("group")
+def test_under_ddp_nothing_seems_to_run_outside_of_the_graphs() -> None:
+    model = DistributedDataParallel(Spelled()).eval()
+    assert distr_compile.verify(model, x(1)).ok
+    assert distr_compile.explain(model, x(1)).not_attention == ()
