@@ -302,6 +302,8 @@ def _lists(model: nn.Module, shown: Mapping[str, str]) -> Iterator[list[str]]:
         if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or len(parent) < 2:
             continue
         kinds = {type(child) for child in parent}
+        if kinds & {nn.ModuleList, nn.ModuleDict}:  # nobody calls a list
+            continue
         if len(kinds) == 1 and any(True for _ in next(iter(parent)).children()):
             yield [shown[f"{name}.{i}" if name else str(i)] for i in range(len(parent))]
 

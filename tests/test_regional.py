@@ -299,3 +299,25 @@ def test_what_is_wrong() -> None:
         distr_compile.compile_blocks(model, rules({"layers": "layers.3", "group_size": 1}))
     with pytest.raises(ValueError, match="options: got unknown key 'compilr'"):
         distr_compile.compile_blocks(model, POLICY, options={"compilr": "eager"})
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return x
+
+
+def test_of_lists_of_lists_the_modules_are_blocks() -> None:
+    """Nobody calls a list: compiled, it would stay as it is."""
+    model = Stages().eval()
+    names = distr_compile.compile_blocks(model, POLICY, options=EAGER)
+    assert names == [["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]]
+    with torch.no_grad():
+        model(inputs())
+    assert distr_compile.report(model).distr == 4
