@@ -95,6 +95,17 @@ WRONG = {
     "no data": (["--pretrained"], USAGE, "--pretrained: got no --data or --text; accepted: with"),
     "sizes": (["--batch-size", "3"], USAGE, "--batch-size, --tokens: got one without --data or"),
     "tokens": (["--tokens", "77"], USAGE, "--batch-size, --tokens: got one without --data or"),
+    "unread": (
+        ["--data", "mine:data", "--tokens", "7"],
+        USAGE,
+        "--tokens: got one beside --data mine:data, which does not read it; accepted: with --text;",
+    ),
+    "unread size": (
+        ["--data", "mine:data", "--batch-size", "7"],
+        USAGE,
+        "--batch-size: got one beside --data mine:data, which does not read it; accepted: with "
+        "--text or a folder of pictures; leave it out",
+    ),
     "folder": (["--json", "."], USAGE, "--json: got '.'; accepted: a file in a folder that"),
     "empty": (["--data", "mine:nothing"], FOUND_ERROR, "--data: got no batch; accepted: at least"),
     "no loader": (["--data", "mine:dato"], FOUND_ERROR, "--data: got 'mine:dato'"),

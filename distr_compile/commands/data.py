@@ -132,6 +132,15 @@ def load(options: argparse.Namespace) -> Subject:
             f"--data: got {options.data!r}, which is no folder; accepted: a folder of pictures "
             "with a folder for each class, or pkg.module:loader; check the path"
         )
+    takers = {"--tokens": "--text", "--batch-size": "--text or a folder of pictures"}
+    unread = [] if options.text else ["--tokens"] if is_folder else list(takers)
+    for option in unread:
+        if getattr(options, option[2:].replace("-", "_")):
+            raise CommandError(
+                f"{option}: got one beside --data {options.data}, which does not read it; "
+                f"accepted: with {takers[option]}; leave it out",
+                USAGE,
+            )
     # Slips in names are told before anything is loaded.
     asked = [_metric(text) for text in options.metric or ()]
     loader = imported(options.data, "--data") if options.data and not is_folder else None
