@@ -177,10 +177,14 @@ def measure_model(subject: Subject, blocks: Iterable[int]) -> Iterator[Row]:
         }
 
 
+STRICT = tuple(product((2, 4), (64, 128), (1, 2)))
+"""Group size, grouping block and rounds of the strict form's table."""
+
+
 def measure_strict(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """``projection`` of a causal model, in the form that sees no later rows and in the other."""
     calls, exact = subject.layers(sizes.layer_texts), subject.results(exact_attention)
-    for group_size, block, rounds in product((2, 4), (64, 128), (1, 2)):
+    for group_size, block, rounds in STRICT:
         rank = subject.head_dim // group_size
         row: Row = {"model": subject.name, "G": group_size, "block": block, "rounds": rounds}
         for title, is_strict in (("not strict", False), ("strict", True)):

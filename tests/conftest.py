@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# No test looks at the speed of AOTInductor's wrapper, whose optimisation takes most of its time.
+os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
+
 # What is faster on a machine must not decide what a test sees.
 os.environ["DISTR_MEASURE"] = "0"
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import astuple
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -144,6 +143,7 @@ def test_a_tiny_run_writes_prints_and_draws(
 ) -> None:
     monkeypatch.setattr(estimator_error, "GROUP_SIZES", (2,))
     monkeypatch.setattr(estimator_error, "BLOCKS", (64,))
+    monkeypatch.setattr(estimator_error, "STRICT", ((2, 64, 1),))
     path = tmp_path / "results.json"
     estimator_error.write(estimator_error.measure(TINY), path)
     check_results(json.loads(path.read_text()), TINY.tokens, (2,))
@@ -180,7 +180,8 @@ def check_results(results: estimator_error.Row, tokens: int, group_sizes: tuple[
     assert all(list(row["results"]) == ["exact", "uniform", *names] for row in results["models"])
     assert_within_the_limit(results["errors"])
     strict = [(row["model"], row["G"], row["block"], row["rounds"]) for row in results["strict"]]
-    assert strict == list(product(("gpt2", "llama"), (2, 4), (64, 128), (1, 2)))
+    settings = [(model, *of) for model in ("gpt2", "llama") for of in estimator_error.STRICT]
+    assert strict == settings
     assert all(row["strict"] != row["not strict"] for row in results["strict"])
 
 

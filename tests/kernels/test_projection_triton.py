@@ -130,7 +130,7 @@ SHAPES = [
         (shape, dtype)
         for i, shape in enumerate(SHAPES)
         for j, dtype in enumerate(DTYPES)
-        if shape[3] * shape[5] < 5000 or (i + j) % 2 == 0
+        if shape[3] * shape[5] < 3000 or (i + j) % 2 == 0
     ],
     ids=str,
 )
@@ -140,9 +140,14 @@ def test_scores_are_those_of_the_definition(shape: tuple, dtype: torch.dtype) ->
     check(Q, K, rank=rank, grouping_block=block, seed=2**31 + 7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("offset", "rounds"), [(0, 1), (40, 2), (-50, 1), (-50, 2), (-2000, 1), (2000, 1)]
+    ("offset", "rounds", "dtype"),
+    [
+        (offset, rounds, DTYPES[i % len(DTYPES)])
+        for i, (offset, rounds) in enumerate(
+            [(0, 1), (40, 2), (-50, 1), (-50, 2), (-2000, 1), (2000, 1), (0, 2)]
+        )
+    ],
 )
 def test_causal(offset: int, rounds: int, dtype: torch.dtype) -> None:
     Q, K = draw(1, 2, 120, 32, dtype=dtype), draw(1, 1, 140, 32, seed=1, dtype=dtype)
