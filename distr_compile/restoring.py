@@ -138,17 +138,17 @@ class Snapshot:
         self._parameters = parameters
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, Tensor]] = {}
-        seen: set[int] = set()
-        for name, module in modules_of(model):
-            self._keep(module.__dict__, name, seen)
+        self._keep((module.__dict__, name, 0) for name, module in modules_of(model))
         self._values = clones((t for _, t in self._tensors.values()), keep_grad=False)
 
-    def _keep(self, value: Any, name: str, seen: set[int]) -> None:
-        stack = [(value, name, 0)]
-        while stack:
-            value, name, depth = stack.pop()
+    def _keep(self, held: Iterable[tuple[Any, str, int]]) -> None:
+        """Keep values and what they hold, nearest first; each with its name and depth."""
+        left, seen = deque(held), set[int]()
+        while left:
+            value, name, depth = left.popleft()
             if isinstance(value, Tensor):
-                if self._parameters or not isinstance(value, nn.Parameter):
+                is_read = isinstance(value, nn.Parameter) and not self._parameters
+                if not is_read and not nn.parameter.is_lazy(value):
                     self._tensors.setdefault(id(value), (name, value))
                 continue
             if id(value) in seen:
@@ -160,9 +160,9 @@ class Snapshot:
                 value, depth = value.__dict__, depth + 1
             if not isinstance(value, tuple):
                 self._containers.append((value, copy.copy(value)))
-            for key, item in reversed(list(_items(value))):
+            for key, item in _items(value):
                 hidden = isinstance(key, str) and key in ("_parameters", "_buffers", "_modules")
-                stack.append((item, name if hidden else f"{name}.{key}".strip("."), depth))
+                left.append((item, name if hidden else f"{name}.{key}".strip("."), depth))
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -196,7 +196,10 @@ class Snapshot:
                 continue
             # Through .data: what autograd has saved of this tensor stays valid.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.data.copy_(self._values[key])
+                if tensor.shape != self._values[key].shape:  # ``x.data`` is another tensor by now
+                    tensor.data = self._values[key].clone()
+                else:
+                    tensor.data.copy_(self._values[key])
 
 
 class Repeatable:
@@ -264,8 +267,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return a.device.type == "meta"
     if a.layout is not torch.strided or a.is_nested or a.is_quantized:
         return True  # not compared: hardly ever written in place
-    return (
-        bool(((a == b) | (a.isnan() & b.isnan())).all())
-        if a.is_floating_point()
-        else bool((a == b).all())
-    )
+    try:
+        equal = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
+        return bool(equal.all())
+    except (RuntimeError, NotImplementedError):  # of bits, which PyTorch compares not: likewise
+        return True

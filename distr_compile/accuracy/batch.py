@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from types import GeneratorType
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,23 +104,26 @@ def walk(batches: Batches, limit: int | None = None) -> Iterator[Batch]:
     if not isinstance(items, Iterable):
         raise ValueError(sentence("batches", shown(items), accepted, "return the batches there"))
     walked = iter(items)
-    if any(before() is walked for before in _WALKED):
-        got = f"the same {type(walked).__name__} once more, which can be walked only once"
-        raise ValueError(sentence("batches", got, accepted, "return a new one in each call"))
-    _WALKED.append(_reference(walked))
+    if not isinstance(items, list | tuple) and _begins_once(walked):
+        if any(before() is walked for before in _WALKED):
+            got = f"the same {type(walked).__name__} once more, which can be walked only once"
+            raise ValueError(sentence("batches", got, accepted, "return a new one in each call"))
+        _WALKED.append(_reference(walked))
     for item in islice(walked, limit):
         yield Batch.of(item)
 
 
-_WALKED: deque[Callable[[], Any]] = deque(maxlen=8)
-"""The iterators that were walked last."""
+_WALKED: deque[Callable[[], Any]] = deque(maxlen=2)
+"""The iterators that were walked last, of those that nobody can set back."""
+
+
+def _begins_once(walked: Iterator[Any]) -> bool:
+    """Whether an iterator is Python's own; others may begin anew, as of workers that persist."""
+    return isinstance(walked, GeneratorType) or type(walked).__module__ in {"builtins", "itertools"}
 
 
 def _reference(walked: Iterator[Any]) -> Callable[[], Any]:
-    """What gives an iterator while somebody holds it; those that take no weak references are held.
-
-    Iterators of data loaders, which hold processes, take them.
-    """
+    """What gives an iterator while somebody holds it; one that takes no weak reference is held."""
     try:
         return weakref.ref(walked)
     except TypeError:

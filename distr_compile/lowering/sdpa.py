@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,16 @@ def by(backend: SDPBackend, run: Callable[[], Tensor]) -> Tensor:
     Raises:
         RuntimeError: the backend does not take it.
     """
-    with sdpa_kernel(backend):
-        return run()
+    token = _CHOSEN.set(True)
+    try:
+        with sdpa_kernel(backend):
+            return run()
+    finally:
+        _CHOSEN.reset(token)
+
+
+_CHOSEN: ContextVar[bool] = ContextVar("_CHOSEN", default=False)
+"""Whether ``by`` has chosen the kernel: then no other may stand in for it."""
 
 
 def says(softcap: float, sinks: object | None, dropout: object | None = None) -> bool:
@@ -125,7 +134,8 @@ def attention(
     v = v if v.shape[0] == q.shape[0] else v.expand(q.shape[0], -1, -1, -1)
     given = {"is_causal": is_causal, "scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     # Dynamo asks no switches while it traces.
-    if torch.compiler.is_dynamo_compiling() or torch.backends.cuda.math_sdp_enabled():
+    as_chosen = torch.compiler.is_dynamo_compiling() or _CHOSEN.get()
+    if as_chosen or torch.backends.cuda.math_sdp_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, **given)  # type: ignore[arg-type]
     with _products_allowed():
         return F.scaled_dot_product_attention(q, k, v, mask, **given)  # type: ignore[arg-type]

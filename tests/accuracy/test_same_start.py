@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import distr_compile
 from distr_compile.accuracy.batch import walk
@@ -68,8 +69,33 @@ class ReturningState(Attention):
         return self.kept.last
 
 
+class Layer:
+    """An object that a cache holds, which somebody else may hold, too."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Deep(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = Layer()
+        self.far = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=layer)))
+        self.near = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.near.count += 1
+        return self.attend(x) + self.near.count
+
+
+class Growing(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.data = torch.cat([self.calls.data.reshape(-1), torch.ones(1)])
+        return self.attend(x) + self.calls.sum()
+
+
 KINDS = pytest.mark.parametrize(
-    "kind", [Random, Counting, InPlace, Remembering, Holding, ReturningState]
+    "kind", [Random, Counting, InPlace, Remembering, Holding, ReturningState, Deep, Growing]
 )
 
 
@@ -127,9 +153,11 @@ def test_one_iterator_is_not_walked_twice() -> None:
     for batches in (lambda: left, stream):
         with pytest.raises(ValueError, match=r"the same \w+ once more, which can be walked only"):
             distr_compile.regress(model, batches, EXACT, progress=False)
+    workers: Any = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True)
     for _ in range(3):
         assert len(list(walk(lambda: (x for x in data)))) == 2
         assert len(list(walk(data))) == 2
+        assert len(list(walk(workers))) == 2
 
 
 # --- files -------------------------------------------------------------------------------------

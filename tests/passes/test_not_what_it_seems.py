@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distr_compile
+from distr_compile.lowering import sdpa
 from distr_compile.lowering.exactly import computing_exactly
 
 EXACT: dict[str, Any] = {"default": {"group_size": 1}}
@@ -195,3 +196,9 @@ def test_a_cast_to_its_own_dtype_hides_no_repeated_heads() -> None:
     assert distr_compile.report(run).rows[0].shapes["k"] == (2, 2, 24, 32)
     want = distr_compile.attention(q, k, v, scale=0.2, enable_gqa=True)
     torch.testing.assert_close(got, want)
+
+
+def test_a_kernel_that_is_chosen_is_not_replaced_by_another() -> None:
+    """Else a race among SDPA's kernels would time PyTorch's products under their names."""
+    with pytest.raises(RuntimeError, match=r"No (available|viable)"):
+        sdpa.by(SDPBackend.EFFICIENT_ATTENTION, lambda: sdpa.attention(*qkv(), scale=0.2))
