@@ -339,7 +339,8 @@ def run_pass(
     planned = planned_before(gm)
     if placed or planned or frame.limit_note():
         chooser = Chooser(policy, root, frame, shared)
-        bases = BasesOfModel(policy, root.module if root is not None else None)
+        whole, compiled = (root.module, root.backend) if root is not None else (None, None)
+        bases = BasesOfModel(policy, whole, compiled)
         outcome = apply(placed, chooser, bases, judge, change=change)
         chooser.notes += [*bases.notes, *[_NOT_OURS_TO_PLAN.format(planned)] * bool(planned)]
         declare_constants(gm)

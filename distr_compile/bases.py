@@ -145,19 +145,27 @@ def _sample(parameter: Tensor) -> bytes:
     return chosen.reshape(-1).cpu().view(torch.uint8).numpy().tobytes()
 
 
-_OWN: dict[int, tuple[weakref.ref[nn.Module], set[str]]] = {}
-"""By the id of a module: it, and fingerprints of files of bases that were once those of it."""
+_OWN: dict[int, tuple[weakref.ref[Any], set[tuple[int, str]]]] = {}
+"""By the id of what compiles: it, and ids of modules with the files that were once theirs."""
 
 
 class BasesOfModel:
     """What a policy's file of bases has for the attentions of one model; read when first asked.
 
+    Args:
+        policy: names the file.
+        module: the model.
+        compiled: what compiles it, the same object in every compile of one ``torch.compile``: there
+            the bases stay good while the model is trained. None: they are of the model as it is.
+
     Attributes:
         notes: what is to be known of the bases that were given.
     """
 
-    def __init__(self, policy: Policy, module: nn.Module | None) -> None:
-        self._policy, self._module = policy, module
+    def __init__(
+        self, policy: Policy, module: nn.Module | None, compiled: object | None = None
+    ) -> None:
+        self._policy, self._module, self._compiled = policy, module, compiled
         self.notes: list[str] = []
 
     def __call__(
@@ -211,10 +219,10 @@ class BasesOfModel:
                 "bases, and a compiled function that belongs to no module",
                 "compile the module that was calibrated",
             )
-        now, own = fingerprint(self._module), _own_files(self._module)
+        now, own = fingerprint(self._module), _own_files(self._compiled)
         if now == bases.fingerprint:
-            own.add(now)
-        elif bases.fingerprint in own:
+            own.add((id(self._module), now))
+        elif (id(self._module), bases.fingerprint) in own:
             self.notes.append(
                 "the bases are of this model before its parameters changed: as calibrated when it "
                 "was compiled first"
@@ -233,10 +241,14 @@ class BasesOfModel:
         return PolicyError(f"{where}: file: got {got}; accepted: the bases of this model; {advice}")
 
 
-def _own_files(module: nn.Module) -> set[str]:
-    """The fingerprints under ``_OWN``; a compiled model that is trained has its bases all along."""
-    key = id(module)
+def _own_files(compiled: object | None) -> set[tuple[int, str]]:
+    """What ``_OWN`` has of one ``torch.compile``; nothing that lasts where that is not known."""
+    key = id(compiled)
     known = _OWN.get(key)
-    if known is None or known[0]() is not module:
-        known = _OWN[key] = (weakref.ref(module, lambda _: _OWN.pop(key, None)), set())
+    if known is None or known[0]() is not compiled:
+        try:
+            known = weakref.ref(compiled, lambda _: _OWN.pop(key, None)), set()
+        except TypeError:  # None
+            return set()
+        _OWN[key] = known
     return known[1]

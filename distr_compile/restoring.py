@@ -11,6 +11,7 @@ import copy
 import inspect
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
 from distr_compile.identity import reached_by
@@ -99,7 +101,12 @@ def copied(arguments: Any) -> Any:
     copies = clones(leaves)
     try:
         return copy.deepcopy(arguments, dict(copies))
-    except Exception:  # whatever an object of the user's may raise
+    except Exception as error:  # whatever an object of the user's may raise
+        warnings.warn(
+            "the arguments or the output of a call hold an object that cannot be copied, which the "
+            f"runs that are compared share: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
         return pytree.tree_map(lambda x: copies.get(id(x), x), arguments)
 
 
@@ -134,11 +141,13 @@ class Snapshot:
     """
 
     def __init__(self, model: Callable[..., Any], *, parameters: bool = True) -> None:
-        self._modules = [module for _, module in modules_of(model)]
+        # A lazy module becomes one of another class in its first call: it is what it is then.
+        named = [(name, m) for name, m in modules_of(model) if not isinstance(m, LazyModuleMixin)]
+        self._modules = [module for _, module in named]
         self._parameters = parameters
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, Tensor]] = {}
-        self._keep((module.__dict__, name, 0) for name, module in modules_of(model))
+        self._keep((module.__dict__, name, 0) for name, module in named)
         self._values = clones((t for _, t in self._tensors.values()), keep_grad=False)
 
     def _keep(self, held: Iterable[tuple[Any, str, int]]) -> None:
@@ -173,12 +182,15 @@ class Snapshot:
         """Copies of the tensors that are no longer what they were, by name."""
         return {
             name: tensor.detach().clone()
-            for key, (name, tensor) in self._tensors.items()
-            if not _same(tensor, self._values[key])
+            for name, tensor in (self._tensors[key] for key in self.changed())
         }
 
-    def restore(self) -> None:
-        """Make everything as it was when this snapshot was taken."""
+    def changed(self) -> list[int]:
+        """The tensors that are no longer what they were, for ``restore``."""
+        return [key for key, (_, t) in self._tensors.items() if not _same(t, self._values[key])]
+
+    def restore(self, changed: Iterable[int] | None = None) -> None:
+        """Make everything as it was when this snapshot was taken; ``changed``: these tensors."""
         for module in self._modules:
             # FSDP2 puts whole parameters into their place, and has to take them back itself.
             if callable(reshard := getattr(module, "reshard", None)) and _is_sharded_by_fsdp(
@@ -191,9 +203,8 @@ class Snapshot:
             container.clear()
             is_list = isinstance(container, list | deque)
             (container.extend if is_list else container.update)(before)
-        for key, (_, tensor) in self._tensors.items():
-            if _same(tensor, self._values[key]):
-                continue
+        for key in self.changed() if changed is None else changed:
+            tensor = self._tensors[key][1]
             # Through .data: what autograd has saved of this tensor stays valid.
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 if tensor.shape != self._values[key].shape:  # ``x.data`` is another tensor by now
@@ -221,11 +232,13 @@ class Repeatable:
         """The output of a model or of what it was compiled to; nothing else is left of the call."""
         args, kwargs = copied((args, kwargs))
         self._numbers.restore()
+        changed = None
         try:
             out = model(*args, **kwargs)
-            return copied(out) if self._held.written() else out  # it may lie in what is put back
+            changed = self._held.changed()
+            return copied(out) if changed else out  # it may lie in what is put back
         finally:
-            self._held.restore()
+            self._held.restore(changed)
 
 
 _CONTAINERS = (dict, list, tuple, set, deque)

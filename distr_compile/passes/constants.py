@@ -352,6 +352,9 @@ def _compared(nodes: list[fx.Node]) -> int:
         given = [grown[n] for n in leaves if n in grown]
         positions, numbers = [p for p, _ in given], [n for _, n in given]
         own = sum(_literals(node, of_fills=True))
+        if isinstance(value, torch.SymInt):  # a symbol, or that plus a number: ``_plain_symbols``
+            grown[node] = len(value.node.expr.free_symbols), own
+            continue
         if name in {"add", "sub"}:
             position, number = sum(positions), sum(numbers) + own
             is_exact = position or not value.dtype.is_floating_point
@@ -360,7 +363,7 @@ def _compared(nodes: list[fx.Node]) -> int:
                 raise _NotConstantError
         else:
             position, number = max(positions, default=0), max(numbers, default=0) + own
-        if isinstance(value, torch.SymInt) or name == "arange":
+        if name == "arange":
             position = max(position, 1)
         if isinstance(value, Tensor) and value.dtype is torch.bool:
             compared += number if position else 0

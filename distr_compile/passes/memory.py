@@ -63,12 +63,12 @@ class Memory:
         self._storages: dict[fx.Node, frozenset[int]] = {}
         self._geometry: dict[fx.Node, Geometry] = {}
         self._results: Mapping[fx.Node, Any] = {}
-        self._inputs: frozenset[int] = frozenset()
+        self._arguments: frozenset[int] = frozenset()
         self._written: dict[fx.Node, dict[int, list[Geometry]]] = {}
         self._writers: dict[int, list[fx.Node]] = {}
         _Run(self, graph).run()
-        given = (node for node in graph.nodes if node.op == "placeholder")
-        self._inputs = frozenset().union(*map(self.storages, given))
+        given = (n for n in graph.nodes if n.op == "placeholder" and not _is_of_module(n))
+        self._arguments = frozenset().union(*map(self.storages, given))
         for node in reversed(graph.nodes):
             if node in self.pure and all(user in self.dead for user in node.users):
                 self.dead.add(node)
@@ -96,15 +96,22 @@ class Memory:
     def may_change(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
         """Whether something between two others may write the memory of ``node``.
 
-        Of an input also what is known to write another one: a later call may be given the same
-        tensor twice.
+        Of an argument of the call also what writes another one of its dtype: a later call may be
+        given two views of one tensor, of which Dynamo knows nothing.
         """
         if self.writers(node, after, before):
             return True
-        if not self.storages(node) & self._inputs or isinstance(value_of(node), torch.nn.Parameter):
+        if not self.storages(node) & self._arguments:
             return False
-        writes = ((n, s) for s in self._inputs for n in self._writers.get(s, []))
-        return any(after < n < before and self._written[n][s] for n, s in writes)
+        geometry = self._geometry.get(node)
+        writes = (
+            written
+            for storage in self._arguments
+            for writer in self._writers.get(storage, [])
+            if after < writer < before
+            for written in self._written[writer][storage]
+        )
+        return any(geometry is None or each.dtype == geometry.dtype for each in writes)
 
     def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node that made what ``node`` holds when ``reader`` reads it.
@@ -351,6 +358,12 @@ def _as_it_was(mode: FakeTensorMode | None) -> Iterator[None]:
         torch.set_autocast_cache_enabled(autocast)
         if shapes is not None:
             shapes.pending_fresh_unbacked_symbols[:] = pending
+
+
+def _is_of_module(node: fx.Node) -> bool:
+    """Whether an input is a parameter or buffer; what is not known to be one is an argument."""
+    parts = ("_parameters_", "_buffers_", "_modules_")
+    return isinstance(value_of(node), torch.nn.Parameter) or any(p in node.name for p in parts)
 
 
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch.utils.data import DataLoader
 
 import distr_compile
 from distr_compile.accuracy.batch import walk
+from distr_compile.accuracy.evaluate import evaluate
+from distr_compile.policy import Policy
+from distr_compile.restoring import copied
 
 EXACT: dict[str, Any] = {"default": {"group_size": 1}}
 
@@ -176,3 +180,23 @@ def test_a_folder_that_takes_no_file_is_told_first() -> None:
     with refused:
         distr_compile.regress(model, batches, EXACT, out="/proc/x.json", progress=False)
     assert data
+
+
+def test_lazy_modules_and_what_cannot_be_copied() -> None:
+    class Locked:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LazyBatchNorm1d(), Counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(x).mT)
+
+    _, (x, *_) = made(Counting)
+    found = evaluate(Lazy().eval(), [x], ["sqnr"], {"exact": Policy(EXACT["default"])})
+    assert found["exact"].values["sqnr"] > 100
+    with pytest.warns(UserWarning, match="hold an object that cannot be copied"):
+        copied((x, Locked()))

@@ -223,6 +223,26 @@ def test_causal_with_symbolic_sizes(dynamic: bool) -> None:
         assert error(output, attend(*given)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda n, m: torch.arange(m) <= torch.arange(n)[:, None] + (m - n),
+        lambda n, m: torch.arange(n)[:, None] + (m - n) - torch.arange(m) >= 0,
+        lambda n, m: torch.arange(n)[:, None] - torch.arange(m) >= 0,
+        lambda n, m: (torch.arange(m)[None] - torch.arange(n)[:, None]) < 1,
+    ],
+)
+def test_sums_that_stay_causal_with_symbolic_sizes(mask: Callable[[Any, Any], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = ~mask(q.shape[-2], k.shape[-2])
+        return (q @ k.mT * 0.2).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    inputs = [[torch.randn(1, 1, n, 32) for _ in range(3)] for n in (64, 100)]
+    capture = run(attend, inputs[0], dynamic=True, again=[inputs[1]])
+    assert {row.mask for row in capture.rows} == {"causal"}
+    assert error(capture.outputs[1], attend(*inputs[1])) < 1e-5
+
+
 # -- numbers --------------------------------------------------------------------------------------
 
 

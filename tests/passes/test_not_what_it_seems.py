@@ -119,7 +119,31 @@ def test_two_inputs_may_be_one_in_a_later_call(policy: dict[str, Any]) -> None:
         run(q, k, v, torch.ones_like(q))
         assert codes(run) == ["in-place-write"]
         one, same = q.clone(), q.clone()
-        torch.testing.assert_close(run(one, k, v, one), attend(same, k, v, same))
+        got = run(one, k, v, one.view(2, 2, 24, 32))
+        torch.testing.assert_close(got, attend(same, k, v, same))
+
+
+class Cached(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("k", torch.zeros(2, 2, 24, 32))
+        self.register_buffer("v", torch.zeros(2, 2, 24, 32))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.k.copy_(k)
+        scores = q @ self.k.mT * 0.2
+        self.step.add_(1)
+        self.v.copy_(v)
+        return scores.softmax(-1) @ self.v
+
+
+def test_caches_of_a_module_are_none_of_its_arguments() -> None:
+    inputs, model = qkv(), Cached().eval()
+    with computing_exactly(), torch.no_grad():
+        run = compiled(model)
+        torch.testing.assert_close(run(*inputs), model(*inputs))
+    assert distr_compile.report(run).rows[0].decision == "distr"
 
 
 @POLICIES
