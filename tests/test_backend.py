@@ -80,10 +80,16 @@ STRANGER = """
 """
 
 
+IN_NEW_CACHES = {
+    "TORCHINDUCTOR_VEC_ISA_OK": "0",
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+}
+"""Neither vector instructions nor headers are compiled for one kernel."""
+
+
 def run_stranger(folder: Path, policy: Path) -> dict[str, Any]:
     """Compile with Inductor in a new process whose caches lie in ``folder``."""
-    # Which vector instructions there are would be found anew by compiling for each of them.
-    inductor = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+    inductor = {"TORCHINDUCTOR_CACHE_DIR": str(folder), **IN_NEW_CACHES}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STRANGER), str(policy)],
         env={**os.environ, **inductor},

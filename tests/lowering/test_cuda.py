@@ -81,8 +81,9 @@ WHOLE = [(1 << 28, "bias per head"), (1 << 28, None)]
     ("name", "workspace", "mask_kind"),
     [
         (name, *cut)
-        for name in CASES
-        for cut in PARTS[: 2 if "projection" in name else 3]  # interpreted, its solve is slow
+        for i, name in enumerate(CASES)
+        # Interpreted, the solve of projection is slow: one cut each.
+        for cut in ([PARTS[i % 2]] if "projection" in name else PARTS)
     ]
     + [(name, *cut) for name in ("plain", "exact") for cut in WHOLE],
 )
@@ -99,7 +100,7 @@ def test_any_workspace_gives_the_definition(
 
 @pytest.mark.parametrize(
     ("kind", "is_causal"),
-    [("padding", False), ("padding", True), ("per row", True), ("per head", False), ("bias", True)],
+    [("padding", True), ("per row", True), ("per head", False), ("bias", True)],
 )
 def test_projection_gives_the_same_bits_in_any_workspace(kind: str, is_causal: bool) -> None:
     """The mask tells which rows count also where a chunk has a part of the rows only."""
