@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import distr_compile
 from distr_compile.lowering.exactly import computing_exactly
 
-EXACT: dict[str, Any] = {"default": {"group_size": 1}}
-FORCED: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
+from .by_backend import EXACT, FORCED, codes, compiled
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -27,16 +26,6 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def qkv(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (draw(batch, 4, 24, 32, seed=seed) for seed in range(3))
     return q, k, v
-
-
-def compiled(f: Callable[..., Any], policy: dict[str, Any] = FORCED, **more: Any) -> Any:
-    torch._dynamo.reset()
-    options = {"policy": policy, "compiler": "eager"}
-    return torch.compile(f, backend="distr", options=options, **more)
-
-
-def codes(f: Any) -> list[str]:
-    return [reason.code for row in distr_compile.report(f).rows for reason in row.reasons]
 
 
 # -- gradients ------------------------------------------------------------------------------------

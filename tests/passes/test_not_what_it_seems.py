@@ -17,24 +17,14 @@ import distr_compile
 from distr_compile.lowering import sdpa
 from distr_compile.lowering.exactly import computing_exactly
 
-EXACT: dict[str, Any] = {"default": {"group_size": 1}}
-FORCED: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
+from .by_backend import EXACT, FORCED, codes, compiled
+
 POLICIES = pytest.mark.parametrize("policy", [EXACT, FORCED], ids=["exact", "approximate"])
 
 
 def qkv(tokens: int = 24, heads: int = 2) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     return [torch.randn(2, heads, tokens, 32, generator=draw) for _ in range(3)]
-
-
-def compiled(f: Callable[..., Any], policy: dict[str, Any] = FORCED, **more: Any) -> Any:
-    torch._dynamo.reset()
-    options = {"policy": policy, "compiler": "eager"}
-    return torch.compile(f, backend="distr", options=options, **more)
-
-
-def codes(f: Any) -> list[str]:
-    return [reason.code for row in distr_compile.report(f).rows for reason in row.reasons]
 
 
 # -- names ----------------------------------------------------------------------------------------
