@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -193,10 +193,8 @@ class Snapshot:
         """Make everything as it was when this snapshot was taken; ``changed``: these tensors."""
         for module in self._modules:
             # FSDP2 puts whole parameters into their place, and has to take them back itself.
-            if callable(reshard := getattr(module, "reshard", None)) and _is_sharded_by_fsdp(
-                module
-            ):
-                reshard()
+            if _is_sharded_by_fsdp(module):
+                module.reshard()
         for container, before in self._containers:
             if _is_as_before(container, before):
                 continue
@@ -228,6 +226,11 @@ class Repeatable:
         """Begin a batch: all calls until the next have the random numbers that come now."""
         self._numbers = RandomState.now()
 
+    def once(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Begin a batch of which there is this call only."""
+        self.begin()
+        return self.call(model, args, kwargs)
+
     def call(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The output of a model or of what it was compiled to; nothing else is left of the call."""
         args, kwargs = copied((args, kwargs))
@@ -257,7 +260,7 @@ def _is_plain_object(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _is_sharded_by_fsdp(module: nn.Module) -> bool:
+def _is_sharded_by_fsdp(module: nn.Module) -> TypeGuard[Any]:
     distributed = sys.modules.get("torch.distributed.fsdp")
     return distributed is not None and isinstance(module, distributed.FSDPModule)
 

@@ -348,8 +348,7 @@ def site_errors(
             again = Repeatable(model)
             for batch in share:
                 moved = batch.to(device_of(model))
-                again.begin()
-                again.call(run, moved.args, moved.kwargs)
+                again.once(run, moved.args, moved.kwargs)
         return b"" if ranks.world() == 1 else json.dumps(_told(errors, instrument)).encode()
 
     found = ranks.exchange(own)

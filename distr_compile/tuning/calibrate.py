@@ -122,8 +122,7 @@ def calibrate(
             again = Repeatable(model)
             for count, batch in enumerate(share, 1):
                 moved = batch.to(device)
-                again.begin()
-                again.call(run, moved.args, moved.kwargs)
+                again.once(run, moved.args, moved.kwargs)
                 bar.update(task, completed=count * ranks.world())
         return b"" if ranks.world() == 1 else observer.told(instrument)
 
