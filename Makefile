@@ -13,7 +13,7 @@ GPU_FLAGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune reactions paper paper-quick paper-train gpu gpu-wheel plots docs notebooks clean
+.PHONY: help demo test pytest test-oldest test-wheel sanitize lint types survey regress baseline bench bench-quick bench-error bench-tune reactions paper paper-quick paper-train gpu gpu-wheel plots docs notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +22,10 @@ demo: $(VENV)/stamp ## whole models on long inputs, faster or not; three models:
 	$(BIN)/python examples/speed.py
 	$(BIN)/python examples/demo.py
 
-test: lint types ## lint, types and all tests
+test: lint ## lint, types and all tests
+	@$(MAKE) --no-print-directory -j 2 types pytest
+
+pytest: $(VENV)/stamp ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-oldest: $(OLDEST)/stamp ## all tests with the oldest supported torch

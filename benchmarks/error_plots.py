@@ -15,6 +15,7 @@ from benchmarks.error_inputs import draw
 from benchmarks.error_metrics import SVD_LIMIT, methods, scores
 
 FIGURE_7 = {"tokens": 64, "head_dim": 32}
+CURVES = tuple((metric, block) for metric in ("scores", "output") for block in (64, "all"))
 HEAT_MAPS = ("uniform(0, 1)", "sliding window", "one-hot rows")
 SETTINGS = (((2, 1), (2, 2), (2, 4), (2, 8)), ((2, 2), (4, 2), (8, 2), (16, 2)))  # (G, l)
 
@@ -22,11 +23,7 @@ SETTINGS = (((2, 1), (2, 2), (2, 4), (2, 8)), ((2, 2), (4, 2), (8, 2), (16, 2)))
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     """Draw everything; the files that were written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [
-        draw_curves(results, metric, block, folder)
-        for metric in ("scores", "output")
-        for block in (64, "all")
-    ]
+    written = [draw_curves(results, metric, block, folder) for metric, block in CURVES]
     written += [draw_figure_7(name, folder) for name in methods() if name.startswith("lsh")]
     return written + [draw_heat_maps(name, folder) for name in HEAT_MAPS]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import error_metrics, error_models, estimator_error, projection_choices
+from benchmarks import error_metrics, error_models, error_plots, estimator_error, projection_choices
 from benchmarks.error_inputs import DRAWS, Inputs, draw
 from benchmarks.error_metrics import SVD_LIMIT, methods, svd_limit
 from benchmarks.estimator_error import GROUP_SIZES, PUBLISHED, Sizes
@@ -144,6 +144,8 @@ def test_a_tiny_run_writes_prints_and_draws(
     monkeypatch.setattr(estimator_error, "GROUP_SIZES", (2,))
     monkeypatch.setattr(estimator_error, "BLOCKS", (64,))
     monkeypatch.setattr(estimator_error, "STRICT", ((2, 64, 1),))
+    monkeypatch.setattr(error_plots, "CURVES", error_plots.CURVES[:1])
+    monkeypatch.setattr(error_plots, "HEAT_MAPS", error_plots.HEAT_MAPS[:1])
     path = tmp_path / "results.json"
     estimator_error.write(estimator_error.measure(TINY), path)
     check_results(json.loads(path.read_text()), TINY.tokens, (2,))

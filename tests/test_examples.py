@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,25 +21,26 @@ from tests import readme
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> str:
-    """The output of one Python process, which must succeed."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    """As in a process of its own, but for what is loaded: that takes longer than most examples."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
 
 
 def run_example(name: str) -> str:
     """An example whose graphs are rewritten but not compiled by Inductor, which takes its time."""
-    code = f"import runpy; runpy.run_path('examples/{name}.py')['main'](compiler='eager')"
-    return run("-c", code)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(f"examples/{name}.py")["main"](compiler="eager")
+    return out.getvalue()
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> str:
+    """``python -m examples.NAME WORDS``."""
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module(f"examples.{name}", run_name="__main__")
+    return out.getvalue()
 
 
 def test_timm_vit() -> None:
@@ -65,8 +69,8 @@ def test_own_module_keeps_one_layer_exact_across_graph_breaks() -> None:
     assert re.search(r"layers\.2 .* exact, sdpa +1 ", out)
 
 
-def test_demo() -> None:
-    out = run("examples/demo.py", "minilm", "--texts", "4", "--compiler", "eager")
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run_command(monkeypatch, "demo", "minilm", "--texts", "4", "--compiler", "eager")
     cosines = {
         name: float(cosine)
         for name, cosine in re.findall(r"(\S+, block \w+) .* embeddings (\d\.\d+)", out)
@@ -75,17 +79,19 @@ def test_demo() -> None:
     assert 0.7 < cosines["lsh-mean, block auto"] < 0.95 < cosines["projection, block auto"] < 1
 
 
-def test_speed() -> None:
-    out = run("examples/speed.py", "llama", "--rounds", "1", "--compiler", "eager")
+def test_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run_command(monkeypatch, "speed", "llama", "--rounds", "1", "--compiler", "eager")
     lines = re.findall(r"(float32|bfloat16) .* (\d of \d) +(\d\.\d+)$", out, re.MULTILINE)
     # Nothing may be measured in tests: all is exact.
     assert [line[:2] for line in lines] == [("float32", "0 of 2"), ("bfloat16", "0 of 2")]
     assert all(float(cosine) > 0.999 for *_, cosine in lines)
 
 
-def run_training(name: str, steps: int) -> tuple[str, float, float]:
+def run_training(
+    monkeypatch: pytest.MonkeyPatch, name: str, steps: int
+) -> tuple[str, float, float]:
     """The output of a recipe, and what the approximated model was worth before and after."""
-    out = run("-m", f"examples.{name}", "--steps", str(steps), "--compiler", "eager")
+    out = run_command(monkeypatch, name, "--steps", str(steps), "--compiler", "eager")
     assert " distr, 0 exact; 100.0 %" in out
     assert "backward distr-cpu" in out
     (line,) = (line for line in out.splitlines() if line.startswith("distr "))
@@ -93,21 +99,21 @@ def run_training(name: str, steps: int) -> tuple[str, float, float]:
     return out, before, after
 
 
-def test_finetune_vit_wins_back_some_accuracy() -> None:
-    out, before, after = run_training("finetune_vit", 12)
+def test_finetune_vit_wins_back_some_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, before, after = run_training(monkeypatch, "finetune_vit", 12)
     (line,) = (line for line in out.splitlines() if line.startswith("loss"))
     first, last = map(float, re.findall(r"\d\.\d{3}", line))
     assert last < 0.7 * first
     assert after > before + 0.1
 
 
-def test_finetune_llama_wins_back_some_perplexity() -> None:
-    _, before, after = run_training("finetune_llama", 12)
+def test_finetune_llama_wins_back_some_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before, after = run_training(monkeypatch, "finetune_llama", 12)
     assert after < before - 0.03
 
 
-def test_distill_wins_back_some_f1() -> None:
-    out, before, after = run_training("distill", 8)
+def test_distill_wins_back_some_f1(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, before, after = run_training(monkeypatch, "distill", 8)
     (line,) = (line for line in out.splitlines() if line.startswith("KL"))
     first, last = map(float, re.findall(r"\d\.\d{3}", line))
     assert last < 0.9 * first
@@ -118,8 +124,16 @@ def test_tour_of_the_readme(tmp_path: Path) -> None:
     code = readme.tour()
     assert len(code.splitlines()) <= 30
     (tmp_path / "tour.py").write_text(code, encoding="utf-8")
-    out = run("tour.py", cwd=tmp_path)
-    assert "distr, 1 exact" in out
+    done = subprocess.run(
+        [sys.executable, "tour.py"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "distr, 1 exact" in done.stdout
 
 
 def test_tuning_section_of_the_readme(

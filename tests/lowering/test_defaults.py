@@ -69,7 +69,7 @@ def measured() -> list[float]:
     return result
 
 
-@pytest.mark.parametrize("default", ["bfloat16", "float16", "float64", "meta"])
+@pytest.mark.parametrize("default", ["bfloat16", "float64", "meta"])
 def test_defaults_of_a_program_change_nothing(default: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DISTR_MEASURE": "0"}
     told = subprocess.run(
