@@ -18,7 +18,7 @@ from distr_compile.passes import decide as decisions
 from distr_compile.passes import match
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.decide import Decision, decide
-from distr_compile.passes.rewrite import names_of_bases, rewrite, rewrite_exact
+from distr_compile.passes.rewrite import may_overflow, names_of_bases, rewrite, rewrite_exact
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, Unmatched
 from distr_compile.passes.timing import Stopwatch
 from distr_compile.passes.vocabulary import shape_of, target_name
@@ -274,6 +274,7 @@ class _Site:
             and found.num_queries >= MIN_QUERIES
             and found.dtype in {torch.float32, torch.bfloat16, torch.float16}
             and found.compute_dtype is None
+            and not may_overflow(found)
             and not (found.softcap or found.sinks or found.dropout_p or found.requires_grad)
             and all(reason.code != "shared-graph" for reason in self.decision.reasons)
         )

@@ -96,22 +96,19 @@ class Memory:
     def may_change(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
         """Whether something between two others may write the memory of ``node``.
 
-        Of an argument of the call also what writes another one of its dtype: a later call may be
-        given two views of one tensor, of which Dynamo knows nothing.
+        Of an argument of the call also what writes another one: a later call may be given two
+        views of one memory, also in two dtypes, of which Dynamo knows nothing. Nodes that could
+        not be run count where they are given the memory itself.
         """
         if self.writers(node, after, before):
             return True
         if not self.storages(node) & self._arguments:
             return False
-        geometry = self._geometry.get(node)
-        writes = (
-            written
+        return any(
+            after < writer < before and self._written[writer][storage]
             for storage in self._arguments
-            for writer in self._writers.get(storage, [])
-            if after < writer < before
-            for written in self._written[writer][storage]
+            for writer in self._writers.get(storage, ())
         )
-        return any(geometry is None or each.dtype == geometry.dtype for each in writes)
 
     def definition(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The node that made what ``node`` holds when ``reader`` reads it.

@@ -24,7 +24,7 @@ from distr_compile.passes.layout import Layout
 from distr_compile.passes.open_up import Attend
 from distr_compile.passes.shapes import read_stand_in, shape_readers
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
-from distr_compile.passes.steps import AddStep, FillStep, Written
+from distr_compile.passes.steps import AddStep, FillStep, ScaleStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
 from distr_compile.passes.vocabulary import fake, shape_of, tensor_of
 
@@ -160,14 +160,22 @@ def _set_apart(graph: fx.Graph, weights: fx.Node, dim: int) -> None:
         reader.replace_input_with(weights, emit.method("transpose", x, dim, -1))
 
 
+def may_overflow(site: AttentionSite) -> bool:
+    """Whether Q may overflow under scores that do not: in fp16 a tensor is multiplied into it."""
+    is_scaled = any(isinstance(s, ScaleStep) and s.tensor is not None for s in site.steps)
+    return is_scaled and site.dtype == torch.float16
+
+
 def _sdpa_means_the_same(site: OpenSite) -> bool:
     """SDPA knows no soft cap and no sinks, takes a float mask in Q's dtype only, and its dropout
-    draws other numbers than the model's."""
+    draws other numbers than the model's; and Q in fp16 may overflow under what scores do not."""
     is_more = site.softcap or site.sinks or site.compute_dtype or site.dropout_p
     if site.kind != "softmax" or is_more:
         return False
     dtype = fake(site.q.node).dtype
     if any(fake(s.tensor).dtype != dtype for s in site.steps if isinstance(s, AddStep)):
+        return False
+    if may_overflow(site):
         return False
     fills = [s for s in site.steps if isinstance(s, FillStep) and s.value != -math.inf]
     return all(s.dtype in {dtype, site.dtype} for s in fills)

@@ -25,6 +25,9 @@ from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_o
 NO_CLAMP = 1.0e4
 """Bounds at least this far out guard against overflow; they do not change ordinary scores."""
 
+BEYOND_BIAS = 1.0e5
+"""No bias brings scores to a bound or a fill this far out; to a nearer one it may."""
+
 
 @dataclass
 class Way:
@@ -44,13 +47,15 @@ class Way:
         steps: likewise: what the call must be told of.
         softcap: likewise; 0 for none.
         clamps: likewise: the nearer bound of each, and the steps before it.
+        shift: likewise: the numbers added to all scores so far; None where that is not known.
+        hidden: likewise: how far below the others each finite fill puts scores.
         width: that of scores and sinks together, once the sinks stand beside the scores.
         dropout_p: of the weights, behind the softmax.
     """
 
     flow: Flow
     interior: list[fx.Node] = field(default_factory=list)
-    events: list[tuple[voc.Op, fx.Node]] = field(default_factory=list)
+    events: list[tuple[voc.Op | Shift, fx.Node]] = field(default_factory=list)
     places: tuple[int, ...] = ()
     dim: int = 0
     capped: bool = False
@@ -60,6 +65,8 @@ class Way:
     steps: list[Step] = field(default_factory=list)
     softcap: float = 0.0
     clamps: list[tuple[float, int]] = field(default_factory=list)
+    shift: float | None = 0.0
+    hidden: list[float] = field(default_factory=list)
     width: Any = None
     dropout_p: float = 0.0
 
@@ -172,9 +179,15 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
 
 
 def _clamp_forth(way: Way, op: voc.Clamp, node: fx.Node) -> None:
-    near = min(abs(op.low), abs(op.high))
-    if near < torch.finfo(fake(op.x).dtype).max:  # else no number of the dtype passes it
-        way.clamps.append((near, len(way.steps)))
+    if way.shift is None:
+        raise RefusedError("scores-edited", "the scores are clamped after an unknown shift")
+    near = min(way.shift - op.low, op.high - way.shift)
+    if near >= torch.finfo(fake(op.x).dtype).max - abs(way.shift):
+        return  # no number of the dtype passes it
+    is_biased = any(isinstance(step, AddStep) for step in way.steps)
+    if near < (BEYOND_BIAS if is_biased else NO_CLAMP):
+        raise RefusedError("scores-edited", "the scores are clamped where a term brings them")
+    way.clamps.append((near, len(way.steps)))
 
 
 def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> None:
@@ -233,7 +246,7 @@ def _sink_back(way: Way, op: voc.Append, node: fx.Node) -> fx.Node:
         raise RefusedError("concat-scores", "one softmax runs over several score matrices")
     if way.places[way.dim] != len(way.places) - 1:
         raise RefusedError("softmax-axis", "a column is concatenated along another axis than keys")
-    if not all(isinstance(event, voc.Reshape | voc.Clamp) for event, _ in way.events):
+    if not all(isinstance(event, voc.Reshape | voc.Clamp | Shift) for event, _ in way.events):
         raise RefusedError("sinks", "scores and sinks are changed after they are concatenated")
     way.sink = op
     return _keep(way, op, node)
@@ -279,16 +292,26 @@ def _scale_forth(way: Way, op: voc.Scale, node: fx.Node) -> None:
             raise RefusedError("scores-edited", "the scores are scaled by integers")
     elif not isinstance(factor, int | float | fx.Node):
         raise RefusedError("scores-edited", "the scale is not a number")
-    hidden = [step.value for step in way.steps if isinstance(step, FillStep)]
-    if hidden and not (isinstance(factor, int | float) and factor > 0):
+    number = way.flow.constants.number(factor, node)
+    if way.hidden and (number is None or number <= 0):
         raise RefusedError("scores-edited", "masked scores are scaled by a tensor")
-    for value in hidden:
-        if (value / factor if op.divide else value * factor) > voc.HIDDEN:
-            raise RefusedError("scores-edited", "masked scores are scaled until seen again")
+    if way.shift:
+        after = _times(way.shift, number, op.divide)
+        way.shift = after if math.isfinite(after) else None
+    way.hidden = [_times(x, number, op.divide) for x in way.hidden]
+    if any(value > voc.HIDDEN for value in way.hidden):
+        raise RefusedError("scores-edited", "masked scores are scaled until seen again")
     way.steps.append(ScaleStep(tensor, way.level, node, factor, op.divide))
     if way.softcap:
         number = _cap_factor(factor)
         way.softcap = way.softcap / number if op.divide else way.softcap * number
+
+
+def _times(x: float, number: float | None, divide: bool) -> float:
+    """``x`` after a factor; NaN where that is no number."""
+    if number is None or (divide and number == 0):
+        return math.nan
+    return x / number if divide else x * number
 
 
 def _cap_factor(given: voc.Scalar) -> float:
@@ -301,6 +324,18 @@ def _cap_factor(given: voc.Scalar) -> float:
     if factor == 0 or not math.isfinite(factor):
         raise RefusedError("soft-cap", f"the soft cap's factor is {factor}")
     return factor
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A number is added to all scores: nothing to softmax, but to a clamp or a fill behind it."""
+
+    x: fx.Node
+    number: float | None
+
+
+def _shift_forth(way: Way, op: Shift, node: fx.Node) -> None:
+    way.shift = None if way.shift is None or op.number is None else way.shift + op.number
 
 
 @dataclass(frozen=True)
@@ -338,16 +373,23 @@ def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
     scores, term = way.scores_side(node, op.x, op.y)
     if scores is not op.x and op.alpha != 1:
         raise RefusedError("scores-edited", "the scores are subtracted from a tensor")
-    if way.capped or not voc.is_tensor(term):
+    if way.capped:
         way.refuse_shift()
-        return scores
-    return _keep(way, voc.Add(scores, term, op.alpha), node)
+    if voc.is_tensor(term):
+        return _keep(way, voc.Add(scores, term, op.alpha), node)
+    way.refuse_shift()
+    number, alpha = (way.flow.constants.number(x, node) for x in (term, op.alpha))
+    shift = None if number is None or alpha is None else number * alpha
+    way.events.append((Shift(scores, shift), node))
+    return scores
 
 
 def _add_forth(way: Way, op: Any, node: fx.Node) -> None:
     term = voc.tensor_of(op.y)
     if term is None or term.dtype.is_complex:
         raise RefusedError("scores-edited", "a complex tensor is added")
+    if any(value > -BEYOND_BIAS for value in way.hidden):
+        raise RefusedError("scores-edited", "a bias may show again what a near fill hides")
     way.steps.append(AddStep(op.y, way.level, node, op.alpha))
 
 
@@ -425,10 +467,21 @@ def _fill_forth(way: Way, op: voc.Fill, node: fx.Node) -> None:
     condition, scores = voc.tensor_of(op.condition), voc.tensor_of(op.x)
     if condition is None or condition.dtype is not torch.bool:
         raise RefusedError("scores-edited", "the mask's condition is not boolean")
+    _check_hides(way, value)
     if value != -math.inf and scores is not None and scores.dtype is torch.float16:
         raise RefusedError("fp16-mask", "a finite fp16 fill value overflows as an additive mask")
     dtype = fake(op.x if voc.tensor_of(node) is None else node).dtype
     way.steps.append(FillStep(op.condition, way.level, node, value, op.keep, dtype))
+
+
+def _check_hides(way: Way, value: float) -> None:
+    """Refuse a finite fill that the scores around it may lie below."""
+    is_biased = any(isinstance(step, AddStep) for step in way.steps)
+    below = value if value == -math.inf else value - (math.nan if way.shift is None else way.shift)
+    way.hidden.append(below)
+    if not below <= (-BEYOND_BIAS if is_biased else voc.HIDING):
+        text = f"{value:g} replaces scores that a number or a bias may have brought below it"
+        raise RefusedError("scores-edited", text)
 
 
 class Kind(NamedTuple):
@@ -443,6 +496,7 @@ class Kind(NamedTuple):
 KINDS: dict[type, Kind] = {
     voc.Scale: Kind(_scale_back, _scale_forth),
     voc.Add: Kind(_add_back, _add_forth),
+    Shift: Kind(_pass, _shift_forth),
     voc.Fill: Kind(_fill_back, _fill_forth),
     voc.Clamp: Kind(_clamp_back, _clamp_forth),
     voc.Tanh: Kind(_tanh_back, _tanh_forth),

@@ -372,13 +372,16 @@ class Walk(Way):
         (q, k, v), see = operands, partial(self.flow.through, out=out)
         has_tensor = any(isinstance(s, ScaleStep) and s.tensor is not None for s in self.steps)
         common = partial(common_dtype, see, keeps_upcast=has_tensor)
-        q, k, _ = common(q, k, v, product, out)
-        (q, q_factors), (k, k_factors) = take_scale(see, q), take_scale(see, k)
         q, k, dtype = common(q, k, v, product, out)
+        factors: tuple[Factor, ...] = ()
+        # The tensor goes into Q: where that may overflow, the numbers that keep it small stay.
+        if not (has_tensor and (dtype or voc.fake(q.node).dtype) == torch.float16):
+            (q, q_factors), (k, k_factors) = take_scale(see, q), take_scale(see, k)
+            q, k, dtype = common(q, k, v, product, out)
+            factors = (*q_factors, *k_factors)
         if voc.is_tensor(op.alpha):
             raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
-        alpha = () if op.alpha == 1 else (Factor(op.alpha),)
-        return q, k, (*q_factors, *k_factors, *alpha), dtype
+        return q, k, (*factors, *(() if op.alpha == 1 else (Factor(op.alpha),))), dtype
 
     def _check_writes(self, node: fx.Node, start: fx.Node, out: fx.Node) -> None:
         """Refuse where a tensor may change between the model's read (start) and ours (out)."""

@@ -113,6 +113,23 @@ def test_two_inputs_may_be_one_in_a_later_call(policy: dict[str, Any]) -> None:
         torch.testing.assert_close(got, attend(same, k, v, same))
 
 
+@POLICIES
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16], ids=str)
+def test_two_inputs_may_be_one_under_two_dtypes(policy: dict[str, Any], dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+        scores = (q * 0.3) @ (k * 0.5).mT
+        other.zero_()
+        return scores.softmax(-1) @ v
+
+    q, k, v = qkv()
+    run = compiled(attend, policy)
+    with computing_exactly():
+        run(q, k, v, torch.ones_like(k.view(dtype)))
+        one, same = k.clone(), k.clone()
+        got = run(q, one, v, one.view(dtype))
+        torch.testing.assert_close(got, attend(q, same, v, same.view(dtype)))
+
+
 class Cached(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
