@@ -12,10 +12,10 @@ found here from inside the backend call:
   module makes Dynamo compile each of them: ``guard_frame_module``. Where none can be placed,
   ``shared_by`` tells which layers one graph may serve.
 
-Dynamo counts recompilations (``recompile_limit``, 8) per guarded module as long as the guard is on
-a local variable that is the module itself: the only kind of guard placed here, hence any number
-of layers up to ``accumulated_recompile_limit`` (256) compilations of one code object.
-``FrameModule.compiles_left`` says how many remain; after the last, Dynamo runs the frame eagerly.
+Dynamo counts recompilations (``recompile_limit``, 8) per guarded module if the guard is on a local
+variable that is the module: any number of layers, up to ``accumulated_recompile_limit`` (256)
+compilations of one code object. (A decorated method has its module in ``*args``, where Dynamo does
+not.) ``FrameModule.compiles_left`` says how many remain; after the last, the frame runs eagerly.
 
 Only ``_Frame``, ``_wrappers`` and their helpers touch what is private to PyTorch. When it is not
 there, the answers are None or carry a reason; nothing here raises.
@@ -23,14 +23,13 @@ there, the answers are None or carry a reason; nothing here raises.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -195,22 +194,9 @@ class _Wrapper(NamedTuple):
         function = _unwrap(self.fn)
         function = function.__func__ if inspect.ismethod(function) else function
         if inspect.isfunction(function):
-            held += reached_by(function).values()
+            held += naming.reached_by(function).values()
         modules = [m for h in held if isinstance(m := _unwrap(h), nn.Module)]
         return max(modules, key=lambda m: sum(1 for _ in m.modules()), default=None)
-
-
-def reached_by(function: FunctionType) -> dict[str, Any]:
-    """What a function closes over or finds as globals, by name.
-
-    A name that is bound later is left out, where ``inspect.getclosurevars`` raises.
-    """
-    code, known = function.__code__, function.__globals__
-    found: dict[str, Any] = {}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # nothing is in it yet
-            found[name] = cell.cell_contents
-    return found | {name: known[name] for name in code.co_names if name in known}
 
 
 def _wrappers() -> list[_Wrapper]:
@@ -277,17 +263,15 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
     """Make Dynamo compile the present frame separately for each module that ``nodes`` belong to.
 
     Places an identity guard on every local variable through which one of the nodes is reached (that
-    of the frame's own module for a node without a stack). Frames without modules, and modules that
-    are not asked about, recompile no more than they did: with one exception. Once a frame has used
-    up half of ``recompile_limit``, its own module is guarded in any case, because Dynamo then
-    counts per module. (Layers that differ in a plain attribute, a layer number say, compile once
-    each. At the limit Dynamo runs the frame and all it calls eagerly: the attention, too.)
+    of the frame's own module for a node without a stack). All else recompiles no more than it did,
+    but for a frame that has used up half of ``recompile_limit``: its own module is guarded in any
+    case, because Dynamo then counts per module. (Layers that differ in a number compile once each;
+    at the limit Dynamo runs the frame and all it calls eagerly: the attention, too.)
 
     Args:
         nodes: the nodes whose layer matters, those of higher-order bodies included; may be empty.
         is_shared: the graph shall serve several modules: nothing is guarded, until half of the
-            limit is used up. What then keeps modules apart, another number in each say, would have
-            the last of them run eagerly.
+            limit is used up; else what keeps modules apart would have the last run eagerly.
 
     Returns:
         What is known of the frame; ``reason`` says why a node is not covered.
@@ -299,8 +283,9 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
     local = "self" if "self" in modules else next(iter(modules), None)
     owner = modules[local] if local else _calling_module()
 
-    wanted = {_local(stack[0].path) if (stack := _stack(node)) else local for node in nodes}
-    named = {*wanted, local} if frame.is_crowded else wanted
+    stacks = [_stack(node) for node in nodes]
+    wanted = {_local(stack[0].path, modules) if stack else local for stack in stacks}
+    named = {*wanted, local} if frame.is_crowded and "[" not in str(local) else wanted
     possible = {name for name in named if name and isinstance(frame.locals.get(name), nn.Module)}
     reason = frame.unguardable if possible else ""
     if is_shared and not frame.is_crowded:
@@ -328,10 +313,11 @@ def _own_module(value: Any) -> nn.Module | None:
     return value if isinstance(value, nn.Module) else None
 
 
-def _local(path: str) -> str | None:
-    """The local variable that a path such as "L['self'].blocks.0" begins with."""
-    found = re.match(r"L\['(\w+)'\]", path)
-    return found[1] if found else None
+def _local(path: str, known: Collection[str | None]) -> str | None:
+    """What is known that a path such as "L['self'].blocks.0" or "L['args'][0]" begins with."""
+    found = re.match(r"L\['(\w+)'\](\[\d+\])?", path)
+    place = found and found[1] + (found[2] or "")
+    return place if place in known else found and found[1]
 
 
 @dataclass(frozen=True)
@@ -341,7 +327,7 @@ class _Frame:
     Attributes:
         code: its code.
         function: name of its function, without the wrapping of a resumed one.
-        locals: arguments and closure variables at entry.
+        locals: arguments and closure variables at entry, those of ``*args`` as "args[0]".
         unguardable: why identity guards would be dropped; empty if they are kept.
         is_crowded: half of ``recompile_limit`` is used up.
         compiles_left: see FrameModule.
@@ -363,6 +349,9 @@ class _Frame:
             translator = InstructionTranslator.current_tx()
             code: CodeType = translator.f_code
             values = dict(translator.f_locals)
+            if code.co_flags & inspect.CO_VARARGS:
+                name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
+                values |= {f"{name}[{i}]": x for i, x in enumerate(values.get(name, ()))}
         except (ImportError, AttributeError):
             return None
         outer = _compile_locals()
@@ -380,9 +369,11 @@ class _Frame:
     def guard(self, name: str) -> bool:
         try:
             from torch._dynamo.guards import GuardBuilder, install_guard
-            from torch._dynamo.source import LocalSource
+            from torch._dynamo.source import GetItemSource, LocalSource
 
-            install_guard(LocalSource(name).make_guard(GuardBuilder.ID_MATCH))
+            local, _, place = name.rstrip("]").partition("[")
+            source = GetItemSource(LocalSource(local), int(place)) if place else LocalSource(local)
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
         except (ImportError, AttributeError, TypeError, AssertionError):
             return False
         return True
@@ -470,7 +461,7 @@ def common_layer(
         if any(entry.key != level[0].key for entry in level):
             break
         stack.append(level[0])
-    local = _local(stack[0].path) if stack else frame.local
+    local = _local(stack[0].path, {frame.local, *frame.guards}) if stack else frame.local
     if frame.module is not None and (not stack or (local is not None and local == frame.local)):
         # The path begins at the frame's own module, which Dynamo lists only if it saw the call.
         own = id(frame.module)

@@ -8,8 +8,10 @@ torch: types are told by their names.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 WRAPPERS = {
@@ -25,6 +27,8 @@ WRAPPERS = {
     "torch.optim.swa_utils.AveragedModel": "module",
     "peft.peft_model.PeftModel": "base_model",
     "peft.tuners.tuners_utils.BaseTuner": "model",
+    "peft.tuners.adaption_prompt.model.AdaptionPromptModel": "model",
+    "peft.tuners.adaption_prompt.layer.AdaptedAttention": "model",
 }
 """Types, those derived from them included, and the child that each of them wraps."""
 
@@ -118,3 +122,16 @@ def with_wholes(names: Mapping[str, str], shorts: Iterable[str]) -> dict[str, tu
         if short in wholes and name != short:
             wholes[short].append(name)
     return {short: tuple(found) for short, found in wholes.items()}
+
+
+def reached_by(function: FunctionType) -> dict[str, Any]:
+    """What a function closes over or finds as globals, by name.
+
+    A name that is bound later is left out, where ``inspect.getclosurevars`` raises.
+    """
+    code, known = function.__code__, function.__globals__
+    found: dict[str, Any] = {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            found[name] = cell.cell_contents
+    return found | {name: known[name] for name in code.co_names if name in known}

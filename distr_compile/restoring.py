@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
-from distr_compile.identity import reached_by
+from distr_compile.naming import reached_by
 
 
 @dataclass(frozen=True)
