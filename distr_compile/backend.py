@@ -111,7 +111,7 @@ def _inductor_config(given: Mapping[str, Any], mode: str | None) -> dict[str, An
     """Inductor's configuration of a mode and its own options, which override the mode's."""
     from torch._inductor import list_mode_options
 
-    modes = ["default", *list_mode_options()]
+    modes = list(dict.fromkeys(("default", *list_mode_options())))
     if mode is not None and mode not in modes:
         near = _nearest(str(mode), modes)
         raise ValueError(f"mode: got {mode!r}; accepted: {', '.join(modes)}{near}")

@@ -130,7 +130,9 @@ def fingerprint(model: nn.Module) -> str:
         named = ((of_layer(name, shown), p) for name, p in model.named_parameters())
         for name, parameter in sorted(named, key=lambda item: item[0]):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            digest.update(_sample(parameter.detach()))
+            # Of a DTensor every process has a part.
+            whole = getattr(parameter, "full_tensor", parameter.detach)()
+            digest.update(_sample(whole.detach()))
     return digest.hexdigest()
 
 

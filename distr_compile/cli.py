@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from distr_compile.policy import PolicyError
 
 __all__ = ["FOUND_ERROR", "OK", "USAGE", "main"]
 
-INTERRUPTED = 130  # as shells say it
+INTERRUPTED, ENDED = 130, 141  # as shells say it
 
 DESCRIPTION = (
     "Cheaper attention in models you already have: what the torch.compile backend 'distr' would do "
@@ -21,7 +22,8 @@ DESCRIPTION = (
 )
 CODES = (
     "Exit codes: 0 is fine; 1, an error was found; 2, the command was written wrongly; 3, a policy "
-    "asked outright for approximated attention and no call took it; 130, interrupted."
+    "asked outright for approximated attention and no call took it; 130, interrupted; 141, nobody "
+    "reads the output any more."
 )
 
 COMMANDS = (explain, measure, calibrate, tune, regress, policy)
@@ -32,15 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is fine, 1 means that an error was found (invalid policy, unmatched rule, model that cannot be
     built or run), 2 that the command was written wrongly, 3 that a policy asked outright for
-    approximated attention and no call took it, 130 that it was interrupted. An error is one message
-    on stderr.
+    approximated attention and no call took it, 130 that it was interrupted, 141 that nobody reads
+    its output any more. An error is one message on stderr.
     """
     try:
         options = _parser().parse_args(argv)
     except SystemExit as end:  # argparse has already printed its message, or the help
         return int(end.code or OK)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has enough, as in "distr explain ... | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ENDED
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -61,7 +68,7 @@ def _message(error: Exception) -> str:
     cause = getattr(error, "inner_exception", None) or error
     if isinstance(cause, OSError) and cause.filename is not None:
         return f"file: got {cause.filename}: {cause.strerror}; accepted: a path that can be used"
-    if isinstance(cause, (CommandError, PolicyError, OSError)):
+    if isinstance(cause, (CommandError, PolicyError, FileNotFoundError, IsADirectoryError)):
         return str(cause)
     return f"{type(cause).__name__}: {cause}\n(--debug shows where)"
 

@@ -298,8 +298,8 @@ def _attend(
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, -torch.inf)
+    if mask.dtype == torch.bool:  # finite as in transformers: a row without keys is V's mean
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return mask + bias
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -251,12 +252,14 @@ def test_explain_fails_for_an_unmatched_rule_but_shows_the_table(models, explain
     assert "no attention is named by 'blocks.*.mlp'" in err
 
 
-def test_explain_shows_the_error_inside_dynamos(models, explained, capsys):
+@pytest.mark.parametrize("inner", [ValueError("shape mismatch"), OSError("disk gone")])
+def test_explain_shows_the_error_inside_dynamos(models, explained, capsys, inner):
     explained.error = RuntimeError("backend failed, a long story")
-    explained.error.inner_exception = ValueError("shape mismatch")
+    explained.error.inner_exception = inner
     assert main(["explain", "models:pair"]) == FOUND_ERROR
     err = capsys.readouterr().err
-    assert err.splitlines() == ["distr: ValueError: shape mismatch", "(--debug shows where)"]
+    name = type(inner).__name__
+    assert err.splitlines() == [f"distr: {name}: {inner}", "(--debug shows where)"]
 
 
 @pytest.mark.parametrize(
@@ -456,3 +459,13 @@ def test_explain_a_timm_model(models, capsys):
     found = explain_json(models, SMALL_TIMM)
     assert [r.layer for r in found.rows] == [f"blocks.{i}.attn" for i in range(12)]
     assert "blocks.{0..11}.attn  x12" in capsys.readouterr().out
+
+
+def test_nobody_reads_the_output_any_more():
+    """As in ``distr ... | head``: quiet, and the code that shells give to it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "distr_compile", "policy", "schema"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -301,6 +301,18 @@ def test_tensors_without_strides_are_refused(name: str, make: str) -> None:
         distr_compile.attention(**{**given, name: getattr(like, make)()})
 
 
+@pytest.mark.parametrize("mask", [None, (17, 1), (1, 0), (17, 0)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_without_keys_all_is_zero(mask: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    q, k, v = qkv((1, 2, 17, 64), (1, 2, 0, 64), (1, 2, 0, 64), dtype=torch.float32)
+    for t in (q, k, v):
+        t.requires_grad_()
+    out = distr_compile.attention(q, k, v, None if mask is None else torch.ones(mask, dtype=dtype))
+    assert torch.equal(out, torch.zeros(1, 2, 17, 64))
+    for t, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(t))
+
+
 @pytest.mark.parametrize("kind", [torch.tensor, np.float32])
 def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
     """SDPA takes them."""

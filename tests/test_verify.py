@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distr_compile
+from distr_compile.bases import fingerprint
 from distr_compile.cli import FOUND_ERROR, OK, main
 from distr_compile.comparing import named_tensors, relative_error, row_error
 from distr_compile.lowering.exactly import computing_exactly
@@ -524,6 +526,23 @@ def test_a_model_that_fsdp_has_just_sharded_is_left_as_it_was() -> None:
     for _ in range(2):
         assert distr_compile.verify(model, x(1)).ok
         torch.testing.assert_close(model(x(1)), wanted)
+
+
+@pytest.mark.usefixtures("group")
+def test_regress_of_a_sharded_model_is_that_of_the_whole() -> None:
+    policy = {"default": {"group_size": 2, "min_seq_len": 0}}
+    whole = nn.Sequential(Spelled(), Spelled()).eval()
+    sharded = copy.deepcopy(whole)
+    for part in (*sharded, sharded):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    values = []
+    for model in (whole, sharded):
+        found = distr_compile.regress(model, [x(1)], policy, progress=False).result
+        (result,) = found.policies.values()
+        assert result.approximated == 2
+        values.append(result.metrics["sqnr"].value)
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert fingerprint(whole) == fingerprint(sharded)
 
 
 @pytest.mark.usefixtures("group")

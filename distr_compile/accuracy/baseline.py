@@ -265,8 +265,8 @@ def read(path: Path) -> dict[str, ModelResult]:
         )
     try:
         data = json.loads(path.read_text("utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}")
+        if data.get("format") != FORMAT:
+            raise ValueError(f"its format is {data.get('format')!r}")
         return {name: ModelResult.from_dict(item) for name, item in data["models"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

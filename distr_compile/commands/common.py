@@ -91,9 +91,9 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def count(text: str) -> int:
-    """A number of batches."""
+    """A number of batches, examples or tokens."""
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of batches >= 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number >= 1")
     return int(text)
 
 

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def is_short(num_queries: int, num_keys: int, min_seq_len: int) -> bool:
     """Whether a call is exact because of its length."""
-    return num_queries < MIN_QUERIES or min(num_queries, num_keys) < min_seq_len
+    return num_queries < MIN_QUERIES or min(num_queries, num_keys) < max(min_seq_len, 1)
 
 
 def role(q: Tensor) -> Literal["cpu", "gpu"]:

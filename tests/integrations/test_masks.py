@@ -64,6 +64,17 @@ def test_the_numbers_are_those_of_eager(name: str) -> None:
             assert far(usual(**given)[0], ours(**given)[0]) < TOLERANCE
 
 
+def test_an_empty_text_beside_a_position_bias_is_that_of_eager() -> None:
+    """Its rows, and those of the decoder that read it, see no key; a finite fill shows them all."""
+    usual, ours, inputs = both("t5")
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[-1] = 0
+    with torch.no_grad():
+        wanted, got = (m(**{**inputs, "attention_mask": mask})[0] for m in (usual, ours))
+    assert far(wanted[-1], got[-1]) < TOLERANCE
+    assert far(wanted, got) < TOLERANCE
+
+
 def test_a_later_token_changes_no_earlier_row() -> None:
     _, ours, inputs = both("bloom")
     tokens = inputs["input_ids"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,6 +72,15 @@ def test_numbers_and_names_are_those_of_the_merged_model(layers: str) -> None:
             base = model(input_ids=ids()).logits
     assert (got - exact).abs().max() > 1e-3, "nothing was approximated"
     assert (exact - base).abs().max() > 1e-1, "adapters did nothing"
+
+
+def test_adaption_prompts_have_the_names_of_the_model() -> None:
+    torch.manual_seed(0)
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), config).eval()
+    _, rows = compiled(model, SHORT)
+    assert (SHORT, "exact") in rows
+    assert {name for name, _ in rows} == {SHORT, "model.layers.1.self_attn"}
 
 
 def test_adapters_learn_and_frozen_weights_stay() -> None:
