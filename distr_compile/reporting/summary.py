@@ -87,10 +87,12 @@ class Report:
         if not self.parts and self.graphs_without_attention:
             return f"no attention in {table.count(self.graphs_without_attention, 'compiled graph')}"
         percent = self.flops_approximated_percent
-        called = sum(_is_called(part) for part in self.parts)
-        is_called = 0 < called == len(self.parts)
         graphs = table.count(sum(map(_is_graph, self.parts)), "graph")
-        where = " called without a graph" if is_called else f" in {graphs}"
+        called = sum(len(part.rows) for part in self.parts if _is_called(part))
+        where = f" in {graphs}"
+        if called:
+            others = f" in {graphs}, {called} of them" if called < self.found else ""
+            where = f"{others} called without a graph"
         parts = [table.count(self.found, "attention") + where]
         parts.append(f"{self.distr} distr, {self.exact} exact")
         if percent is not None:

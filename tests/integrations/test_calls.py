@@ -78,6 +78,20 @@ def test_each_outcome_of_a_layer_is_a_row() -> None:
     assert "5 attentions called without a graph; 1 distr, 4 exact" in str(report)
 
 
+def test_graphs_and_calls_are_told_apart() -> None:
+    model = llama()
+    with pytest.raises(LookupError, match="none of its attention was called yet"):
+        distr_compile.report(model)
+    model.set_attn_implementation("sdpa")
+    options = {"policy": {"default": {"group_size": 1}}, "compiler": "eager"}
+    with torch.no_grad():
+        torch.compile(model, backend="distr", options=options)(ids())
+        model.set_attn_implementation("distr")
+        model(ids())
+    told = distr_compile.report(model).summary()
+    assert told.startswith("6 attentions in 1 graph, 3 of them called without a graph; ")
+
+
 @pytest.mark.parametrize("tokens", [40, 70])
 def test_rows_say_what_those_of_the_backend_say(tokens: int) -> None:
     policy = {"default": {"group_size": 2, "min_seq_len": 64}}
