@@ -326,10 +326,13 @@ def run_pass(
     placed = find_all(gm)
     # Also without attention: layers behind graph breaks must not use up Dynamo's recompilations.
     nodes = [node for place in placed for node in place.nodes]
-    frame = identity.guard_frame_module(nodes, is_shared=shared is not None)
+    alike = root.module if root is not None and policy.bases is None else None
+    is_apart = bool(policy.rule or policy.bases)
+    guard = functools.partial(identity.guard_frame_module, nodes, is_apart=is_apart, root=alike)
+    frame = guard(is_shared=shared is not None)
     alone = None
     if shared is not None and not _may_share(placed, Chooser(policy, root, frame, shared)):
-        alone, shared, frame = shared, None, identity.guard_frame_module(nodes)
+        alone, shared, frame = shared, None, guard()
     name = type(root.module).__name__ if root and root.module is not None else frame.function
     graph = GraphReport(0, name, mode=_mode(frame))
     outputs: Mapping[int, tuple[fx.Graph, str]] = {}
@@ -513,17 +516,13 @@ def _graph_key(
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     # A symbol's name changes from compile to compile. The names of tensors tell the pieces apart
     # into which DDPOptimizer cuts one graph: equal layers have inputs of equal shapes.
+    given = [(n.name, n.meta.get("example_value")) for n in inputs]
     shapes = [
-        (
-            node.name,
-            tuple(s if isinstance(s, int) else "?" for s in v.shape),
-            str(v.dtype),
-            v.requires_grad,
-        )
-        for node in inputs
-        if isinstance(v := node.meta.get("example_value"), torch.Tensor)
+        (name, tuple(s if isinstance(s, int) else "?" for s in v.shape), v.dtype, v.requires_grad)
+        for name, v in given
+        if isinstance(v, torch.Tensor)
     ]
-    module: Any = id(frame.module) if frame.module is not None else 0
+    module: Any = (id(frame.module) if frame.module is not None else 0, frame.held)
     if shared is not None:
         module = shared.blocks
     # The same frame compiled for another value of a flag is another graph, and both may run.

@@ -123,7 +123,7 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and dtypes of the parameters and a sample of their numbers.
 
     The same on every device, and through wrappers. A cast or a training step changes it; buffers do
-    not count.
+    not count. Of a model with DTensors all processes that hold a part have to ask for it.
     """
     digest, shown = hashlib.sha256(), canonical(model)
     with _disable_current_modes(), torch.no_grad():
@@ -134,6 +134,10 @@ def fingerprint(model: nn.Module) -> str:
             whole = getattr(parameter, "full_tensor", parameter.detach)()
             digest.update(_sample(whole.detach()))
     return digest.hexdigest()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _sample(parameter: Tensor) -> bytes:
@@ -221,7 +225,10 @@ class BasesOfModel:
                 "bases, and a compiled function that belongs to no module",
                 "compile the module that was calibrated",
             )
-        now, own = fingerprint(self._module), _own_files(self._compiled)
+        own = _own_files(self._compiled)
+        if (id(self._module), bases.fingerprint) in own and _is_sharded(self._module):
+            return bases  # a process may compile anew alone, and all would have to be asked
+        now = fingerprint(self._module)
         if now == bases.fingerprint:
             own.add((id(self._module), now))
         elif (id(self._module), bases.fingerprint) in own:

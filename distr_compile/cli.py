@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -45,9 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(options.run(options))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has enough, as in "distr explain ... | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ENDED
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -57,10 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"distr: interrupted{kept}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and hasattr(select, "poll") and _nobody_reads():
+            return ENDED
         if options.debug:
             raise
         print(f"distr: {_message(error)}", file=sys.stderr)
         return error.code if isinstance(error, CommandError) else FOUND_ERROR
+
+
+def _nobody_reads() -> bool:
+    """Whether who read has enough, as in "distr explain ... | head"; the rest is thrown away."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _message(error: Exception) -> str:

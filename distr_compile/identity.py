@@ -45,10 +45,9 @@ class Root:
         module: the compiled module. For a compiled function the largest module it is given, closes
             over or finds as a global; None if there is no such module.
         names: id(module) -> its names in ``module.named_modules(remove_duplicate=False)``.
-        key: the compiled object itself: the module, the function, or for a bound method its object.
-            ``key_of`` gives the same key from what ``torch.compile`` returned.
-        backend: what ``torch.compile`` made of the backend and its options; tells two compiled
-            objects of one module apart.
+        key: the compiled module or function, or the object of a bound method: ``key_of`` of what
+            ``torch.compile`` returned.
+        backend: what ``torch.compile`` made of backend and options; of two compiles two.
         shown: every name -> the one that policies and reports go by, without wrappers.
     """
 
@@ -74,10 +73,11 @@ class FrameModule:
         guards: the local variables whose identity is guarded. A graph that reaches all its layers
             through these serves no other layer.
         reason: why the graph may be shared; empty if every node asked about is guarded.
-        compiles_left: how often Dynamo will still compile this code for this module. At 0 this
-            is the last graph: later shapes or layers run eagerly. None if not known.
+        compiles_left: how often Dynamo will still compile this code for this module, later shapes
+            or layers running eagerly at 0. None if not known.
         code_key: hashable, tells one frame's code (resumed ones included) from another's.
         resumed: the frame continues the function after a graph break.
+        held: ids of the modules behind ``guards``.
     """
 
     module: nn.Module | None = None
@@ -88,10 +88,11 @@ class FrameModule:
     compiles_left: int | None = None
     code_key: object = None
     resumed: bool = False
+    held: frozenset[int] = frozenset()
 
     @property
     def guarded(self) -> bool:
-        """True if this graph serves the guarded modules only."""
+        """This graph serves the guarded modules only."""
         return not self.reason
 
     def limit_note(self) -> str:
@@ -100,9 +101,8 @@ class FrameModule:
             return ""
         return (
             f"this is the last graph that Dynamo compiles of {self.function}(): further shapes or "
-            "layers run eagerly, hence exactly, and are not in this report. Raise "
-            "torch._dynamo.config.recompile_limit (compilations per layer) or "
-            "accumulated_recompile_limit (of all layers)"
+            "layers run eagerly, hence exactly, and are not in this report. Raise torch._dynamo."
+            "config.recompile_limit (compiles per layer) or accumulated_recompile_limit (of all)"
         )
 
 
@@ -112,8 +112,7 @@ class Layer:
 
     Attributes:
         name: as in ``named_modules()`` of the root, "" for the root itself.
-        names: all names of that module, the one on this path first. A module that is not registered
-            (kept in a plain list) has one, made of its parent's name and the attribute path.
+        names: all its names, that on this path first; if not registered, parent and attributes.
         call: 0, or k if this is the k-th repeated call of the module within the graph.
         anchor: id of the module through which the graph reaches the layer: the frame's own, else
             the outermost of the node's stack.
@@ -195,7 +194,7 @@ class _Wrapper(NamedTuple):
         function = function.__func__ if inspect.ismethod(function) else function
         if inspect.isfunction(function):
             held += naming.reached_by(function).values()
-        modules = [m for h in held if isinstance(m := _unwrap(h), nn.Module)]
+        modules = (m for h in held if isinstance(m := _unwrap(h), nn.Module))
         return max(modules, key=lambda m: sum(1 for _ in m.modules()), default=None)
 
 
@@ -259,7 +258,9 @@ def _is_in(frame: FrameType, module: str) -> bool:
 # ------------------------------------------------------------------------------------- the frame
 
 
-def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> FrameModule:
+def guard_frame_module(
+    nodes: Iterable[fx.Node], is_shared: bool = False, is_apart: bool = True, root: Any = None
+) -> FrameModule:
     """Make Dynamo compile the present frame separately for each module that ``nodes`` belong to.
 
     Places an identity guard on every local variable through which one of the nodes is reached (that
@@ -272,6 +273,8 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
         nodes: the nodes whose layer matters, those of higher-order bodies included; may be empty.
         is_shared: the graph shall serve several modules: nothing is guarded, until half of the
             limit is used up; else what keeps modules apart would have the last run eagerly.
+        is_apart: layers may have different plans: what stands in ``*args`` is guarded, too.
+        root: what is guarded there if the limit allows, since graphs may serve others like it.
 
     Returns:
         What is known of the frame; ``reason`` says why a node is not covered.
@@ -287,10 +290,15 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
     wanted = {_local(stack[0].path, modules) if stack else local for stack in stacks}
     named = {*wanted, local} if frame.is_crowded and "[" not in str(local) else wanted
     possible = {name for name in named if name and isinstance(frame.locals.get(name), nn.Module)}
+    # In *args Dynamo does not count per module: few are guarded there.
+    own = {name for name in possible if "[" in name and frame.locals[name] is root}
+    if frame.is_crowded or not is_apart:
+        possible = own | {name for name in possible if "[" not in name}
+    free = own if frame.is_crowded else set()
     reason = frame.unguardable if possible else ""
     if is_shared and not frame.is_crowded:
         reason = "it serves several modules"
-    if not reason and not all(frame.guard(name) for name in sorted(possible)):
+    if not reason and not all(frame.guard(name) for name in sorted(possible - free)):
         reason = "this version of PyTorch takes no identity guard"
     guards: frozenset[str] = frozenset() if reason else frozenset(possible)
     if not reason and wanted - guards:
@@ -304,6 +312,7 @@ def guard_frame_module(nodes: Iterable[fx.Node], is_shared: bool = False) -> Fra
         compiles_left=frame.compiles_left,
         code_key=frame.code,
         resumed=frame.function != frame.code.co_name,
+        held=frozenset(id(frame.locals[name]) for name in guards),
     )
 
 

@@ -469,3 +469,9 @@ def test_nobody_reads_the_output_any_more():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(models, explained, capfd):
+    explained.error = BrokenPipeError(32, "of a worker")
+    assert main(["explain", "models:pair"]) == FOUND_ERROR
+    assert "of a worker" in capfd.readouterr().err

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import distr_compile
 from distr_compile.lowering.exactly import computing_exactly
 
-FIRST_EXACT: dict[str, Any] = {
-    "default": {"group_size": 2, "min_seq_len": 0},
-    "rule": [{"layers": "layers.0.*", "group_size": 1}],
-}
+FORCED: dict[str, Any] = {"default": {"group_size": 2, "min_seq_len": 0}}
+FIRST_EXACT = {**FORCED, "rule": [{"layers": "layers.0.*", "group_size": 1}]}
 
 
 def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -117,11 +116,48 @@ def test_other_models_of_the_code_have_their_plans(fresh_dynamo: None) -> None:
             assert found == wanted
 
 
-def test_equal_models_share_graphs_where_plans_do_not_differ(fresh_dynamo: None) -> None:
-    """Dynamo counts their compiles as those of one module: it may be more than its limit."""
-    options = {"policy": {"default": {"group_size": 1}}, "compiler": "eager"}
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=3):
-        for _ in range(5):
+def test_equal_models_share_graphs_before_the_limit(fresh_dynamo: None) -> None:
+    """Dynamo counts what it compiles of all of them together."""
+    options = {"policy": FORCED, "compiler": "eager"}
+    counters.clear()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=6), computing_exactly():
+        for _ in range(9):
             model = Model(1).eval()
             run = torch.compile(model, backend="distr", options=options)
             torch.testing.assert_close(run(tokens()), model(tokens()))
+    assert counters["stats"]["unique_graphs"] < 6
+    assert counters["distr"]["found"] == counters["distr"]["distr"] < 6
+
+
+@pytest.mark.parametrize("rules", [False, True])
+def test_many_layers_behind_breaks_are_never_left_to_eager(
+    rules: bool, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rules one graph serves them all; with rules the last ones share, and say so."""
+    counters.clear()
+    ran: list[int] = []
+    attend = Attention.forward
+
+    def counted(self: Attention, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            ran.append(1)
+        return attend(self, x)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    model = Broken(12).eval()
+    options = {"policy": FIRST_EXACT if rules else FORCED, "compiler": "eager"}
+    run = torch.compile(model, backend="distr", options=options)
+    with torch.no_grad():
+        run(tokens())
+        ran.clear()
+        run(tokens())
+    assert ran == []
+    found = decisions(distr_compile.report(run))
+    if rules:
+        assert found["layers.0.attn"] == "exact"
+        assert found["layers.1.attn"] == found["layers.2.attn"] == "distr"
+        codes = {r.code for row in distr_compile.report(run).rows for r in row.reasons}
+        assert codes == {"group-size-1", "shared-graph"}
+    else:
+        assert set(found.values()) == {"distr"}
+        assert counters["stats"]["unique_graphs"] == 1

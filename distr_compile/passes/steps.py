@@ -25,8 +25,8 @@ from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_o
 NO_CLAMP = 1.0e4
 """Bounds at least this far out guard against overflow; they do not change ordinary scores."""
 
-BEYOND_BIAS = 1.0e5
-"""No bias brings scores to a bound or a fill this far out; to a nearer one it may."""
+BEYOND_BIAS = 6.5e4
+"""No bias, in fp16 not even the largest, brings scores to a bound or a fill this far out."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Way:
         levels: of the events gone over forwards: the shapes that the scores take.
         steps: likewise: what the call must be told of.
         softcap: likewise; 0 for none.
-        clamps: likewise: the nearer bound of each, and the steps before it.
+        clamps: likewise: the nearer bound of each, or a fill, and the steps before it.
         shift: likewise: the numbers added to all scores so far; None where that is not known.
         hidden: likewise: how far below the others each finite fill puts scores.
         width: that of scores and sinks together, once the sinks stand beside the scores.
@@ -173,25 +173,25 @@ def _clamp_back(way: Way, op: voc.Clamp, node: fx.Node) -> fx.Node:
         default if bound is None else way.flow.constants.number(bound, node)
         for bound, default in ((op.low, -math.inf), (op.high, math.inf))
     )
-    if low is None or high is None or low > -NO_CLAMP or high < NO_CLAMP:
+    if low is None or high is None or not (low <= -NO_CLAMP and high >= NO_CLAMP):
         raise RefusedError("scores-edited", "the scores are clamped")
     return _keep(way, voc.Clamp(op.x, low, high), node)
 
 
 def _clamp_forth(way: Way, op: voc.Clamp, node: fx.Node) -> None:
-    if way.shift is None:
-        raise RefusedError("scores-edited", "the scores are clamped after an unknown shift")
-    near = min(way.shift - op.low, op.high - way.shift)
-    if near >= torch.finfo(fake(op.x).dtype).max - abs(way.shift):
+    shift = math.nan if way.shift is None else way.shift
+    near = min(shift - op.low, op.high - shift)
+    if min(-op.low, op.high) >= torch.finfo(fake(op.x).dtype).max:
         return  # no number of the dtype passes it
+    way.hidden = [max(value, op.low - shift) for value in way.hidden]
     is_biased = any(isinstance(step, AddStep) for step in way.steps)
-    if near < (BEYOND_BIAS if is_biased else NO_CLAMP):
+    if not near >= (BEYOND_BIAS if is_biased else NO_CLAMP):
         raise RefusedError("scores-edited", "the scores are clamped where a term brings them")
     way.clamps.append((near, len(way.steps)))
 
 
 def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> None:
-    """Refuse a clamp whose bounds are near, measured as products or as what softmax gets.
+    """Refuse clamps and fills that are near, measured as products or as what softmax gets.
 
     Args:
         way: gone over forwards.
@@ -209,12 +209,12 @@ def check_clamps(way: Way, factors: tuple[Factor, ...], product: fx.Node) -> Non
         for i, factor, divide, reader in scales:
             number = _size_of(way.flow, factor, reader)
             if number is None:
-                text = "the scores are clamped, and scaled by a factor that is not known"
+                text = "the scores are clamped or masked, and scaled by a factor that is not known"
                 raise RefusedError("scores-edited", text)
             number = 1 / number if divide else number
             before, after = (before * number, after) if i <= place else (before, after * number)
         if bound < -voc.HIDDEN * before or bound * after < -voc.HIDDEN:
-            raise RefusedError("scores-edited", "the scores are clamped and scaled")
+            raise RefusedError("scores-edited", "the scores are clamped or masked, and scaled")
 
 
 def _size_of(flow: Flow, factor: Any, reader: fx.Node) -> float | None:
@@ -328,14 +328,23 @@ def _cap_factor(given: voc.Scalar) -> float:
 
 @dataclass(frozen=True)
 class Shift:
-    """A number is added to all scores: nothing to softmax, but to a clamp or a fill behind it."""
+    """A number is added to all scores: nothing to softmax, but to a clamp or a fill behind it.
+
+    ``number`` is None where it is not known. ``is_maximum``: that of each row is subtracted.
+    """
 
     x: fx.Node
     number: float | None
+    is_maximum: bool = False
 
 
 def _shift_forth(way: Way, op: Shift, node: fx.Node) -> None:
-    way.shift = None if way.shift is None or op.number is None else way.shift + op.number
+    if op.is_maximum:
+        way.shift = 0.0
+    elif op.number is not None and not math.isfinite(op.number):
+        raise RefusedError("scores-edited", f"{op.number} is added to the scores")
+    else:
+        way.shift = None if way.shift is None or op.number is None else way.shift + op.number
 
 
 @dataclass(frozen=True)
@@ -369,6 +378,7 @@ def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
             raise RefusedError("in-place-write", "the scores are written in place")
         way.refuse_shift()
         way.interior.extend(others)
+        way.events.append((Shift(made, None, is_maximum=True), node))
         return made
     scores, term = way.scores_side(node, op.x, op.y)
     if scores is not op.x and op.alpha != 1:
@@ -477,11 +487,14 @@ def _fill_forth(way: Way, op: voc.Fill, node: fx.Node) -> None:
 def _check_hides(way: Way, value: float) -> None:
     """Refuse a finite fill that the scores around it may lie below."""
     is_biased = any(isinstance(step, AddStep) for step in way.steps)
-    below = value if value == -math.inf else value - (math.nan if way.shift is None else way.shift)
+    shift = math.nan if way.shift is None else way.shift
+    below = value if value <= voc.ABSORBING else value - shift  # no shift is seen beside that
     way.hidden.append(below)
     if not below <= (-BEYOND_BIAS if is_biased else voc.HIDING):
         text = f"{value:g} replaces scores that a number or a bias may have brought below it"
         raise RefusedError("scores-edited", text)
+    if below > -BEYOND_BIAS:  # as a clamp there: factors may bring the scores to it
+        way.clamps.append((-below, len(way.steps)))
 
 
 class Kind(NamedTuple):
