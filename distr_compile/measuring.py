@@ -144,14 +144,18 @@ def measure_model(
 def pinned(policy: Policy, report: Report) -> Policy:
     """The policy with what was measured as ``min_seq_len``, in a rule for each layer.
 
-    The length itself where the approximation was chosen, and one more where it was not.
+    The length itself where the approximation was chosen, and one more where it was not. Of several
+    lengths of a layer the least from which on it was chosen at each.
     """
-    lengths: dict[str, int] = {}
+    lengths: dict[str, list[tuple[int, bool]]] = {}
     for row in report.rows:
         length = _pin(row)
         if length is not None:
-            lengths[row.layer] = max(length, lengths.get(row.layer, 0))
-    for layer, length in lengths.items():
+            lengths.setdefault(row.layer, []).append((length, row.decision == "distr"))
+    for layer, found in lengths.items():
+        least = max((length for length, is_chosen in found if not is_chosen), default=0)
+        chosen = [length for length, is_chosen in found if is_chosen and length >= least]
+        length = min(chosen, default=least)
         # A function has no layers: what it has stands in [default].
         changed = policy.with_rule if layer else policy.with_default
         policy = changed(*[layer] * bool(layer), min_seq_len=length)

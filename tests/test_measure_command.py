@@ -10,7 +10,9 @@ import pytest
 
 from distr_compile.cli import OK, USAGE, main
 from distr_compile.lowering import stored
+from distr_compile.measuring import pinned
 from distr_compile.policy import Policy
+from distr_compile.reporting import GraphReport, Reason, Report, SiteRow
 
 CALL = "q=1x2x64x32 k=1x2x64 v=32 dtype=float32 estimator=projection rank=16"
 
@@ -73,13 +75,17 @@ def test_a_model_and_a_pinned_policy(
 ) -> None:
     policy = tmp_path / "distr.toml"
     policy.write_text("# mine\n[default]\ngroup_size = 2\n")
+    fresh = tmp_path / "new.toml"  # is written where there is none yet
+    assert main(["measure", target, "--pin", str(fresh)]) == OK
+    capsys.readouterr()
     assert main(["measure", target, "--pin", str(policy)]) == OK
     out = capsys.readouterr().out
     assert out.count("q=1x2x64x32") == 1, "both layers make the same call"
-    pinned = Policy.load(policy)
+    kept = Policy.load(policy)
     assert policy.read_text().startswith("# mine\n")
     for layer in ("0", "1"):
-        length = pinned.resolve(layer).min_seq_len
+        length = kept.resolve(layer).min_seq_len
+        assert length == Policy.load(fresh).resolve(layer).min_seq_len
         assert length in (64, 65)
         assert (length == 64) == (" distr (" in out)
 
@@ -97,3 +103,26 @@ def test_a_model_and_a_pinned_policy(
 def test_what_is_wrong(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert main(["measure", *arguments]) == USAGE
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "least"),
+    [
+        ({1024: True, 300: True}, 300),
+        ({1024: True, 300: False}, 1024),
+        ({1024: False, 300: True}, 1025),
+        ({1024: True, 500: False, 300: True}, 1024),
+        ({1024: False, 300: False}, 1025),
+    ],
+)
+def test_a_layer_that_is_called_at_several_lengths(found: dict[int, bool], least: int) -> None:
+    rows = []
+    for length, is_chosen in found.items():
+        shapes = dict.fromkeys("qkv", (1, 2, length, 64))
+        decision = "distr" if is_chosen else "exact"
+        reasons = () if is_chosen else (Reason("not-faster", "as measured"),)
+        times = {"sdpa": 2e-3, "distr": 1e-3 if is_chosen else 3e-3}
+        given = {"site": len(rows), "reasons": reasons, "measured": times}
+        rows.append(SiteRow("a", "sdpa", shapes, "float32", "none", decision, **given))
+    report = Report((GraphReport(0, "Model", tuple(rows)),), "Model")
+    assert pinned(Policy(), report).resolve("a").min_seq_len == least

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if options.pin and not options.target:
         raise CommandError("--pin: got no TARGET; accepted: with one, whose layers it names", USAGE)
     # A wrong policy is told at once, before a model is built.
-    policy = Policy.from_any(options.policy or options.pin)
+    is_new = options.pin and not Path(options.pin).exists()
+    policy = Policy.from_any(options.policy or (None if is_new else options.pin))
 
     import torch
 

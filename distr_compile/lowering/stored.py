@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -109,10 +110,11 @@ def _read(path: Path, key: dict[str, Any]) -> Answer:
             return str(said["refused"])
         race = Race(**said["race"])
         numbers = [race.gain, race.rounds, race.heads, *race.seconds.values()]
-        if len(race.seconds) != 2 or not all(isinstance(n, (int, float)) for n in numbers):
+        is_right = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        if len(race.seconds) != 2 or not is_right:
             raise _DamagedError("its numbers are none")
         return race
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _DamagedError(str(error)) from error
 
 

@@ -35,12 +35,16 @@ def test_a_file_says_what_it_is_of(may_measure: Path) -> None:
     assert said["race"]["seconds"] == dict(FAST.seconds)
 
 
-@pytest.mark.parametrize("spoil", ["", "{}", '{"key": 1, "race": {}}', "[" * 9, None])
-def test_what_is_no_answer_is_written_anew(may_measure: Path, spoil: str | None) -> None:
+WRONG = ("", "{}", '{"key": 1, "race": {}}', "[" * 9, "[" * 100_000)
+GAINS = ('"0.8"', "NaN", "true")
+
+
+@pytest.mark.parametrize("spoil", [*WRONG, *GAINS], ids=lambda text: text[:9])
+def test_what_is_no_answer_is_written_anew(may_measure: Path, spoil: str) -> None:
     stored.store(SHAPE, HALF, SDPA, SLOW)
     (path,) = may_measure.glob("*.json")
     text = path.read_text()
-    path.write_text(text.replace('"gain": 0.8', '"gain": "0.8"') if spoil is None else spoil)
+    path.write_text(text.replace("0.8", spoil, 1) if spoil in GAINS else spoil)
     stored.forget()
     assert stored.load(SHAPE, HALF, SDPA) is None
     assert stored.store(SHAPE, HALF, SDPA, FAST) == FAST
