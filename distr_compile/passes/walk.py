@@ -381,7 +381,9 @@ class Walk(Way):
             factors = (*q_factors, *k_factors)
         if voc.is_tensor(op.alpha):
             raise RefusedError("scores-edited", "baddbmm's alpha is a tensor")
-        return q, k, (*factors, *(() if op.alpha == 1 else (Factor(op.alpha),))), dtype
+        if op.alpha != 1:
+            factors = (*factors, Factor(op.alpha))
+        return q, k, factors, dtype
 
     def _check_writes(self, node: fx.Node, start: fx.Node, out: fx.Node) -> None:
         """Refuse where a tensor may change between the model's read (start) and ours (out)."""

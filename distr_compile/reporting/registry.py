@@ -183,7 +183,7 @@ def report(obj: Any) -> Report:
         known = "".join(f"\n{line}" for line in passed_over(owner))
         config = getattr(owner, "config", None)
         if getattr(config, "_attn_implementation", None) == "distr":
-            known = "\nIt has attn_implementation='distr'; none of its attention was called yet."
+            known += "\nIt has attn_implementation='distr'; none of its attention was called yet."
         raise LookupError(
             f"no report for {name}: nothing was compiled for it with backend='distr'. Compile the "
             "model with torch.compile(model, backend='distr'), call it once with real inputs, "

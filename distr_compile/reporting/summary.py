@@ -91,8 +91,8 @@ class Report:
         called = sum(len(part.rows) for part in self.parts if _is_called(part))
         where = f" in {graphs}"
         if called:
-            others = f" in {graphs}, {called} of them" if called < self.found else ""
-            where = f"{others} called without a graph"
+            where = f"{where}, {called} of them" if called < self.found else ""
+            where += " called without a graph"
         parts = [table.count(self.found, "attention") + where]
         parts.append(f"{self.distr} distr, {self.exact} exact")
         if percent is not None:
