@@ -131,6 +131,11 @@ class Shape(NamedTuple):
             dropout=dropout,
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return min(self.batch, self.num_heads, self.num_queries, self.num_keys) < 1
+
 
 def _four(sizes: Sequence[int]) -> tuple[int, ...]:
     return (*(1,) * (4 - len(sizes)), *sizes)

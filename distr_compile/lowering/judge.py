@@ -55,7 +55,7 @@ class Judge:
                 matter.
             ours: whether exact attention would run in our kernel, if that is faster than SDPA.
         """
-        if min(shape.batch, shape.num_heads, shape.num_queries, shape.num_keys) < 1:
+        if shape.is_empty:
             return "it has no elements"
         has_ours = choose.name_of(shape, Approximation.none(shape.head_dim)) != choose.EXACT
         exact: Race | None = None

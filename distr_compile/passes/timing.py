@@ -122,7 +122,7 @@ class Stopwatch:
 
 
 def _not_measured(why: str, shape: Shape, approximation: Approximation | None) -> RefusedError:
-    if shape.batch * shape.num_heads * shape.num_queries * shape.num_keys == 0:
+    if shape.is_empty:
         return RefusedError("not-measured", why)
     command = f"distr measure --call {shlex.quote(spelled(shape, approximation))}"
     return RefusedError("not-measured", f"{why}; to measure it: {command}")
