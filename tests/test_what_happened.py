@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,19 @@ def test_an_equal_compile_shares_the_graphs_and_the_report() -> None:
     first, second = compiled(model), compiled(model)
     first(tokens())
     assert report(second) == report(first)
+
+
+def test_an_equal_compile_keeps_its_report_when_the_other_is_gone() -> None:
+    model = Attention().eval()
+    first = compiled(model)
+    first(tokens())
+    torch._dynamo.reset()
+    second = compiled(model)
+    second(tokens(batch=3))
+    assert decisions(report(second)) == {"": "distr"}
+    del first
+    gc.collect()
+    assert decisions(report(second)) == {"": "distr"}
 
 
 def test_run_time_counters_are_those_of_the_compiled_object() -> None:

@@ -29,6 +29,11 @@ class _Compile:
     policy: Hashable
     backend: weakref.ref[Any] | None
 
+    def is_same(self, other: _Compile) -> bool:
+        """Whether both are of one object: an equal one may live longer."""
+        own, others = (x.backend and x.backend() for x in (self, other))
+        return self.policy == other.policy and own is others
+
 
 @dataclass
 class _Entry:
@@ -45,9 +50,9 @@ class _Entry:
 
     def keep(self, compiled: _Compile, key: Hashable, graph: GraphReport) -> None:
         """Add or replace a graph; forget those of other policies that nobody can ask for."""
-        if compiled not in self.compiles:
-            self.compiles.append(compiled)
-        index = self.compiles.index(compiled)
+        same = (i for i, one in enumerate(self.compiles) if one.is_same(compiled))
+        index = next(same, len(self.compiles))
+        self.compiles[index:] = [compiled, *self.compiles[index + 1 :]]
         self.graphs[index, key] = graph
         self.recent = [i for i in self.recent if i != index and self._is_wanted(i, index)]
         self.recent.append(index)
