@@ -3,7 +3,8 @@
 A constant is made of literals, sizes and factory calls (``ones``, ``arange``, ...) by operations
 without chance; never of an input, a parameter or a buffer. The nodes that make it, those that write
 to it in place included, run in program order on the CPU. With symbolic sizes they run on both sides
-of every number in them, since a window of 4096 tokens is causal at 64.
+of every number in them, since a window of 4096 tokens is causal at 64. Of a large mask those rows
+run that are near a number, near the first, the middle or the last one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SECONDS = 0.5
 """Processor time for the constants of one graph; what is not computed by then stays a tensor."""
 
 BYTES = 64 * 2**20
-"""Memory for one constant; larger masks are computed in chunks of rows where they can be."""
+"""Memory for one constant; of larger masks some rows are computed, where that is enough."""
 
 LARGEST_SIZE = 2**24
 """No sequence is longer: a larger number in a program is no position."""
@@ -43,10 +44,19 @@ _POINTWISE = frozenset(
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior "
     "__and__ __or__ add sub neg masked_fill where to bool float half bfloat16 double int long type "
     "type_as clone contiguous detach full arange tensor scalar_tensor full_like new_full tril triu "
-    "zeros zeros_like new_zeros ones ones_like new_ones unsqueeze expand getitem".split()
+    "zeros zeros_like new_zeros ones ones_like new_ones unsqueeze expand getitem diff".split()
 )
-"""What a mask of symbolic sizes, or one computed by rows, may be made with: each acts on elements,
-or by positions that it compares with a number in the program."""
+"""What a mask may be made with that is computed for some sizes, or some rows: each acts on
+elements, or by positions that it compares with a number in the program. A ``cumsum`` may be there
+too, of what is False everywhere: transformers counts the texts in a row."""
+
+_SIZES_AT = {
+    **dict.fromkeys("zeros ones empty".split(), slice(0, None)),
+    **dict.fromkeys("expand new_zeros new_ones new_empty".split(), slice(1, None)),
+    "full": slice(0, 1),
+    "new_full": slice(1, 2),
+}
+"""Which arguments of a node say how large its result is, and are compared with nothing."""
 
 
 _T = TypeVar("_T")
@@ -66,8 +76,12 @@ class _Rows:
 
     def cuts(self, shape: tuple[int, ...]) -> bool:
         """Whether of a tensor of this shape only a chunk is computed."""
-        is_part = self.stop - self.start < self.total
-        return is_part and len(shape) >= 2 and shape[-2] == self.total
+        return self.is_part and len(shape) >= 2 and shape[-2] == self.total
+
+    @property
+    def is_part(self) -> bool:
+        """Whether there are more rows."""
+        return self.stop - self.start < self.total
 
 
 class Constants:
@@ -76,6 +90,7 @@ class Constants:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._seconds = SECONDS
+        self._offsets: dict[tuple[Any, ...], int | None] = {}  # the layers of a model share a mask
 
     def number(self, arg: Any, reader: fx.Node) -> float | None:
         """The number an argument stands for when ``reader`` reads it, if it is always the same."""
@@ -83,34 +98,47 @@ class Constants:
             return None
         if not isinstance(arg, fx.Node):
             return float(arg)
-        tensors = (self._timed(p, _Rows(0, 0, 0)) for p in self._programs(arg, reader, ()))
+        try:
+            programs = self._programs(self._nodes(arg, reader), arg, (), ())
+        except _NotConstantError:
+            return None
+        tensors = (self._timed(p, _Rows(0, 0, 0)) for p in programs)
         ends = (f(x).item() for x in tensors if x.numel() for f in (torch.min, torch.max))
         found = _agreed(ends)
         return None if found is None else float(found)
 
     def causal_offset(
-        self, node: fx.Node, reader: fx.Node, rows: Any, columns: Any, hidden: bool = False
+        self, node: fx.Node, reader: fx.Node, shape: tuple[Any, ...], hidden: bool = False
     ) -> int | None:
         """The offset o >= 0 of a mask that shows row i the keys ``j <= i + o`` and no others.
 
         Args:
-            node: bool, or floating: 0 shows and -1e4 or less hides. Broadcastable to (..., rows,
-                columns).
+            node: bool, or floating: 0 shows and -1e4 or less hides. Broadcastable to the scores.
             reader: the node that reads it.
-            rows, columns: N_q and N_k, ints or SymInts.
+            shape: of the scores, (..., N_q, N_k), ints or SymInts.
             hidden: True where a boolean mask marks what is hidden.
 
         Returns:
             None for every other mask, and for one that shows everything.
         """
-        programs = self._programs(node, reader, (rows, columns))
-        return _agreed(self._offset_at(p, p.size(rows), p.size(columns), hidden) for p in programs)
+        try:
+            nodes = self._nodes(node, reader)
+        except _NotConstantError:
+            return None
+        key = (node, tuple(nodes), *map(str, shape), hidden)
+        if key not in self._offsets:
+            *lead, rows, columns = shape
+            programs = self._programs(nodes, node, (rows, columns), tuple(lead))
+            self._offsets[key] = _agreed(
+                self._offset_at(p, p.size(rows), p.size(columns), hidden) for p in programs
+            )
+        return self._offsets[key]
 
     def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> int:
         """The offset at one choice of sizes."""
         offset: int | None = None
         keys = torch.arange(columns, device="cpu")
-        for chunk in program.chunks(rows):
+        for chunk in program.chunks(rows, columns):
             visible = _visible(self._timed(program, chunk), hidden)
             visible = visible.expand(*visible.shape[:-2], chunk.stop - chunk.start, columns)
             first = visible.reshape(-1, *visible.shape[-2:])[0]
@@ -133,20 +161,31 @@ class Constants:
         finally:
             self._seconds -= time.thread_time() - start
 
-    def _programs(self, node: fx.Node, reader: fx.Node, sizes: Any) -> Iterator[_Program]:
-        """The program of a node at every choice of sizes, and of what fresh memory holds."""
-        nodes = self._nodes(node, reader)
+    def _programs(
+        self, nodes: list[fx.Node], wanted: fx.Node, sizes: tuple[Any, ...], lead: tuple[Any, ...]
+    ) -> Iterator[_Program]:
+        """A program at every choice of sizes, and of what fresh memory holds.
+
+        ``sizes`` are those that positions run over; ``lead``, the others of what reads it, are
+        symbols of its own at most.
+        """
         leaves = tree_leaves([*map(value_of, nodes), *sizes])
         numbers = [s for x in leaves for s in (x.shape if isinstance(x, Tensor) else (x,))]
         symbols = set().union(*map(_plain_symbols, numbers))
-        if symbols - set().union(*map(_plain_symbols, sizes)):
+        lengths = set().union(*map(_plain_symbols, sizes))
+        others = symbols - lengths
+        if others - {s.node.expr for s in lead if isinstance(s, torch.SymInt)}:
             raise _NotConstantError  # a number of the caller's, not a size of the scores
-        if symbols and (_has_narrow_positions(nodes) or not _goes_by_positions(nodes)):
+        if symbols and not _goes_by_positions(nodes):
             raise _NotConstantError
         fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
-        for values in _choices(symbols, nodes):
+        choices: Iterable[dict[Any, int]] = ({},)
+        if symbols:
+            length = sizes[0] if isinstance(sizes[0], int) and sizes[0] == sizes[1] else None
+            choices = _choices(symbols & lengths, others, _numbers(nodes, length))
+        for values in choices:
             for filling in fillings:
-                yield _Program(nodes, node, values, filling)
+                yield _Program(nodes, wanted, values, filling)
 
     def _nodes(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         """All nodes that what ``reader`` reads of ``node`` hangs on, in program order.
@@ -193,16 +232,30 @@ class _Program:
         kind: Any = _SYMBOLIC.get(type(size))
         return size if kind is None else kind(size.node.expr.xreplace(self.symbols))
 
-    def chunks(self, rows: int) -> Iterator[_Rows]:
-        """All rows at once if they fit into the memory allowed, else chunks of them."""
+    def chunks(self, rows: int, columns: int) -> Iterator[_Rows]:
+        """All rows at once if they fit into the memory allowed, else chunks of those that count.
+
+        What positions are compared with are numbers in the program, and sums of these; so far from
+        the first row, or from the last or the middle one where ``rows`` itself is compared, all
+        rows are alike.
+        """
         tensors = [x for x in map(value_of, self.nodes) if isinstance(x, Tensor)]
         bytes_ = sum(math.prod(self._shape(x)) * x.itemsize for x in tensors)
         count = max(1, math.ceil(bytes_ / BYTES))
-        if count > 1 and not _goes_by_positions(self.nodes):
+        if count == 1:
+            yield _Rows(0, rows, rows)
+            return
+        if not _goes_by_positions(self.nodes):
             raise _NotConstantError
-        step = max(1, rows // count)
-        for start in range(0, rows, step):
-            yield _Rows(start, min(start + step, rows), rows)
+        step, near = max(1, rows // count), rows
+        if rows == columns:
+            near = 2 * max(_numbers(self.nodes, rows)) + 3
+        done = 0
+        for middle in (0, rows // 2, rows):
+            end = min(rows, middle + near)
+            for start in range(max(done, middle - near), end, step):
+                yield _Rows(start, min(start + step, end), rows)
+            done = max(done, end)
 
     def run(self, rows: _Rows, is_late: Callable[[], bool]) -> Tensor:
         """The wanted value; of a chunk that is not all rows, these rows of it."""
@@ -245,12 +298,18 @@ class _Program:
         if is_wide and name == "expand":
             is_cut = rows.cuts(self._shape(value_of(node.args[0])))
             args = [args[0], *shape[:-2], -1 if is_cut else shape[-2], shape[-1]]
+        if is_wide and name in {"cumsum", "diff"}:
+            raise _NotConstantError
         result = call(node, args, kwargs)
         if isinstance(example, Tensor) and result.dtype != example.dtype:
             raise _NotConstantError  # autocast
+        if name == "cumsum" and (self.symbols or rows.is_part) and result.any():
+            raise _NotConstantError  # it may grow to any number, further on
         if name.startswith(_EMPTY):
             result.fill_(self.filling)
-        if any(rows.cuts(self._shape(value_of(n))) for n in node.all_input_nodes):
+        places = [x for i, x in enumerate(node.args) if i != shape_only_at(node)]
+        given = [n for n in tree_leaves([places, node.kwargs]) if isinstance(n, fx.Node)]
+        if any(rows.cuts(self._shape(value_of(n))) for n in given):
             # Made of chunks: the chunk of what was made, or the rows are no longer the rows.
             if not is_wide or result.shape != chunk:
                 raise _NotConstantError
@@ -276,7 +335,15 @@ def _agreed(answers: Iterable[_T]) -> _T | None:
 
 def _goes_by_positions(nodes: list[fx.Node]) -> bool:
     """Whether what the nodes compute may be asked of some sizes, or rows, instead of all."""
-    return all(target_name(n) in _POINTWISE for n in nodes if tensors_in(value_of(n)))
+    for node in nodes:
+        if not tensors_in(value_of(node)) or target_name(node) in _POINTWISE:
+            continue
+        given: Any = node.args[0] if node.args else None
+        counted = value_of(given)
+        is_counting = target_name(node) == "cumsum" and isinstance(counted, Tensor)
+        if not is_counting or counted.dtype is not torch.bool:
+            return False
+    return not _has_narrow_positions(nodes)
 
 
 def _visible(mask: Tensor, hidden: bool) -> Tensor:
@@ -320,23 +387,31 @@ def _has_narrow_positions(nodes: list[fx.Node]) -> bool:
     return False
 
 
-def _choices(symbols: set[Any], nodes: list[fx.Node]) -> Iterator[dict[Any, int]]:
-    """Values for the symbols: on both sides of every number of the program, equal and unequal."""
-    if not symbols:
-        yield {}
-        return
-    found = [x for n in nodes for x in _literals(n) if x <= LARGEST_SIZE]
-    literals = {1, 3, max(sum(found), _compared(nodes)), *found}
-    ordered = sorted(symbols, key=str)
-    sizes = {s for c in literals for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
-    for size in sorted(sizes):
-        yield dict.fromkeys(ordered, size)
-        if len(ordered) > 1:
-            yield {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
-            yield {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
+def _choices(lengths: set[Any], others: set[Any], numbers: set[int]) -> Iterator[dict[Any, int]]:
+    """Values for the symbols: on both sides of every number of the program, equal and unequal.
+
+    Of lengths and others one kind is small while the other one takes them.
+    """
+    sizes = {s for c in numbers for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
+    for these, small in ((lengths, dict.fromkeys(others, 2)), (others, dict.fromkeys(lengths, 3))):
+        ordered = sorted(these, key=str)
+        for size in sorted(sizes) if ordered else ():
+            yield small | dict.fromkeys(ordered, size)
+            if len(ordered) > 1:
+                yield small | {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
+                yield small | {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
 
 
-def _compared(nodes: list[fx.Node]) -> int:
+def _numbers(nodes: list[fx.Node], length: int | None) -> set[int]:
+    """What a position may be compared with: the numbers of a program, and what they add up to.
+
+    ``length`` is none of them where it says how large something is.
+    """
+    found = [x for n in nodes for x in _literals(n, length) if x <= LARGEST_SIZE]
+    return {1, 3, max(sum(found), _compared(nodes, length)), *found}
+
+
+def _compared(nodes: list[fx.Node], length: int | None) -> int:
     """How large all that is compared with positions may be, added up.
 
     Numbers grow where tensors are added: 1, added to itself ten times over, is a window of 1024.
@@ -351,15 +426,24 @@ def _compared(nodes: list[fx.Node]) -> int:
         leaves = (n for n in tree_leaves([node.args, node.kwargs]) if isinstance(n, fx.Node))
         given = [grown[n] for n in leaves if n in grown]
         positions, numbers = [p for p, _ in given], [n for _, n in given]
-        own = sum(_literals(node, of_fills=True))
+        own = sum(_literals(node, length, of_fills=True))
         if isinstance(value, torch.SymInt):  # a symbol, or that plus a number: ``_plain_symbols``
             grown[node] = len(value.node.expr.free_symbols), own
             continue
-        if name in {"add", "sub"}:
+        if name == "diff":  # of neighbours
+            positions, numbers = [2 * max(positions, default=0)], [2 * max(numbers, default=0)]
+        if name in {"add", "sub", "diff"}:
             position, number = sum(positions), sum(numbers) + own
             is_exact = position or not value.dtype.is_floating_point
-            has_factor = len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1
+            if name == "diff":
+                has_factor = argument(node, 1, "n", 1) != 1  # how often
+            else:
+                has_factor = len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1
             if has_factor or position > 2 or (is_exact and number > LARGEST_SIZE):
+                raise _NotConstantError
+        elif name == "getitem" and len(given) > 1:  # positions of positions
+            position, number = math.prod(p or 1 for p in positions), sum(numbers) + own
+            if position > 2:
                 raise _NotConstantError
         else:
             position, number = max(positions, default=0), max(numbers, default=0) + own
@@ -372,17 +456,24 @@ def _compared(nodes: list[fx.Node]) -> int:
     return min(compared, LARGEST_SIZE)
 
 
-def _literals(node: fx.Node, *, of_fills: bool = False) -> Iterator[int]:
+def _literals(node: fx.Node, length: int | None, *, of_fills: bool = False) -> Iterator[int]:
     """The numbers in a node's arguments, or in its size, that a position may be compared with.
 
-    What fills a score to hide it is none of them, if not ``of_fills``.
+    What fills a score to hide it is none of them, if not ``of_fills``; nor is ``length`` where it
+    says how large the result is.
     """
-    size, terms = value_of(node), []
+    size, terms, name = value_of(node), [], target_name(node)
     if isinstance(size, torch.SymInt):
         terms = [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
-    fills = target_name(node) in {"masked_fill", "masked_fill_", "where", "full", "fill_"}
-    fills = fills and not of_fills
-    for leaf in tree_leaves([node.args, node.kwargs, terms]):
-        for x in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
-            if isinstance(x, int | float) and math.isfinite(x) and not (fills and x <= HIDING):
-                yield math.ceil(abs(x))
+    fills = name in {"masked_fill", "masked_fill_", "where", "full", "fill_"} and not of_fills
+    is_last = slice(0, 1) if len(node.args) == 1 else slice(1, 2)
+    at = is_last if name == "arange" else _SIZES_AT.get(name, slice(0, 0))
+    sizes = set(range(*at.indices(len(node.args))))
+    given = [[a, i in sizes] for i, a in enumerate((*node.args, node.kwargs, terms))]
+    for argument_, is_size in given:
+        for leaf in tree_leaves(argument_):
+            for x in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
+                if not isinstance(x, int | float) or not math.isfinite(x):
+                    continue
+                if not (fills and x <= HIDING) and not (is_size and x == length):
+                    yield math.ceil(abs(x))

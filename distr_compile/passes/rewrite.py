@@ -26,7 +26,7 @@ from distr_compile.passes.shapes import read_stand_in, shape_readers
 from distr_compile.passes.site import AttentionSite, OpenSite, RefusedError, refusal
 from distr_compile.passes.steps import AddStep, FillStep, ScaleStep, Written
 from distr_compile.passes.timing import Stopwatch, shape_of_call
-from distr_compile.passes.vocabulary import fake, shape_of, tensor_of
+from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_of, tensor_of
 
 
 def rewrite(
@@ -103,17 +103,21 @@ def names_of_bases(number: int) -> tuple[str, str]:
 def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
     """Put SDPA in the place of an exact site that is spelled out, where it means the same.
 
+    A call of SDPA whose mask is causal loses the mask and is told so: kernels that know it compute
+    half of the scores, and nothing makes or reads a mask of N_q x N_k.
+
     Returns:
-        Whether it did, or without ``change`` would. Fused calls are left alone, and sites that
-        SDPA cannot say: with a soft cap, sinks, several dtypes, or a bias whose dtype is not that
-        of Q. So are all where ``sdpa_kernel`` chooses among SDPA's kernels: perhaps none is left.
+        Whether it did, or without ``change`` would. Other fused calls are left alone, and sites
+        that SDPA cannot say: with a soft cap, sinks, several dtypes, or a bias whose dtype is not
+        that of Q. So are all where ``sdpa_kernel`` chooses among SDPA's kernels: perhaps none is
+        left.
     """
     chooses = graph.find_nodes(op="call_function", target=torch.nn.attention._sdpa_kernel)
     if chooses or not torch.backends.cuda.math_sdp_enabled():
         return False
-    if site.causal is not None and site.causal.step and site.causal.offset:
-        # SDPA's is_causal knows no offset.
-        site = replace(site, causal=None, steps=(*site.steps, site.causal.step))
+    site = _with_one_mask(site)
+    if site.kind == "sdpa":
+        return _without_causal_mask(graph, site, change=change)
     if not isinstance(site, OpenSite) or not _sdpa_means_the_same(site):
         return False
 
@@ -128,6 +132,49 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     except RefusedError:
         return False
     return True
+
+
+def _with_one_mask(site: AttentionSite) -> AttentionSite:
+    """The site as SDPA takes it, whose ``is_causal`` knows no offset and stands beside no mask."""
+    causal, masks = site.causal, [s for s in site.steps if isinstance(s, AddStep | FillStep)]
+    if causal is None or causal.step is None or not (causal.offset or masks):
+        return site
+    others = (s for s in site.steps if not any(s is part for part in causal.rest))
+    return replace(site, causal=None, steps=(*others, causal.step))
+
+
+def _without_causal_mask(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
+    """Let SDPA's own ``is_causal`` say what the mask of a call says, where all else is as before.
+
+    Not beside dropout: which kernel draws says which numbers.
+    """
+    old, op = site.anchor, voc.read(site.anchor)
+    is_by_mask = site.causal is not None and site.causal.step is not None
+    is_square = same_size(site.num_queries, site.num_keys)  # else some kernels count from the end
+    if not (isinstance(op, voc.Sdpa) and is_by_mask and is_square) or site.dropout_p:
+        return False
+    options = {"is_causal": True, "scale": op.scale, "enable_gqa": op.enable_gqa}
+    emit = Emitter(graph, old)
+    try:
+        new = emit.function(F.scaled_dot_product_attention, op.query, op.key, op.value, **options)
+        is_same = _is_laid_out_alike(fake(new), fake(old))
+        # Of another scale SDPA makes NaN on a CPU. Asked of a symbolic one, this makes a guard.
+        is_same = is_same and (op.scale is None or bool(voc.value_of(op.scale) > 0))
+    except Exception:  # as in _replace: mixed dtypes under autocast, for one
+        is_same = False
+    if not is_same or not change:
+        emit.undo()
+        return is_same
+    old.replace_all_uses_with(new)
+    new.meta[STANDS_FOR] = old.name
+    graph.erase_node(old)
+    return True
+
+
+def _is_laid_out_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    is_alike = same_shape(tuple(a.shape), tuple(b.shape))
+    is_alike = is_alike and same_shape(tuple(a.stride()), tuple(b.stride()))
+    return is_alike and (a.dtype, a.device) == (b.dtype, b.device)
 
 
 def keep_from_fusion(module: fx.GraphModule) -> None:

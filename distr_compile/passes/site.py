@@ -85,10 +85,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Causal:
-    """The graph says that query i sees the keys ``j <= i + offset``, by ``step`` if by a mask."""
+    """The graph says that query i sees the keys ``j <= i + offset``, by ``step`` if by a mask.
+
+    ``rest``: what that mask hides besides, which is among the steps of the site in its place.
+    """
 
     offset: int
     step: Step | None = None
+    rest: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,7 @@ class AttentionSite(Sizes):
         dtype, device, requires_grad: of the output; whether a gradient is recorded for it.
         steps: what happens to the scores between the product and the softmax, in order.
         mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
-        causal: the graph says that query i sees keys j <= i + offset only.
+        causal: the graph says that query i sees keys j <= i + offset only, beside the steps.
         softcap: c > 0 where the scaled scores s become ``c * tanh(s / c)``, before every bias and
             mask; the scale then is that of all factors and steps together, on both sides of tanh.
         dropout_p: the share of the weights that is dropped.
@@ -160,7 +164,7 @@ class AttentionSite(Sizes):
 
     @property
     def is_causal(self) -> bool:
-        """Whether later keys are hidden, and nothing else by a mask of the graph's."""
+        """Whether later keys are hidden, whatever the steps hide besides."""
         return self.causal is not None
 
 

@@ -19,7 +19,7 @@ from torch import fx
 from distr_compile.passes import vocabulary as voc
 from distr_compile.passes.emit import Emitter
 from distr_compile.passes.origin import Flow
-from distr_compile.passes.site import Causal, Factor, Level, RefusedError, Step
+from distr_compile.passes.site import Factor, Level, RefusedError, Step
 from distr_compile.passes.vocabulary import fake, same_shape, same_size, shape_of, target_name
 
 NO_CLAMP = 1.0e4
@@ -368,7 +368,7 @@ class AddStep(Step):
         is_scaled = self.alpha != 1 or any(isinstance(step, ScaleStep) for step in later)
         if is_scaled or not fake(self.tensor).dtype.is_floating_point:
             return None
-        return flow.constants.causal_offset(self.tensor, self.reader, *self.level.shape[-2:])
+        return flow.constants.causal_offset(self.tensor, self.reader, self.level.shape)
 
 
 def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
@@ -458,8 +458,8 @@ class FillStep(Step):
 
     def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
         """The offset, where the condition is causal."""
-        (rows, keys), hidden = self.level.shape[-2:], not self.keep
-        return flow.constants.causal_offset(self.tensor, self.reader, rows, keys, hidden)
+        shape, hidden = self.level.shape, not self.keep
+        return flow.constants.causal_offset(self.tensor, self.reader, shape, hidden)
 
 
 def _fill_back(way: Way, op: voc.Fill, node: fx.Node) -> fx.Node:
@@ -545,25 +545,6 @@ def replay(way: Way, scores: Level, product: fx.Node, op: voc.Product, is_plain:
         if not in_order and (len(way.levels) > 1 or has_tensors):
             raise RefusedError("layout", permuted)
     way.softcap = abs(way.softcap)  # b tanh(a s) is odd in both: |b| tanh(a b s / |b|)
-
-
-def mask_of(
-    flow: Flow, scores: Level, steps: list[Step], is_causal: bool = False
-) -> tuple[str, Causal | None, tuple[Step, ...]]:
-    """What hides or biases keys, for the report; whether that is "causal"; the steps left.
-
-    ``is_causal``: later keys are hidden, besides what the steps hide.
-    """
-    masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
-    if len(masks) == 1 and not is_causal:
-        only, offset = masks[0], None
-        if same_shape(only.level.shape[-2:], scores.shape[-2:]):  # no axis is split in two there
-            offset = only.causal_offset(flow, steps[steps.index(only) + 1 :])
-        if offset is not None:
-            return "causal", Causal(offset, only), tuple(s for s in steps if s is not only)
-    is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
-    kinds = ["causal"] * is_causal + ["bool" if is_bool else "float"] * bool(masks)
-    return "+".join(kinds) or "none", Causal(0) if is_causal else None, tuple(steps)
 
 
 def drops_sink(user: fx.Node, sink: voc.Append) -> bool:

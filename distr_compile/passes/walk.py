@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from distr_compile.passes import vocabulary as voc
+from distr_compile.passes.hidden import mask_of
 from distr_compile.passes.levels import Levels, all_ones
 from distr_compile.passes.operands import (
     See,
@@ -42,7 +43,6 @@ from distr_compile.passes.steps import (
     Way,
     check_clamps,
     drops_sink,
-    mask_of,
     replay,
 )
 from distr_compile.passes.vocabulary import read, same_shape, same_size, shape_of, target_name

@@ -92,7 +92,7 @@ def _example() -> Tensor:
 def _offset(graph: Any) -> int | None:
     output = next(n for n in graph.nodes if n.op == "output")
     mask = output.args[0][0]
-    return Constants(Memory(graph)).causal_offset(mask, output, ROWS, KEYS)
+    return Constants(Memory(graph)).causal_offset(mask, output, (ROWS, KEYS))
 
 
 def test_a_large_mask_stays_within_time_and_memory() -> None:
@@ -106,12 +106,112 @@ def test_a_large_mask_stays_within_time_and_memory() -> None:
     mask = output.args[0][0]
     found = Constants(Memory(graph))
     found._seconds = 60.0  # a busy machine
-    assert found.causal_offset(mask, output, *shape_of(mask)) == 0
+    assert found.causal_offset(mask, output, shape_of(mask)) == 0
     late = Constants(Memory(graph))
     late._seconds = 0.0
     start = time.perf_counter()
-    assert late.causal_offset(mask, output, *shape_of(mask)) is None
+    assert late.causal_offset(mask, output, shape_of(mask)) is None
     assert time.perf_counter() - start < 1.0
+
+
+LONG = 3001
+
+
+def _halves(i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (i + i != torch.arange(LONG)[-1])
+
+
+def _of_texts(start: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """As transformers does: row and key must be in the same text, which are counted."""
+
+    def rule(i: Tensor, j: Tensor) -> Tensor:
+        text = start.cumsum(-1)
+        return (j <= i) & (text[i] == text[j])
+
+    return rule
+
+
+def _tenth(i: Tensor, j: Tensor) -> Tensor:
+    text = ((torch.arange(LONG) & 63) == 63).cumsum(-1)
+    return (j <= i) & (text[i] != 10)
+
+
+def _as_transformers(i: Tensor, j: Tensor) -> Tensor:
+    positions = torch.arange(LONG)[None]
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
+    text = (steps != 1).cumsum(-1)
+    batch, i, j = torch.arange(1)[:, None, None, None], i[None, None], j[None, None]
+    seen = i.new_ones((), dtype=torch.bool) & (positions[batch, j] <= positions[batch, i])
+    return (seen & (text[batch, i] == text[batch, j])).expand(1, -1, LONG, LONG)
+
+
+LARGE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int | None]] = {
+    "causal": (lambda i, j: j <= i, 0),
+    "as transformers": (_as_transformers, 0),
+    "tril": (lambda i, j: torch.ones(LONG, LONG).tril() == 1, 0),
+    "triu": (lambda i, j: torch.full((LONG, LONG), -torch.inf).triu(1), 0),
+    "expanded": (lambda i, j: (j <= i).expand(2, 1, LONG, LONG), 0),
+    "window": (lambda i, j: (j <= i) & (j > i - 2000), None),
+    "narrow window": (lambda i, j: (j <= i) & (j > i - 7), None),
+    "prefix": (lambda i, j: (j <= i) | (j < 3), None),
+    "one row of many": (lambda i, j: (j <= i) & (i != 777), None),
+    "one row from behind": (lambda i, j: (j <= i) & (i != LONG - 40), None),
+    "the middle row": (_halves, None),
+    "beyond the diagonal": (lambda i, j: (j <= i) & (i + j < LONG), None),
+    "on the other diagonal": (lambda i, j: (j <= i) & (i + j != LONG), None),
+    "a difference of two numbers": (lambda i, j: (j <= i) & (i + 1000 != 1900), None),
+    "two texts": (_of_texts(torch.arange(LONG) == 1200), None),
+    "many texts": (_of_texts((torch.arange(LONG) & 511) == 511), None),
+    "the tenth text": (_tenth, None),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_mask_is_computed_where_it_could_differ(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The causal ones by a few rows; of the others each has one row, or more, that says so."""
+    monkeypatch.setattr(constants, "BYTES", 10_000)
+    rule, expected = LARGE[name]
+    i, j = torch.arange(LONG)[:, None], torch.arange(LONG)
+    said = rule(i, j)
+    is_causal = ((said == 0 if said.is_floating_point() else said) == (j <= i)).all()
+    assert is_causal == (expected == 0)
+
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        return rule(torch.arange(LONG)[:, None], torch.arange(LONG)), x + 1
+
+    graph = graph_of(program, torch.randn(3))
+    output = next(n for n in graph.nodes if n.op == "output")
+    found, rows = Constants(Memory(graph)), []
+    found._seconds = 60.0  # a busy machine
+    timed = found._timed
+    found._timed = lambda program, chunk: rows.append(chunk) or timed(program, chunk)  # type: ignore[method-assign,func-returns-value]
+    assert found.causal_offset(output.args[0][0], output, (LONG, LONG)) == expected
+    if expected == 0:
+        assert sum(chunk.stop - chunk.start for chunk in rows) < 200
+        assert {0, LONG // 2, LONG - 1} <= {n for c in rows for n in range(c.start, c.stop)}
+
+
+def test_layers_that_share_a_mask_compute_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.arange(q.shape[-2])[:, None] >= torch.arange(k.shape[-2])
+        for _ in range(5):
+            q = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        seen = seen.clone()
+        seen[0] = True  # the last one reads another mask
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+    computed = []
+    timed = Constants._timed
+    monkeypatch.setattr(
+        Constants, "_timed", lambda self, *given: computed.append(1) or timed(self, *given)
+    )
+    inputs = [torch.randn(1, 2, 40, 32) for _ in range(3)]
+    capture = run_exact(attend, inputs)
+    assert [row.mask for row in capture.rows] == ["causal"] * 5 + ["bool"]
+    assert len(computed) == 2 * 2  # tried and done
+    assert error(capture.output, attend(*inputs)) < 1e-6
 
 
 # -- symbolic sizes -------------------------------------------------------------------------------
@@ -241,6 +341,53 @@ def test_sums_that_stay_causal_with_symbolic_sizes(mask: Callable[[Any, Any], Te
     capture = run(attend, inputs[0], dynamic=True, again=[inputs[1]])
     assert {row.mask for row in capture.rows} == {"causal"}
     assert error(capture.outputs[1], attend(*inputs[1])) < 1e-5
+
+
+def _of_batches(rule: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, i, j = (
+            torch.arange(n)[place]
+            for n, place in zip(q.shape[::2] + k.shape[2:3], _PLACES, strict=True)
+        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, rule(b, i, j))
+
+    return attend
+
+
+_PLACES = ((..., None, None, None), (None, None, slice(None), None), (None, None, None))
+
+
+@pytest.mark.parametrize(
+    ("rule", "mask"),
+    [
+        (lambda b, i, j: (j <= i) & (b >= 0), "causal"),
+        (lambda b, i, j: (j <= i) | (b > 5), "bool"),
+        (lambda b, i, j: (j <= i) & (b + j < 40), "bool"),
+        (lambda b, i, j: (j <= i) & ((b == j) | (j != 30)), "bool"),
+    ],
+    ids=["all alike", "beyond the sixth", "batch and key", "one key of one batch"],
+)
+@pytest.mark.parametrize("sizes", [((3, 24), (9, 70)), ((3, 24), (9, 24))], ids=["both", "batch"])
+def test_masks_of_a_symbolic_batch(rule: Callable[..., Tensor], mask: str, sizes: Any) -> None:
+    """A mask that is the same for each text may be causal, whatever the number of texts."""
+    inputs = [[torch.randn(b, 2, n, 32) for _ in range(3)] for b, n in sizes]
+    attend = _of_batches(rule)
+    capture = run_exact(attend, inputs[0], dynamic=True, again=[inputs[1]])
+    assert {row.mask for row in capture.rows} == {mask}
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-6
+
+
+def test_a_symbolic_batch_of_long_texts() -> None:
+    """Of one length, which is no number that anything is compared with: known within the time."""
+    inputs = [[torch.randn(b, 1, 1500, 16) for _ in range(3)] for b in (2, 3)]
+    for tensor in inputs[0]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    attend = _of_batches(lambda b, i, j: (j <= i) & (b >= 0))
+    capture = run_exact(attend, inputs[0], again=[inputs[1]])
+    assert len(capture.graphs) == 1
+    assert capture.row.mask == "causal"
+    assert error(capture.outputs[1], attend(*inputs[1])) < 1e-6
 
 
 # -- numbers --------------------------------------------------------------------------------------
