@@ -42,9 +42,10 @@ _FILLED = {
 _POINTWISE = frozenset(
     "le lt ge gt eq ne less_equal greater_equal less greater logical_not bitwise_not invert inv "
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior "
-    "__and__ __or__ add sub neg masked_fill where to bool float half bfloat16 double int long type "
-    "type_as clone contiguous detach full arange tensor scalar_tensor full_like new_full tril triu "
-    "zeros zeros_like new_zeros ones ones_like new_ones unsqueeze expand getitem diff".split()
+    "__and__ __or__ __eq__ __ne__ __le__ __lt__ __ge__ __gt__ __invert__ add sub neg masked_fill "
+    "where to bool float half bfloat16 double int long type type_as clone contiguous detach full "
+    "arange tensor scalar_tensor full_like new_full tril triu zeros zeros_like new_zeros ones "
+    "ones_like new_ones unsqueeze expand getitem diff".split()
 )
 """What a mask may be made with that is computed for some sizes, or some rows: each acts on
 elements, or by positions that it compares with a number in the program. A ``cumsum`` may be there
