@@ -1,6 +1,6 @@
 """Is it faster? Whole models on inputs long enough for attention to matter, on this machine.
 
-    python examples/speed.py [vit] [llama] [encoder] [--rounds 5] [--compiler inductor]
+    python examples/speed.py [vit] [llama] [padded] [encoder] [--rounds 5] [--compiler inductor]
 
 Per model and dtype, in turn in one run: plain ``torch.compile``; ``backend="distr"`` with every
 layer exact (``group_size = 1``), so that only kernels differ; and ``backend="distr"`` as it is,
@@ -17,7 +17,7 @@ import operator
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -34,12 +34,16 @@ EXACT = {"default": {"group_size": 1}}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, one input, and its output as rows of features."""
+    """A model, one input, and its output as rows of features.
+
+    ``more`` are further arguments, by name.
+    """
 
     title: str
     model: nn.Module
     inputs: Tensor
     rows: Callable[[object], Tensor]
+    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 def vit() -> Subject:
@@ -71,6 +75,18 @@ def llama() -> Subject:
     )
 
 
+def padded() -> Subject:
+    """The same with the mask that a tokenizer gives: the text is 4,000 tokens, the rest padding."""
+    mask = torch.ones(1, 4096, dtype=torch.long)
+    mask[:, 4000:] = 0
+    return replace(
+        llama(),
+        title="The same with an attention_mask, 4,000 tokens and padding",
+        rows=lambda out: out.last_hidden_state[0, :4000],  # type: ignore[attr-defined]
+        more={"attention_mask": mask},
+    )
+
+
 def encoder() -> Subject:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -90,7 +106,7 @@ def encoder() -> Subject:
 
 
 def main(argv: list[str] | None = None) -> None:
-    subjects = {"vit": vit, "llama": llama, "encoder": encoder}
+    subjects = {"vit": vit, "llama": llama, "padded": padded, "encoder": encoder}
     parser = argparse.ArgumentParser(description="see the module's docstring")
     parser.add_argument("models", nargs="*", help=f"of {', '.join(subjects)}; all by default")
     parser.add_argument("--rounds", type=int, default=5)
@@ -124,12 +140,12 @@ def measure(subject: Subject, dtype: torch.dtype, rounds: int, compiler: str) ->
         "exact": torch.compile(model, backend="distr", options=exact),
         "distr": torch.compile(model, backend="distr", options=ours),
     }
-    outputs = {name: subject.rows(run(inputs)) for name, run in arms.items()}
+    outputs = {name: subject.rows(run(inputs, **subject.more)) for name, run in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):  # in turn, so that a busy machine slows all
         for name, run in arms.items():
             start = time.perf_counter()
-            run(inputs)
+            run(inputs, **subject.more)
             times[name].append(time.perf_counter() - start)
     found = distr_compile.report(arms["distr"])
     pair = (outputs[name].double() for name in ("plain", "distr"))

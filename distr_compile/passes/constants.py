@@ -91,7 +91,7 @@ class Constants:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._seconds = SECONDS
-        self._offsets: dict[tuple[Any, ...], int | None] = {}  # the layers of a model share a mask
+        self._offsets: dict[tuple[Any, ...], float | None] = {}  # a model's layers share a mask
 
     def number(self, arg: Any, reader: fx.Node) -> float | None:
         """The number an argument stands for when ``reader`` reads it, if it is always the same."""
@@ -108,9 +108,9 @@ class Constants:
         found = _agreed(ends)
         return None if found is None else float(found)
 
-    def causal_offset(
+    def offset(
         self, node: fx.Node, reader: fx.Node, shape: tuple[Any, ...], hidden: bool = False
-    ) -> int | None:
+    ) -> float | None:
         """The offset o >= 0 of a mask that shows row i the keys ``j <= i + o`` and no others.
 
         Args:
@@ -120,7 +120,7 @@ class Constants:
             hidden: True where a boolean mask marks what is hidden.
 
         Returns:
-            None for every other mask, and for one that shows everything.
+            Infinity for a mask that shows everything, None for all others.
         """
         try:
             nodes = self._nodes(node, reader)
@@ -135,7 +135,7 @@ class Constants:
             )
         return self._offsets[key]
 
-    def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> int:
+    def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> float:
         """The offset at one choice of sizes."""
         offset: int | None = None
         keys = torch.arange(columns, device="cpu")
@@ -148,9 +148,9 @@ class Constants:
             queries = torch.arange(chunk.start, chunk.stop, device="cpu")[:, None]
             if offset < 0 or not (visible == (keys <= queries + offset)).all():
                 raise _NotConstantError
-        if offset is None or offset >= columns - 1 > 0:
+        if offset is None:
             raise _NotConstantError
-        return offset
+        return math.inf if offset >= columns - 1 > 0 else offset
 
     def _timed(self, program: _Program, rows: _Rows) -> Tensor:
         """Compute a program (or a chunk of its rows) on this graph's account."""

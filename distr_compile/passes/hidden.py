@@ -1,14 +1,15 @@
 """Which keys the masks of a site hide: later ones, as every causal model does, or others too.
 
-What is causal is taken out of the masks and said to the call in a word; a kernel that knows it
-leaves half of the scores out, and what is left of the masks is often a row of keys for each text.
+What is causal is taken out of the masks and said to the call in a word, what hides nothing is left
+out. A kernel that knows it leaves half of the scores out, and the rest of the masks is often a row
+of keys for each text, where the model has a row for each query.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from torch import fx
 from distr_compile.passes.origin import Flow
 from distr_compile.passes.site import Causal, Level, Step
 from distr_compile.passes.steps import AddStep, FillStep
-from distr_compile.passes.vocabulary import same_shape, target_name, tensor_of
+from distr_compile.passes.vocabulary import same_shape, same_size, shape_of, target_name, tensor_of
 
 # Operations on boolean masks, and what of their parts has to hold.
 _BOTH = frozenset("and_ __and__ logical_and bitwise_and mul".split())
@@ -32,68 +33,98 @@ def mask_of(
 
     ``is_causal``: later keys are hidden, besides what the steps hide.
     """
-    causal, left = Causal(0) if is_causal else None, steps
-    if causal is None:
-        causal, left = _causal_among(flow, scores, steps)
-    masks = [s for s in left if isinstance(s, AddStep | FillStep)]
+    count, offsets, left = sum(map(_is_mask, steps)), [], []
+    for i, step in enumerate(steps):
+        found = _Read([], [step])
+        if isinstance(step, AddStep | FillStep):
+            # An axis may be split in two there; and SDPA's flag is beside no mask.
+            is_aligned = same_shape(step.level.shape[-2:], scores.shape[-2:]) and not is_causal
+            found = _read(flow, step, steps[i + 1 :], is_only=count == 1, is_aligned=is_aligned)
+        offsets += found.offsets
+        left += found.rest
+    masks = [step for step in left if _is_mask(step)]
+    causal = Causal(0) if is_causal else None
+    if offsets:
+        causal = Causal(min(offsets), by_mask=True)
     is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
     kinds = ["causal"] * (causal is not None) + ["bool" if is_bool else "float"] * bool(masks)
     return "+".join(kinds) or "none", causal, tuple(left)
 
 
-def _causal_among(flow: Flow, scores: Level, steps: list[Step]) -> tuple[Causal | None, list[Step]]:
-    """What is causal among the masks, or in one of them; the steps without it."""
-    masks = [s for s in steps if isinstance(s, AddStep | FillStep)]
-    for i, step in enumerate(steps):
-        if not isinstance(step, AddStep | FillStep):
-            continue
-        if not same_shape(step.level.shape[-2:], scores.shape[-2:]):  # an axis is split in two
-            continue
-        is_only = len(masks) == 1
-        # Beside others only what truly hides: rows may be left without a key, whose mean is of all.
-        if not is_only and not (isinstance(step, FillStep) and step.value == -math.inf):
-            continue
-        offset = step.causal_offset(flow, steps[i + 1 :])
-        rest: tuple[Step, ...] = ()
-        if offset is None and isinstance(step, FillStep) and step.value == -math.inf:
-            offset, rest = _taken_apart(flow, step)
-        if offset is not None:
-            return Causal(offset, step, rest), [*steps[:i], *rest, *steps[i + 1 :]]
-    return None, steps
+class _Read(NamedTuple):
+    """What a mask comes to: the offsets of what is causal in it, and the steps left of it."""
+
+    offsets: list[int]
+    rest: list[Step]
 
 
-def _taken_apart(flow: Flow, step: FillStep) -> tuple[int | None, tuple[Step, ...]]:
-    """The offset of what is causal in a condition made of several, and the others of them."""
-    offsets, rest = [], []
-    parts = _parts(flow, step.tensor, step.reader, step.keep)
-    for part, keep in parts if len(parts) > 1 else ():
-        alone = replace(step, tensor=part, keep=keep)
-        offset = alone.causal_offset(flow, [])
-        if offset is None:
-            rest.append(alone)
-        else:
-            offsets.append(offset)
-    return min(offsets, default=None), tuple(rest)
+def _is_mask(step: Step) -> bool:
+    return isinstance(step, AddStep | FillStep)
 
 
-def _parts(flow: Flow, node: fx.Node, reader: fx.Node, keep: bool) -> list[tuple[fx.Node, bool]]:
-    """Conditions that all have to show a key for ``node`` to do so, and whether True shows it.
+def _read(
+    flow: Flow, step: AddStep | FillStep, later: list[Step], *, is_only: bool, is_aligned: bool
+) -> _Read:
+    """What one mask comes to, the only one or beside others."""
+    offset = step.offset(flow, later)
+    if offset == math.inf:
+        return _Read([], [])
+    # Beside others only what truly hides: rows may be left without a key, whose mean is of all.
+    is_hiding = isinstance(step, FillStep) and step.value == -math.inf
+    if offset is not None and is_aligned and (is_only or is_hiding):
+        return _Read([int(offset)], [])
+    if not isinstance(step, FillStep) or not is_hiding or offset is not None:
+        return _Read([], [step])
+    found = _Read([], [])
+    for part in _parts(flow, step):
+        offset = part.offset(flow, later)
+        if offset is None or (offset < math.inf and not is_aligned):
+            found.rest.append(part)
+        elif offset < math.inf:
+            found.offsets.append(int(offset))
+    if len(found.rest) > 1 and any(_has_rows(part.tensor) for part in found.rest):
+        return _Read(found.offsets, [step])  # which is there, and no larger than these together
+    return found
 
-    They broadcast as ``node`` does.
+
+def _has_rows(mask: fx.Node | None) -> bool:
+    """Whether a mask has a row for each query."""
+    shape = shape_of(mask)
+    return len(shape) > 1 and not same_size(shape[-2], 1)
+
+
+def _parts(flow: Flow, step: FillStep) -> list[FillStep]:
+    """Conditions that all have to show a key for that of ``step`` to do so; they broadcast as it.
+
+    They are read where ``step`` reads: what is written in between is not taken apart.
     """
-    name, value, memory = target_name(node), tensor_of(node), flow.memory
+    memory, found = flow.memory, []
+    stack, seen = [(step.tensor, step.keep)], {(step.tensor, step.keep)}
+    while stack:
+        node, keep = stack.pop()
+        given = _conditions(node, keep)
+        is_written = memory.writes(node) or memory.may_change(node, node, step.reader)
+        if not given or is_written or any(memory.may_change(x, node, step.reader) for x in given):
+            whole = node is step.tensor
+            found.append(step if whole else replace(step, tensor=node, keep=keep))
+            continue
+        each = [(x, keep != (target_name(node) in _NOT)) for x in given]
+        stack += [x for x in each if x not in seen]
+        seen.update(each)
+    return found
+
+
+def _conditions(node: fx.Node, keep: bool) -> list[fx.Node]:
+    """The boolean tensors that a node makes one of, if all have to hold; of one it is that itself,
+    its opposite, or it for more."""
+    name, value = target_name(node), tensor_of(node)
     given: list[Any] = [x for x in node.args if isinstance(x, fx.Node)]
     if name in _NOT | _AS_IT_IS:
         given = given[:1]
     elif name not in (_BOTH if keep else _EITHER) or len(given) != 2:
-        return [(node, keep)]
+        return []
     tensors = [tensor_of(x) for x in (node, *given)]
     is_alike = value is not None and all(
         x is not None and x.dtype is torch.bool and x.device == value.device for x in tensors
     )
-    is_written = memory.writes(node) or memory.may_change(node, node, reader)
-    is_written = is_written or any(memory.may_change(x, node, reader) for x in given)
-    if not is_alike or is_written:
-        return [(node, keep)]
-    keep = keep != (name in _NOT)
-    return [part for x in given for part in _parts(flow, x, reader, keep)]
+    return given if is_alike else []

@@ -164,7 +164,8 @@ def _left_alone(site: AttentionSite, flow: Flow) -> AttentionSite:
 
 def _tensors(site: AttentionSite) -> set[fx.Node]:
     """What a call in the site's place is given: operands, masks and biases, as they are."""
-    found = {s.tensor for s in site.steps if isinstance(s, AddStep | FillStep)}
+    masks = (s for s in (*site.steps, *site.given) if isinstance(s, AddStep | FillStep))
+    found = {s.tensor for s in masks}
     if isinstance(site, OpenSite):
         found |= {x.node for x in (site.q, site.k, site.v, *(site.shared or ()))}
     return found

@@ -104,7 +104,8 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     """Put SDPA in the place of an exact site that is spelled out, where it means the same.
 
     A call of SDPA whose mask is causal loses the mask and is told so: kernels that know it compute
-    half of the scores, and nothing makes or reads a mask of N_q x N_k.
+    half of the scores, and nothing makes or reads a mask of N_q x N_k. It loses one that hides
+    nothing, too.
 
     Returns:
         Whether it did, or without ``change`` would. Other fused calls are left alone, and sites
@@ -115,9 +116,9 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     chooses = graph.find_nodes(op="call_function", target=torch.nn.attention._sdpa_kernel)
     if chooses or not torch.backends.cuda.math_sdp_enabled():
         return False
-    site = _with_one_mask(site)
+    site = _as_sdpa_takes_it(site)
     if site.kind == "sdpa":
-        return _without_causal_mask(graph, site, change=change)
+        return _without_mask(graph, site, change=change)
     if not isinstance(site, OpenSite) or not _sdpa_means_the_same(site):
         return False
 
@@ -134,32 +135,38 @@ def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     return True
 
 
-def _with_one_mask(site: AttentionSite) -> AttentionSite:
-    """The site as SDPA takes it, whose ``is_causal`` knows no offset and stands beside no mask."""
-    causal, masks = site.causal, [s for s in site.steps if isinstance(s, AddStep | FillStep)]
-    if causal is None or causal.step is None or not (causal.offset or masks):
-        return site
-    others = (s for s in site.steps if not any(s is part for part in causal.rest))
-    return replace(site, causal=None, steps=(*others, causal.step))
+def _as_sdpa_takes_it(site: AttentionSite) -> AttentionSite:
+    """The site with the masks that the model has, if any is left or SDPA has no word for it.
+
+    Its ``is_causal`` knows no offset and stands beside no mask.
+    """
+    causal, is_masked = site.causal, any(isinstance(s, AddStep | FillStep) for s in site.steps)
+    if is_masked or (causal is not None and causal.offset):
+        is_flag = causal is not None and not causal.by_mask
+        return replace(site, causal=causal if is_flag else None, steps=site.given)
+    return site
 
 
-def _without_causal_mask(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
-    """Let SDPA's own ``is_causal`` say what the mask of a call says, where all else is as before.
+def _without_mask(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
+    """Let SDPA's own ``is_causal`` say all that the mask of a call says, or drop one that hides
+    nothing, where all else is as before.
 
     Not beside dropout: which kernel draws says which numbers.
     """
     old, op = site.anchor, voc.read(site.anchor)
-    is_by_mask = site.causal is not None and site.causal.step is not None
-    is_square = same_size(site.num_queries, site.num_keys)  # else some kernels count from the end
-    if not (isinstance(op, voc.Sdpa) and is_by_mask and is_square) or site.dropout_p:
+    if not isinstance(op, voc.Sdpa) or op.attn_mask is None or site.dropout_p or site.steps:
         return False
-    options = {"is_causal": True, "scale": op.scale, "enable_gqa": op.enable_gqa}
+    # Of other lengths some kernels count from the end.
+    if site.is_causal and not same_size(site.num_queries, site.num_keys):
+        return False
+    options = {"is_causal": site.is_causal, "scale": op.scale, "enable_gqa": op.enable_gqa}
     emit = Emitter(graph, old)
     try:
         new = emit.function(F.scaled_dot_product_attention, op.query, op.key, op.value, **options)
         is_same = _is_laid_out_alike(fake(new), fake(old))
         # Of another scale SDPA makes NaN on a CPU. Asked of a symbolic one, this makes a guard.
-        is_same = is_same and (op.scale is None or bool(voc.value_of(op.scale) > 0))
+        if is_same and site.is_causal and op.scale is not None:
+            is_same = bool(voc.value_of(op.scale) > 0)
     except Exception:  # as in _replace: mixed dtypes under autocast, for one
         is_same = False
     if not is_same or not change:

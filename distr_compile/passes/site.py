@@ -85,14 +85,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Causal:
-    """The graph says that query i sees the keys ``j <= i + offset``, by ``step`` if by a mask.
-
-    ``rest``: what that mask hides besides, which is among the steps of the site in its place.
-    """
+    """The graph says that query i sees the keys ``j <= i + offset``, by a mask or in a word."""
 
     offset: int
-    step: Step | None = None
-    rest: tuple[Step, ...] = ()
+    by_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +126,9 @@ class AttentionSite(Sizes):
         form: the spelling, as names of operations from the product to the output.
         output: the node that the rewrite replaces.
         dtype, device, requires_grad: of the output; whether a gradient is recorded for it.
-        steps: what happens to the scores between the product and the softmax, in order.
+        steps: what happens to the scores between the product and the softmax, in order, but for
+            what ``causal`` says.
+        given: these steps as the model has them, where that is more.
         mask_kind: "none", "causal", "bool", "float" or a sum of them, for the report.
         causal: the graph says that query i sees keys j <= i + offset only, beside the steps.
         softcap: c > 0 where the scaled scores s become ``c * tanh(s / c)``, before every bias and
@@ -153,6 +151,7 @@ class AttentionSite(Sizes):
     device: torch.device
     requires_grad: bool = False
     steps: tuple[Step, ...] = ()
+    given: tuple[Step, ...] = ()
     mask_kind: str = "none"
     causal: Causal | None = None
     softcap: float = 0.0

@@ -363,12 +363,13 @@ class AddStep(Step):
             term = emit.method("mul", term, self.alpha)
         call.bias = term if call.bias is None else emit.method("add", call.bias, term)
 
-    def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
-        """The offset, where it is added as it is (floats, not scaled later) and is causal."""
+    def offset(self, flow: Flow, later: list[Step]) -> float | None:
+        """See :meth:`.Constants.offset`, where it is added as it is: floats, not scaled later."""
         is_scaled = self.alpha != 1 or any(isinstance(step, ScaleStep) for step in later)
-        if is_scaled or not fake(self.tensor).dtype.is_floating_point:
+        term = fake(self.tensor)
+        if is_scaled or term.requires_grad or not term.dtype.is_floating_point:
             return None
-        return flow.constants.causal_offset(self.tensor, self.reader, self.level.shape)
+        return flow.constants.offset(self.tensor, self.reader, self.level.shape)
 
 
 def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
@@ -456,10 +457,10 @@ class FillStep(Step):
             call.bias = emit.method("to", call.bias, dtype)
         call.bias = emit.method("masked_fill", call.bias, hidden, value)
 
-    def causal_offset(self, flow: Flow, later: list[Step]) -> int | None:
-        """The offset, where the condition is causal."""
+    def offset(self, flow: Flow, later: list[Step]) -> float | None:
+        """See :meth:`.Constants.offset`."""
         shape, hidden = self.level.shape, not self.keep
-        return flow.constants.causal_offset(self.tensor, self.reader, shape, hidden)
+        return flow.constants.offset(self.tensor, self.reader, shape, hidden)
 
 
 def _fill_back(way: Way, op: voc.Fill, node: fx.Node) -> fx.Node:

@@ -478,6 +478,7 @@ def open_site(
         levels=levels,
         canonical=canonical,
         steps=left,
+        given=tuple(steps),
         mask_kind=mask_kind,
         causal=causal,
         compute_dtype=compute_dtype,

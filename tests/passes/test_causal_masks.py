@@ -280,11 +280,92 @@ def test_what_is_causal_is_taken_out(name: str, dynamic: bool, keys: int) -> Non
     assert call.get("is_causal", False) == ("causal" in mask)
 
 
-def test_what_is_left_of_it_is_a_row_of_keys() -> None:
-    """The call's mask is that of the padding: one row for each text, not N."""
+SHOWN: dict[str, Callable[..., Tensor]] = {
+    "SDPA, all keys": lambda q, k, v: SDPA(q, k, v, seen(q, k, 5000)),
+    "SDPA, ones": lambda q, k, v: SDPA(q, k, v, torch.ones(q.shape[-2], 1, dtype=torch.bool)),
+    "SDPA, zeros": lambda q, k, v: SDPA(q, k, v, torch.zeros(1, 1, 1, k.shape[-2])),
+    "a negative scale": lambda q, k, v: SDPA(q, k, v, seen(q, k, 5000), scale=-0.2),
+    "a fill": lambda q, k, v: spelled(q, k, v, ~seen(q, k, 5000)),
+    "a finite fill": lambda q, k, v: spelled(q, k, v, ~seen(q, k, 5000), -1e9),
+    "a bias of zeros": lambda q, k, v: (q @ k.mT * 0.2 + torch.zeros(k.shape[-2])).softmax(-1) @ v,
+    "for more texts": lambda q, k, v: spelled(
+        q[:1], k[:1], v[:1], ~seen(q, k, 5000).expand(2, 1, -1, -1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_mask_that_hides_nothing_is_none(name: str) -> None:
+    inputs = operands(keys=50)
+    expected = SHOWN[name](*inputs)
+    for capture in (run(SHOWN[name], inputs), run_exact(SHOWN[name], inputs)):
+        assert capture.row.mask == "none"
+        assert error(capture.output, expected) < 1e-6
+        assert masks_given(capture) in ([], [(False, False)])
+        assert not any(call.get("is_causal") for call in capture.calls)
+
+
+def test_a_causal_mask_for_more_texts_than_there_are() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return spelled(q[:1], k[:1], v[:1], ~seen(q, k).expand(2, 1, -1, -1))
+
+    inputs = operands()
+    for capture in (run(attend, inputs), run_exact(attend, inputs)):
+        assert capture.row.mask == "causal"
+        assert error(capture.output, attend(*inputs)) < 1e-6
+
+
+def test_a_mask_of_very_many_parts() -> None:
+    """Each of 60 nodes reads the one before twice; the parts are two."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        mask = seen(q, k) & pad[:, None, None]
+        for _ in range(60):
+            mask = mask & mask
+        return SDPA(q, k, v, mask)
+
     inputs = [*operands(), padding()]
-    capture = run(SPLIT["both"][0], inputs)
-    (call,) = [
-        n for n in capture.graphs[0].graph.nodes if getattr(n.target, "__name__", "") == "attention"
-    ]
+    capture = run(attend, inputs)
+    assert capture.row.mask == "causal+bool"
+    assert error(capture.output, attend(*inputs)) < 1e-6
+
+
+def test_a_mask_with_rows_beside_the_causal_one_is_read_as_it_is() -> None:
+    """Window and padding: the model's mask is there already, one for all layers."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        mask = seen(q, k) & ~seen(q, k, -9) & pad[:, None, None]
+        return SDPA(SDPA(q, k, v, mask), k, v, mask)
+
+    inputs = [*operands(), padding()]
+    capture = run(attend, inputs)
+    assert {row.mask for row in capture.rows} == {"causal+bool"}
+    nodes = capture.graphs[0].graph.nodes
+    masks = {n.args[3] for n in nodes if getattr(n.target, "__name__", "") == "attention"}
+    assert [mask.name for mask in masks] == ["mask"]
+    seen_by_a_row = slice(None, N - 9)  # later rows of the first text see padding only
+    expected = attend(*inputs)
+    assert error(capture.output[:, :, seen_by_a_row], expected[:, :, seen_by_a_row]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["padding", "padding and all", "causal"])
+def test_what_is_left_of_a_mask_is_a_row_of_keys(name: str) -> None:
+    """The call's mask is that of the padding: one row for each text, not N."""
+    masks: dict[str, Callable[..., Tensor]] = {
+        "padding": lambda q, k, pad: pad[:, None, None].expand(2, HEADS, N, N),
+        "padding and all": lambda q, k, pad: (
+            torch.ones((), dtype=torch.bool) & pad[:, None, None]
+        ).expand(2, 1, N, N),
+        "causal": lambda q, k, pad: (seen(q, k) & pad[:, None, None]).expand(2, 1, N, N),
+    }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        return SDPA(q, k, v, masks[name](q, k, pad))
+
+    inputs = [*operands(), padding()]
+    capture = run(attend, inputs)
+    nodes = capture.graphs[0].graph.nodes
+    (call,) = [n for n in nodes if getattr(n.target, "__name__", "") == "attention"]
     assert call.args[3].meta["example_value"].shape == (2, 1, 1, N)
+    assert error(capture.output, attend(*inputs)) < 1e-6
+    assert torch.equal(run_exact(attend, inputs).output, attend(*inputs))

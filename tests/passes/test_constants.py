@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from .test_memory import graph_of
 
 ROWS, KEYS = 24, 48
 
-MASKS: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
+MASKS: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
     "tril": (lambda x: torch.ones(ROWS, KEYS, dtype=torch.bool).tril(), 0),
     "tril with a diagonal": (lambda x: torch.ones(ROWS, KEYS).tril(5) == 1, 5),
     "arange by keyword": (
@@ -48,7 +49,9 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "ones like an input": (lambda x: torch.ones_like(x, dtype=torch.bool).tril(), 0),
     "of an input": (lambda x: (x > -torch.inf).tril(), None),
     "of chance": (lambda x: (torch.rand(ROWS, KEYS) < 2).tril(), None),
-    "everything": (lambda x: torch.ones(ROWS, KEYS, dtype=torch.bool), None),
+    "everything": (lambda x: torch.ones(ROWS, KEYS, dtype=torch.bool), math.inf),
+    "a bias of zeros": (lambda x: torch.zeros(ROWS, KEYS), math.inf),
+    "all rows, but one key": (lambda x: _written(lambda m: m[:, :-1].fill_(True)), None),
     "one row differs": (lambda x: _written(lambda m: m[17, 30].fill_(True)), None),
     "one head differs": (
         lambda x: torch.stack([torch.ones(ROWS, KEYS).tril(k) == 1 for k in (0, 0, 1)])[None],
@@ -89,10 +92,10 @@ def _example() -> Tensor:
     return torch.randn(ROWS, KEYS)
 
 
-def _offset(graph: Any) -> int | None:
+def _offset(graph: Any) -> float | None:
     output = next(n for n in graph.nodes if n.op == "output")
     mask = output.args[0][0]
-    return Constants(Memory(graph)).causal_offset(mask, output, (ROWS, KEYS))
+    return Constants(Memory(graph)).offset(mask, output, (ROWS, KEYS))
 
 
 def test_a_large_mask_stays_within_time_and_memory() -> None:
@@ -106,11 +109,11 @@ def test_a_large_mask_stays_within_time_and_memory() -> None:
     mask = output.args[0][0]
     found = Constants(Memory(graph))
     found._seconds = 60.0  # a busy machine
-    assert found.causal_offset(mask, output, shape_of(mask)) == 0
+    assert found.offset(mask, output, shape_of(mask)) == 0
     late = Constants(Memory(graph))
     late._seconds = 0.0
     start = time.perf_counter()
-    assert late.causal_offset(mask, output, shape_of(mask)) is None
+    assert late.offset(mask, output, shape_of(mask)) is None
     assert time.perf_counter() - start < 1.0
 
 
@@ -187,7 +190,7 @@ def test_a_large_mask_is_computed_where_it_could_differ(
     found._seconds = 60.0  # a busy machine
     timed = found._timed
     found._timed = lambda program, chunk: rows.append(chunk) or timed(program, chunk)  # type: ignore[method-assign,func-returns-value]
-    assert found.causal_offset(output.args[0][0], output, (LONG, LONG)) == expected
+    assert found.offset(output.args[0][0], output, (LONG, LONG)) == expected
     if expected == 0:
         assert sum(chunk.stop - chunk.start for chunk in rows) < 200
         assert {0, LONG // 2, LONG - 1} <= {n for c in rows for n in range(c.start, c.stop)}
