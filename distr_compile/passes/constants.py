@@ -51,6 +51,9 @@ _POINTWISE = frozenset(
 elements, or by positions that it compares with a number in the program. A ``cumsum`` may be there
 too, of what is False everywhere: transformers counts the texts in a row."""
 
+_BITS = frozenset("bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior __and__ __or__".split())
+"""Of integers these go by several positions at once, as a sum does."""
+
 _SIZES_AT = {
     **dict.fromkeys("zeros ones empty".split(), slice(0, None)),
     **dict.fromkeys("expand new_zeros new_ones new_empty".split(), slice(1, None)),
@@ -236,9 +239,9 @@ class _Program:
     def chunks(self, rows: int, columns: int) -> Iterator[_Rows]:
         """All rows at once if they fit into the memory allowed, else chunks of those that count.
 
-        What positions are compared with are numbers in the program, and sums of these; so far from
-        the first row, or from the last or the middle one where ``rows`` itself is compared, all
-        rows are alike.
+        Where positions are compared with numbers in the program, sums of these and each other, all
+        rows are alike that are far from the first one and, as the last position is such a number,
+        from the last and the middle one. That is not so where three are in one comparison.
         """
         tensors = [x for x in map(value_of, self.nodes) if isinstance(x, Tensor)]
         bytes_ = sum(math.prod(self._shape(x)) * x.itemsize for x in tensors)
@@ -249,7 +252,7 @@ class _Program:
         if not _goes_by_positions(self.nodes):
             raise _NotConstantError
         step, near = max(1, rows // count), rows
-        if rows == columns:
+        if rows == columns and _compared(self.nodes, rows)[1] <= 2:
             near = 2 * max(_numbers(self.nodes, rows)) + 3
         done = 0
         for middle in (0, rows // 2, rows):
@@ -327,24 +330,35 @@ _SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.S
 
 def _agreed(answers: Iterable[_T]) -> _T | None:
     """The answer of all programs; None where they differ, or where one cannot be computed."""
+    found: set[_T] = set()
     try:
-        found = set(answers)
+        for answer in answers:
+            found.add(answer)
+            if len(found) > 1:
+                return None
     except _NotConstantError:
         return None
-    return found.pop() if len(found) == 1 else None
+    return found.pop() if found else None
 
 
 def _goes_by_positions(nodes: list[fx.Node]) -> bool:
     """Whether what the nodes compute may be asked of some sizes, or rows, instead of all."""
-    for node in nodes:
-        if not tensors_in(value_of(node)) or target_name(node) in _POINTWISE:
-            continue
-        given: Any = node.args[0] if node.args else None
-        counted = value_of(given)
-        is_counting = target_name(node) == "cumsum" and isinstance(counted, Tensor)
-        if not is_counting or counted.dtype is not torch.bool:
-            return False
-    return not _has_narrow_positions(nodes)
+    of_tensors = (n for n in nodes if tensors_in(value_of(n)))
+    return all(map(_acts_by_position, of_tensors)) and not _has_narrow_positions(nodes)
+
+
+def _acts_by_position(node: fx.Node) -> bool:
+    name, value = target_name(node), value_of(node)
+    given = [value_of(leaf) for leaf in tree_leaves([node.args, node.kwargs])]
+    if name == "cumsum":
+        return isinstance(given[0], Tensor) and given[0].dtype is torch.bool
+    if name == "arange":  # one apart, or more
+        return not any(isinstance(x, float | torch.SymFloat) for x in given)
+    if name == "tensor":  # a list may say anything of each position
+        return bool(value.numel() == 1)
+    if name == "getitem" and any(isinstance(x, bool) for x in given):
+        return False
+    return name in _POINTWISE
 
 
 def _visible(mask: Tensor, hidden: bool) -> Tensor:
@@ -389,18 +403,24 @@ def _has_narrow_positions(nodes: list[fx.Node]) -> bool:
 
 
 def _choices(lengths: set[Any], others: set[Any], numbers: set[int]) -> Iterator[dict[Any, int]]:
-    """Values for the symbols: on both sides of every number of the program, equal and unequal.
+    """Values for the symbols: on both sides of every number of the program.
 
-    Of lengths and others one kind is small while the other one takes them.
+    All lengths take them, equal and unequal, and each while the other one is small; the others take
+    them, too, and are small otherwise.
     """
     sizes = {s for c in numbers for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
-    for these, small in ((lengths, dict.fromkeys(others, 2)), (others, dict.fromkeys(lengths, 3))):
-        ordered = sorted(these, key=str)
-        for size in sorted(sizes) if ordered else ():
-            yield small | dict.fromkeys(ordered, size)
-            if len(ordered) > 1:
-                yield small | {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
-                yield small | {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
+    ordered, few = sorted(lengths, key=str), dict.fromkeys(others, 2)
+    for size in sorted(sizes):
+        equal = dict.fromkeys(ordered, size)
+        if lengths:
+            yield few | equal
+        if others:
+            yield equal | dict.fromkeys(others, size)
+        if len(ordered) > 1:
+            yield few | {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
+            yield few | {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
+            for symbol in ordered:
+                yield few | dict.fromkeys(ordered, 3) | {symbol: size}
 
 
 def _numbers(nodes: list[fx.Node], length: int | None) -> set[int]:
@@ -409,11 +429,11 @@ def _numbers(nodes: list[fx.Node], length: int | None) -> set[int]:
     ``length`` is none of them where it says how large something is.
     """
     found = [x for n in nodes for x in _literals(n, length) if x <= LARGEST_SIZE]
-    return {1, 3, max(sum(found), _compared(nodes, length)), *found}
+    return {1, 3, max(sum(found), _compared(nodes, length)[0]), *found}
 
 
-def _compared(nodes: list[fx.Node], length: int | None) -> int:
-    """How large all that is compared with positions may be, added up.
+def _compared(nodes: list[fx.Node], length: int | None) -> tuple[int, int]:
+    """How large all that is compared with positions may be, added up; how many positions at once.
 
     Numbers grow where tensors are added: 1, added to itself ten times over, is a window of 1024.
 
@@ -421,7 +441,7 @@ def _compared(nodes: list[fx.Node], length: int | None) -> int:
         _NotConstantError: positions or numbers grow beyond what a choice of sizes can show.
     """
     grown: dict[fx.Node, tuple[int, int]] = {}  # how many positions, and which number, a sum has
-    compared = 0
+    compared = at_once = 0
     for node in nodes:
         value, name = value_of(node), target_name(node)
         leaves = (n for n in tree_leaves([node.args, node.kwargs]) if isinstance(n, fx.Node))
@@ -433,7 +453,8 @@ def _compared(nodes: list[fx.Node], length: int | None) -> int:
             continue
         if name == "diff":  # of neighbours
             positions, numbers = [2 * max(positions, default=0)], [2 * max(numbers, default=0)]
-        if name in {"add", "sub", "diff"}:
+        is_sum = name in {"add", "sub", "diff"}
+        if is_sum or (name in _BITS and value.dtype is not torch.bool):
             position, number = sum(positions), sum(numbers) + own
             is_exact = position or not value.dtype.is_floating_point
             if name == "diff":
@@ -452,9 +473,10 @@ def _compared(nodes: list[fx.Node], length: int | None) -> int:
             position = max(position, 1)
         if isinstance(value, Tensor) and value.dtype is torch.bool:
             compared += number if position else 0
+            at_once = max(at_once, sum(positions))
             position, number = 0, 1
         grown[node] = position, number
-    return min(compared, LARGEST_SIZE)
+    return min(compared, LARGEST_SIZE), at_once
 
 
 def _literals(node: fx.Node, length: int | None, *, of_fills: bool = False) -> Iterator[int]:

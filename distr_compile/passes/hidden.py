@@ -8,8 +8,9 @@ of keys for each text, where the model has a row for each query.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import fx
@@ -27,11 +28,16 @@ _AS_IT_IS = frozenset("expand to bool clone contiguous detach".split())
 
 
 def mask_of(
-    flow: Flow, scores: Level, steps: list[Step], is_causal: bool = False
+    flow: Flow, output: fx.Node, scores: Level, steps: list[Step], is_causal: bool = False
 ) -> tuple[str, Causal | None, tuple[Step, ...]]:
     """What hides or biases keys, for the report; whether that is "causal"; the steps left.
 
-    ``is_causal``: later keys are hidden, besides what the steps hide.
+    Args:
+        flow: of the graph.
+        output: the node in whose place the call will read the masks.
+        scores: of the product.
+        steps: of the site.
+        is_causal: later keys are hidden, besides what the steps hide.
     """
     count, offsets, left = sum(map(_is_mask, steps)), [], []
     for i, step in enumerate(steps):
@@ -39,7 +45,13 @@ def mask_of(
         if isinstance(step, AddStep | FillStep):
             # An axis may be split in two there; and SDPA's flag is beside no mask.
             is_aligned = same_shape(step.level.shape[-2:], scores.shape[-2:]) and not is_causal
-            found = _read(flow, step, steps[i + 1 :], is_only=count == 1, is_aligned=is_aligned)
+            parts: Sequence[AddStep | FillStep] = [step]
+            if _is_hiding(step):
+                parts = _parts(flow, step, output)
+            is_only = count == len(parts) == 1
+            found = _read(flow, parts, steps[i + 1 :], is_only=is_only, is_aligned=is_aligned)
+            if len(found.rest) > 1 and any(_has_rows(part.tensor) for part in found.rest):
+                found = _Read(found.offsets, [step])  # it is there, and not larger than these
         offsets += found.offsets
         left += found.rest
     masks = [step for step in left if _is_mask(step)]
@@ -62,28 +74,32 @@ def _is_mask(step: Step) -> bool:
     return isinstance(step, AddStep | FillStep)
 
 
+def _is_hiding(step: Step) -> TypeGuard[FillStep]:
+    return isinstance(step, FillStep) and step.value == -math.inf
+
+
 def _read(
-    flow: Flow, step: AddStep | FillStep, later: list[Step], *, is_only: bool, is_aligned: bool
+    flow: Flow,
+    parts: Sequence[AddStep | FillStep],
+    later: list[Step],
+    *,
+    is_only: bool,
+    is_aligned: bool,
 ) -> _Read:
-    """What one mask comes to, the only one or beside others."""
-    offset = step.offset(flow, later)
-    if offset == math.inf:
-        return _Read([], [])
-    # Beside others only what truly hides: rows may be left without a key, whose mean is of all.
-    is_hiding = isinstance(step, FillStep) and step.value == -math.inf
-    if offset is not None and is_aligned and (is_only or is_hiding):
-        return _Read([int(offset)], [])
-    if not isinstance(step, FillStep) or not is_hiding or offset is not None:
-        return _Read([], [step])
+    """What a mask comes to, the only one or beside others.
+
+    Beside others only what truly hides counts as causal: a finite fill may leave rows without a key
+    that are a mean of all.
+    """
     found = _Read([], [])
-    for part in _parts(flow, step):
+    for part in parts:
         offset = part.offset(flow, later)
-        if offset is None or (offset < math.inf and not is_aligned):
+        if offset == math.inf:
+            continue
+        if offset is None or not is_aligned or not (is_only or _is_hiding(part)):
             found.rest.append(part)
-        elif offset < math.inf:
+        else:
             found.offsets.append(int(offset))
-    if len(found.rest) > 1 and any(_has_rows(part.tensor) for part in found.rest):
-        return _Read(found.offsets, [step])  # which is there, and no larger than these together
     return found
 
 
@@ -93,18 +109,18 @@ def _has_rows(mask: fx.Node | None) -> bool:
     return len(shape) > 1 and not same_size(shape[-2], 1)
 
 
-def _parts(flow: Flow, step: FillStep) -> list[FillStep]:
+def _parts(flow: Flow, step: FillStep, output: fx.Node) -> list[FillStep]:
     """Conditions that all have to show a key for that of ``step`` to do so; they broadcast as it.
 
-    They are read where ``step`` reads: what is written in between is not taken apart.
+    They will be read at ``output``: what is written until then is not taken apart.
     """
     memory, found = flow.memory, []
     stack, seen = [(step.tensor, step.keep)], {(step.tensor, step.keep)}
     while stack:
         node, keep = stack.pop()
         given = _conditions(node, keep)
-        is_written = memory.writes(node) or memory.may_change(node, node, step.reader)
-        if not given or is_written or any(memory.may_change(x, node, step.reader) for x in given):
+        is_written = memory.writes(node) or memory.may_change(node, node, output)
+        if not given or is_written or any(memory.may_change(x, node, output) for x in given):
             whole = node is step.tensor
             found.append(step if whole else replace(step, tensor=node, keep=keep))
             continue

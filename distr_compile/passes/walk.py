@@ -454,7 +454,7 @@ def open_site(
     heads of K and V are looked for. The others are fields of the site.
     """
     q, k, v = operands
-    mask_kind, causal, left = mask_of(flow, levels[0], steps, is_causal)
+    mask_kind, causal, left = mask_of(flow, output, levels[0], steps, is_causal)
     shared = _shared_heads(partial(flow.through, out=output), k, v) if share_heads else None
     key, level = shared[0] if shared else k, canonical.shape
     heads = level[-3] if len(level) > 2 else 1

@@ -202,6 +202,13 @@ def _written_between(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return SDPA(q, k, v, mask)
 
 
+def _written_before_the_values(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    pad = pad[:, None, None].clone()
+    scores = (q @ k.mT * 0.2).masked_fill(~(seen(q, k) & pad), -torch.inf)
+    pad.fill_(True)
+    return scores.softmax(-1) @ v + 0 * pad.sum()
+
+
 def _written_to(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     mask = seen(q, k) & pad[:, None, None]
     mask[..., 0] = True
@@ -259,6 +266,7 @@ SPLIT: dict[str, tuple[Callable[..., Tensor], str]] = {
         "float",
     ),
     "a part is written": (_written_between, "bool"),
+    "a part is written later": (_written_before_the_values, "bool"),
     "the whole is written": (_written_to, "bool"),
 }
 

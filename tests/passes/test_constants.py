@@ -134,6 +134,18 @@ def _of_texts(start: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return rule
 
 
+GLOBAL = [700 <= i < 710 for i in range(LONG)]
+
+
+def _some_rows(i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) | torch.tensor(GLOBAL)[:, None]
+
+
+def _times(i: Tensor, j: Tensor) -> Tensor:
+    time = torch.arange(0.0, 1.0, 1 / LONG)[:LONG]
+    return (j <= i) | ((time >= 0.2) & (time < 0.21))[:, None]
+
+
 def _tenth(i: Tensor, j: Tensor) -> Tensor:
     text = ((torch.arange(LONG) & 63) == 63).cumsum(-1)
     return (j <= i) & (text[i] != 10)
@@ -166,6 +178,10 @@ LARGE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int | None]] = {
     "two texts": (_of_texts(torch.arange(LONG) == 1200), None),
     "many texts": (_of_texts((torch.arange(LONG) & 511) == 511), None),
     "the tenth text": (_tenth, None),
+    "rows of a list": (_some_rows, None),
+    "rows by a time from 0 to 1": (_times, None),
+    "a third of the rows": (lambda i, j: (j <= i) | (i + i == j[-1] - i), None),
+    "a third, by bits": (lambda i, j: (j <= i) | (((i + i) ^ (j[-1] - i)) == 0), None),
 }
 
 
@@ -378,6 +394,45 @@ def test_masks_of_a_symbolic_batch(rule: Callable[..., Tensor], mask: str, sizes
     attend = _of_batches(rule)
     capture = run_exact(attend, inputs[0], dynamic=True, again=[inputs[1]])
     assert {row.mask for row in capture.rows} == {mask}
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-6
+
+
+TABLE = [i == 20 for i in range(128)]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda b, i, j: (j <= i) & ~((b >= 3) & (i - j >= 30)),
+        lambda b, i, j: (j <= i) | torch.tensor(TABLE)[: i.shape[2], None],
+        lambda b, i, j: (
+            (j <= i)
+            | ((t := torch.arange(0.0, 1.0, 1 / 128)[: i.shape[2], None]) > 0.2) & (t < 0.25)
+        ),
+    ],
+    ids=["batch and length at once", "a list", "fractions"],
+)
+def test_masks_that_differ_at_greater_sizes_only(rule: Callable[..., Tensor]) -> None:
+    attend = _of_batches(rule)
+    inputs = [[torch.randn(b, 2, n, 32) for _ in range(3)] for b, n in ((2, 24), (3, 25), (5, 70))]
+    for how in (run, run_exact):
+        capture = how(attend, inputs[0], again=inputs[1:], dynamic=None)
+        for output, given in zip(capture.outputs, inputs, strict=True):
+            assert error(output, attend(*given)) < 1e-6
+
+
+def test_a_mask_that_goes_by_how_many_more_keys_there_are() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, (j <= i) | (j > i[-1] + 100)
+        )
+
+    inputs = [[torch.randn(2, 2, m, 32) for m in (n, k, k)] for n, k in ((24, 30), (40, 300))]
+    for tensor in inputs[0]:
+        torch._dynamo.mark_dynamic(tensor, 2)
+    capture = run(attend, inputs[0], again=inputs[1:])
     for output, given in zip(capture.outputs, inputs, strict=True):
         assert error(output, attend(*given)) < 1e-6
 
