@@ -176,13 +176,13 @@ def _(q, k, v):
 CAUSAL_BUFFER = torch.ones(ROWS, KEYS, dtype=torch.bool).tril()
 
 
-@form("causal and a padding mask", mask="bool")
+@form("causal and a padding mask", mask="causal+bool")
 def _(q, k, v, padding):
     seen = torch.ones(ROWS, KEYS, dtype=torch.bool).tril() & padding[:, None, None, :]
     return torch.where(seen, q @ k.mT * C, -torch.inf).softmax(-1) @ v
 
 
-@form("causal and a bias", mask="float")
+@form("causal and a bias", mask="causal+float")
 def _(q, k, v, table):
     seen = torch.ones(ROWS, KEYS, dtype=torch.bool).tril()
     scores = torch.where(seen, q @ k.mT * C, -torch.inf)
