@@ -55,8 +55,8 @@ _BITS = frozenset("bitwise_and bitwise_or bitwise_xor and_ or_ xor iand ior __an
 """Of integers these go by several positions at once, as a sum does."""
 
 _SIZES_AT = {
-    **dict.fromkeys("zeros ones empty".split(), slice(0, None)),
-    **dict.fromkeys("expand new_zeros new_ones new_empty".split(), slice(1, None)),
+    **dict.fromkeys("zeros ones".split(), slice(0, None)),
+    **dict.fromkeys("expand new_zeros new_ones".split(), slice(1, None)),
     "full": slice(0, 1),
     "new_full": slice(1, 2),
 }
@@ -112,15 +112,21 @@ class Constants:
         return None if found is None else float(found)
 
     def offset(
-        self, node: fx.Node, reader: fx.Node, shape: tuple[Any, ...], hidden: bool = False
+        self,
+        node: fx.Node,
+        reader: fx.Node,
+        shape: tuple[Any, ...],
+        hidden: bool = False,
+        low: float = HIDING,
     ) -> float | None:
         """The offset o >= 0 of a mask that shows row i the keys ``j <= i + o`` and no others.
 
         Args:
-            node: bool, or floating: 0 shows and -1e4 or less hides. Broadcastable to the scores.
+            node: bool, or floating: 0 shows and ``low`` or less hides. Broadcastable to the scores.
             reader: the node that reads it.
             shape: of the scores, (..., N_q, N_k), ints or SymInts.
             hidden: True where a boolean mask marks what is hidden.
+            low: see ``node``.
 
         Returns:
             Infinity for a mask that shows everything, None for all others.
@@ -129,21 +135,23 @@ class Constants:
             nodes = self._nodes(node, reader)
         except _NotConstantError:
             return None
-        key = (node, tuple(nodes), *map(str, shape), hidden)
+        key = (node, tuple(nodes), *map(str, shape), hidden, low)
         if key not in self._offsets:
             *lead, rows, columns = shape
             programs = self._programs(nodes, node, (rows, columns), tuple(lead))
             self._offsets[key] = _agreed(
-                self._offset_at(p, p.size(rows), p.size(columns), hidden) for p in programs
+                self._offset_at(p, p.size(rows), p.size(columns), hidden, low) for p in programs
             )
         return self._offsets[key]
 
-    def _offset_at(self, program: _Program, rows: int, columns: int, hidden: bool) -> float:
+    def _offset_at(
+        self, program: _Program, rows: int, columns: int, hidden: bool, low: float
+    ) -> float:
         """The offset at one choice of sizes."""
         offset: int | None = None
         keys = torch.arange(columns, device="cpu")
         for chunk in program.chunks(rows, columns):
-            visible = _visible(self._timed(program, chunk), hidden)
+            visible = _visible(self._timed(program, chunk), hidden, low)
             visible = visible.expand(*visible.shape[:-2], chunk.stop - chunk.start, columns)
             first = visible.reshape(-1, *visible.shape[-2:])[0]
             if offset is None:
@@ -180,7 +188,7 @@ class Constants:
         others = symbols - lengths
         if others - {s.node.expr for s in lead if isinstance(s, torch.SymInt)}:
             raise _NotConstantError  # a number of the caller's, not a size of the scores
-        if symbols and not _goes_by_positions(nodes):
+        if symbols and not (_goes_by_positions(nodes) and _compared(nodes, None)[1] <= 2):
             raise _NotConstantError
         fillings = (0, 1) if any(target_name(n).startswith(_EMPTY) for n in nodes) else (0,)
         choices: Iterable[dict[Any, int]] = ({},)
@@ -240,16 +248,20 @@ class _Program:
         """All rows at once if they fit into the memory allowed, else chunks of those that count.
 
         Where positions are compared with numbers in the program, sums of these and each other, all
-        rows are alike that are far from the first one and, as the last position is such a number,
-        from the last and the middle one. That is not so where three are in one comparison.
+        rows are alike that are far from the first one, from the last, whose position may be such a
+        number, and from the middle, which is half of it. That is not so where three are compared.
         """
         tensors = [x for x in map(value_of, self.nodes) if isinstance(x, Tensor)]
-        bytes_ = sum(math.prod(self._shape(x)) * x.itemsize for x in tensors)
+        sized = [(x, self._shape(x)) for x in tensors]
+        bytes_ = sum(math.prod(s) * x.itemsize for x, s in sized)
         count = max(1, math.ceil(bytes_ / BYTES))
         if count == 1:
             yield _Rows(0, rows, rows)
             return
-        if not _goes_by_positions(self.nodes):
+        at_once = sum(
+            math.prod(s) * x.itemsize for x, s in sized if rows == 1 or s[-2:-1] != (rows,)
+        )
+        if at_once > BYTES or not _goes_by_positions(self.nodes):
             raise _NotConstantError
         step, near = max(1, rows // count), rows
         if rows == columns and _compared(self.nodes, rows)[1] <= 2:
@@ -343,13 +355,16 @@ def _agreed(answers: Iterable[_T]) -> _T | None:
 
 def _goes_by_positions(nodes: list[fx.Node]) -> bool:
     """Whether what the nodes compute may be asked of some sizes, or rows, instead of all."""
-    of_tensors = (n for n in nodes if tensors_in(value_of(n)))
-    return all(map(_acts_by_position, of_tensors)) and not _has_narrow_positions(nodes)
+    return all(map(_acts_by_position, nodes)) and not _has_narrow_positions(nodes)
 
 
 def _acts_by_position(node: fx.Node) -> bool:
     name, value = target_name(node), value_of(node)
     given = [value_of(leaf) for leaf in tree_leaves([node.args, node.kwargs])]
+    if not tensors_in(value):  # a size; or a statement that writes
+        return value is not None
+    if "out" in node.kwargs or (name in {"iand", "ior"} and value.dtype is not torch.bool):
+        return False  # positions and numbers that are written somewhere are not followed
     if name == "cumsum":
         return isinstance(given[0], Tensor) and given[0].dtype is torch.bool
     if name == "arange":  # one apart, or more
@@ -361,13 +376,13 @@ def _acts_by_position(node: fx.Node) -> bool:
     return name in _POINTWISE
 
 
-def _visible(mask: Tensor, hidden: bool) -> Tensor:
+def _visible(mask: Tensor, hidden: bool, low: float) -> Tensor:
     """Where a mask lets a row see a key."""
     mask = mask.reshape(*(1,) * (2 - mask.dim()), *mask.shape)
     if mask.dtype is torch.bool:
         return ~mask if hidden else mask
     visible = mask == 0
-    if not mask.is_floating_point() or not (visible | (mask <= HIDING)).all():
+    if not mask.is_floating_point() or not (visible | (mask <= low)).all():
         raise _NotConstantError
     return visible
 
@@ -393,6 +408,8 @@ def _has_narrow_positions(nodes: list[fx.Node]) -> bool:
     positions: set[fx.Node] = set()
     for node in nodes:
         value = value_of(node)
+        if isinstance(value, torch.SymInt):  # the position behind the last one
+            positions.add(node)
         if not isinstance(value, Tensor) or value.dtype is torch.bool:
             continue
         if target_name(node) == "arange" or positions & set(node.all_input_nodes):
@@ -406,7 +423,7 @@ def _choices(lengths: set[Any], others: set[Any], numbers: set[int]) -> Iterator
     """Values for the symbols: on both sides of every number of the program.
 
     All lengths take them, equal and unequal, and each while the other one is small; the others take
-    them, too, and are small otherwise.
+    them beside equal and beside small lengths, and are small otherwise.
     """
     sizes = {s for c in numbers for s in (c - 1, c, c + 1, 2 * c + 3) if s >= 2}
     ordered, few = sorted(lengths, key=str), dict.fromkeys(others, 2)
@@ -416,6 +433,7 @@ def _choices(lengths: set[Any], others: set[Any], numbers: set[int]) -> Iterator
             yield few | equal
         if others:
             yield equal | dict.fromkeys(others, size)
+            yield dict.fromkeys(ordered, 3) | dict.fromkeys(others, size)
         if len(ordered) > 1:
             yield few | {symbol: size + 3 * i for i, symbol in enumerate(ordered)}
             yield few | {symbol: size + 5 * i for i, symbol in enumerate(reversed(ordered))}
@@ -488,7 +506,7 @@ def _literals(node: fx.Node, length: int | None, *, of_fills: bool = False) -> I
     size, terms, name = value_of(node), [], target_name(node)
     if isinstance(size, torch.SymInt):
         terms = [int(term) for term in size.node.expr.as_ordered_terms() if term.is_Integer]
-    fills = name in {"masked_fill", "masked_fill_", "where", "full", "fill_"} and not of_fills
+    fills = name in {"masked_fill", "where", "full"} and not of_fills
     is_last = slice(0, 1) if len(node.args) == 1 else slice(1, 2)
     at = is_last if name == "arange" else _SIZES_AT.get(name, slice(0, 0))
     sizes = set(range(*at.indices(len(node.args))))

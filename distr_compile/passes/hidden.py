@@ -57,7 +57,8 @@ def mask_of(
     masks = [step for step in left if _is_mask(step)]
     causal = Causal(0) if is_causal else None
     if offsets:
-        causal = Causal(min(offsets), by_mask=True)
+        is_sure = all(s.is_sure(flow) for s in steps if isinstance(s, AddStep))
+        causal = Causal(min(offsets), by_mask=True, is_sure=is_sure)
     is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
     kinds = ["causal"] * (causal is not None) + ["bool" if is_bool else "float"] * bool(masks)
     return "+".join(kinds) or "none", causal, tuple(left)
@@ -121,8 +122,8 @@ def _parts(flow: Flow, step: FillStep, output: fx.Node) -> list[FillStep]:
         given = _conditions(node, keep)
         is_written = memory.writes(node) or memory.may_change(node, node, output)
         if not given or is_written or any(memory.may_change(x, node, output) for x in given):
-            whole = node is step.tensor
-            found.append(step if whole else replace(step, tensor=node, keep=keep))
+            is_whole = node is step.tensor
+            found.append(step if is_whole else replace(step, tensor=node, keep=keep))
             continue
         each = [(x, keep != (target_name(node) in _NOT)) for x in given]
         stack += [x for x in each if x not in seen]

@@ -101,7 +101,7 @@ def names_of_bases(number: int) -> tuple[str, str]:
 
 
 def rewrite_exact(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool:
-    """Put SDPA in the place of an exact site that is spelled out, where it means the same.
+    """Put SDPA in the place of an exact site that is spelled out, or masked in vain.
 
     A call of SDPA whose mask is causal loses the mask and is told so: kernels that know it compute
     half of the scores, and nothing makes or reads a mask of N_q x N_k. It loses one that hides
@@ -157,7 +157,8 @@ def _without_mask(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
     if not isinstance(op, voc.Sdpa) or op.attn_mask is None or site.dropout_p or site.steps:
         return False
     # Of other lengths some kernels count from the end.
-    if site.is_causal and not same_size(site.num_queries, site.num_keys):
+    is_square = same_size(site.num_queries, site.num_keys)
+    if site.causal is not None and not (is_square and site.causal.is_sure):
         return False
     options = {"is_causal": site.is_causal, "scale": op.scale, "enable_gqa": op.enable_gqa}
     emit = Emitter(graph, old)
@@ -179,9 +180,11 @@ def _without_mask(graph: fx.Graph, site: AttentionSite, *, change: bool) -> bool
 
 
 def _is_laid_out_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    is_alike = same_shape(tuple(a.shape), tuple(b.shape))
-    is_alike = is_alike and same_shape(tuple(a.stride()), tuple(b.stride()))
-    return is_alike and (a.dtype, a.device) == (b.dtype, b.device)
+    return (
+        same_shape(tuple(a.shape), tuple(b.shape))
+        and same_shape(tuple(a.stride()), tuple(b.stride()))
+        and (a.dtype, a.device) == (b.dtype, b.device)
+    )
 
 
 def keep_from_fusion(module: fx.GraphModule) -> None:

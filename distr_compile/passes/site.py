@@ -85,10 +85,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Causal:
-    """The graph says that query i sees the keys ``j <= i + offset``, by a mask or in a word."""
+    """The graph says that query i sees the keys ``j <= i + offset``, by a mask or in a word.
+
+    ``is_sure``: no score is so large that it shows a hidden key.
+    """
 
     offset: int
     by_mask: bool = False
+    is_sure: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

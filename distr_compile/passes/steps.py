@@ -371,6 +371,12 @@ class AddStep(Step):
             return None
         return flow.constants.offset(self.tensor, self.reader, self.level.shape)
 
+    def is_sure(self, flow: Flow) -> bool:
+        """Whether what it hides is so low that no score shows it again."""
+        low = max(voc.ABSORBING, torch.finfo(fake(self.tensor).dtype).min)
+        given = (self.tensor, self.reader, self.level.shape)
+        return flow.constants.offset(*given, low=low) is not None
+
 
 def _add_back(way: Way, op: voc.Add, node: fx.Node) -> fx.Node:
     if maximum := _row_maximum(op, node, way.places[way.dim]):

@@ -30,7 +30,7 @@ class _Compile:
     backend: weakref.ref[Any] | None
 
     def is_same(self, other: _Compile) -> bool:
-        """Whether both are of one object: an equal one may live longer."""
+        """Whether both are of one object: of two equal ones either may live longer."""
         own, others = (x.backend and x.backend() for x in (self, other))
         return self.policy == other.policy and own is others
 
@@ -52,7 +52,8 @@ class _Entry:
         """Add or replace a graph; forget those of other policies that nobody can ask for."""
         same = (i for i, one in enumerate(self.compiles) if one.is_same(compiled))
         index = next(same, len(self.compiles))
-        self.compiles[index:] = [compiled, *self.compiles[index + 1 :]]
+        if index == len(self.compiles):
+            self.compiles.append(compiled)
         self.graphs[index, key] = graph
         self.recent = [i for i in self.recent if i != index and self._is_wanted(i, index)]
         self.recent.append(index)

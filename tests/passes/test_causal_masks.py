@@ -99,6 +99,10 @@ KEPT: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "fewer keys": (lambda q, k, v: SDPA(q, k, v, seen(q, k)), operands(keys=20)),
     "a window": (lambda q, k, v: SDPA(q, k, v, seen(q, k) & ~seen(q, k, -9)), operands()),
     "a weak fill": (lambda q, k, v: SDPA(q, k, v, additive(q, k, -5.0)), operands()),
+    "a fill that scores may reach": (
+        lambda q, k, v: SDPA(q * 100, k * 100, v, additive(q, k, -1e4)),
+        operands(),
+    ),
     "a negative scale": (lambda q, k, v: SDPA(q, k, v, seen(q, k), scale=-0.3), operands()),
     "a scale of 0": (lambda q, k, v: SDPA(q, k, v, seen(q, k), scale=0.0), operands()),
     "of the caller": (

@@ -146,6 +146,18 @@ def _times(i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) | ((time >= 0.2) & (time < 0.21))[:, None]
 
 
+def _one_row_written(i: Tensor, j: Tensor) -> Tensor:
+    mask = j <= i
+    mask[700, 2000] = True
+    return mask
+
+
+def _table_written(i: Tensor, j: Tensor) -> Tensor:
+    rows = torch.zeros(LONG, dtype=torch.int64)
+    rows[torch.arange(LONG) == 700] = 1
+    return (j <= i) | (rows[:, None] > 0)
+
+
 def _tenth(i: Tensor, j: Tensor) -> Tensor:
     text = ((torch.arange(LONG) & 63) == 63).cumsum(-1)
     return (j <= i) & (text[i] != 10)
@@ -178,6 +190,8 @@ LARGE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int | None]] = {
     "two texts": (_of_texts(torch.arange(LONG) == 1200), None),
     "many texts": (_of_texts((torch.arange(LONG) & 511) == 511), None),
     "the tenth text": (_tenth, None),
+    "a row written to": (_one_row_written, None),
+    "a row of a table written to": (_table_written, None),
     "rows of a list": (_some_rows, None),
     "rows by a time from 0 to 1": (_times, None),
     "a third of the rows": (lambda i, j: (j <= i) | (i + i == j[-1] - i), None),
@@ -190,7 +204,7 @@ def test_a_large_mask_is_computed_where_it_could_differ(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The causal ones by a few rows; of the others each has one row, or more, that says so."""
-    monkeypatch.setattr(constants, "BYTES", 10_000)
+    monkeypatch.setattr(constants, "BYTES", 1_000_000)
     rule, expected = LARGE[name]
     i, j = torch.arange(LONG)[:, None], torch.arange(LONG)
     said = rule(i, j)
@@ -420,6 +434,79 @@ def test_masks_that_differ_at_greater_sizes_only(rule: Callable[..., Tensor]) ->
         capture = how(attend, inputs[0], again=inputs[1:], dynamic=None)
         for output, given in zip(capture.outputs, inputs, strict=True):
             assert error(output, attend(*given)) < 1e-6
+
+
+def _narrow_by_a_write(n: int) -> Tensor:
+    x = torch.zeros(n, dtype=torch.uint8)
+    x[:] = torch.arange(n)
+    return x[None] > x[:, None]
+
+
+def _grown_by_writes(n: int) -> Tensor:
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    width = torch.ones(1, dtype=torch.int64)
+    for _ in range(8):
+        width[:] = width + width
+    return (j > i) | (i - j >= width)
+
+
+def _grown_through_a_view(n: int) -> Tensor:
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    width = torch.ones(1, dtype=torch.int64)
+    seen = width[None]
+    for _ in range(8):
+        torch.add(width, width, out=width)
+    return (j > i) | (i - j >= seen)
+
+
+def _narrow_length(n: int) -> Tensor:
+    return ~(torch.arange(n) < torch.full((1,), n, dtype=torch.bfloat16))
+
+
+def _chain(n: int) -> Tensor:
+    i, j, end = torch.arange(n)[:, None], torch.arange(n), torch.full((1,), n)
+    return (j > i) | ((i + i > j + end + 20) & (j + j > 20 + end) & (i + 20 < end))
+
+
+@pytest.mark.parametrize(
+    "hidden", [_narrow_by_a_write, _grown_by_writes, _grown_through_a_view, _narrow_length, _chain]
+)
+def test_masks_that_differ_where_no_size_is_tried(hidden: Callable[[int], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.2).masked_fill(hidden(q.shape[2]), -torch.inf).softmax(-1) @ v
+
+    inputs = [[torch.randn(1, 1, n, 32) for _ in range(3)] for n in (32, 401)]
+    capture = run(attend, inputs[0], dynamic=True, again=inputs[1:])
+    for output, given in zip(capture.outputs, inputs, strict=True):
+        assert error(output, attend(*given)) < 1e-5
+
+
+def test_a_batch_that_is_larger_than_the_lengths() -> None:
+    attend = _of_batches(lambda b, i, j: (j <= i) & ((b < i.shape[2]) | (j == 0)))
+    inputs = [[torch.randn(b, 2, n, 32) for _ in range(3)] for b, n in ((3, 32), (60, 16))]
+    for how in (run, run_exact):
+        capture = how(attend, inputs[0], dynamic=True, again=inputs[1:])
+        for output, given in zip(capture.outputs, inputs, strict=True):
+            assert error(output, attend(*given)) < 1e-6
+
+
+def test_a_large_table_of_which_one_row_is_read_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "BYTES", 1_000_000)
+    made = []
+    run_program = constants._Program.run
+    monkeypatch.setattr(
+        constants._Program, "run", lambda self, *given: made.append(1) or run_program(self, *given)
+    )
+
+    def last_row(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(LONG, LONG, dtype=torch.bool).tril()[LONG - 1 :], x + 1
+
+    graph = graph_of(last_row, torch.randn(3))
+    output = next(n for n in graph.nodes if n.op == "output")
+    assert Constants(Memory(graph)).offset(output.args[0][0], output, (1, LONG)) is None
+    assert not made
 
 
 def test_a_mask_that_goes_by_how_many_more_keys_there_are() -> None:
