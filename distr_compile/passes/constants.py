@@ -258,10 +258,8 @@ class _Program:
         if count == 1:
             yield _Rows(0, rows, rows)
             return
-        at_once = sum(
-            math.prod(s) * x.itemsize for x, s in sized if rows == 1 or s[-2:-1] != (rows,)
-        )
-        if at_once > BYTES or not _goes_by_positions(self.nodes):
+        whole = sum(math.prod(s) * x.itemsize for x, s in sized if rows == 1 or s[-2:-1] != (rows,))
+        if whole > BYTES or not _goes_by_positions(self.nodes):
             raise _NotConstantError
         step, near = max(1, rows // count), rows
         if rows == columns and _compared(self.nodes, rows)[1] <= 2:

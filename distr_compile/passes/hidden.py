@@ -39,7 +39,7 @@ def mask_of(
         steps: of the site.
         is_causal: later keys are hidden, besides what the steps hide.
     """
-    count, offsets, left = sum(map(_is_mask, steps)), [], []
+    count, offsets, left, is_sure = sum(map(_is_mask, steps)), [], [], True
     for i, step in enumerate(steps):
         found = _Read([], [step])
         if isinstance(step, AddStep | FillStep):
@@ -52,12 +52,13 @@ def mask_of(
             found = _read(flow, parts, steps[i + 1 :], is_only=is_only, is_aligned=is_aligned)
             if len(found.rest) > 1 and any(_has_rows(part.tensor) for part in found.rest):
                 found = _Read(found.offsets, [step])  # it is there, and not larger than these
+        if found.offsets and isinstance(step, AddStep):
+            is_sure = step.is_sure(flow)
         offsets += found.offsets
         left += found.rest
     masks = [step for step in left if _is_mask(step)]
     causal = Causal(0) if is_causal else None
     if offsets:
-        is_sure = all(s.is_sure(flow) for s in steps if isinstance(s, AddStep))
         causal = Causal(min(offsets), by_mask=True, is_sure=is_sure)
     is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
     kinds = ["causal"] * (causal is not None) + ["bool" if is_bool else "float"] * bool(masks)

@@ -264,6 +264,15 @@ SPLIT: dict[str, tuple[Callable[..., Tensor], str]] = {
         "causal+bool",
     ),
     "one after the other": (_alibi, "causal+float"),
+    "beside a bias of integers": (
+        lambda q, k, v, pad: (
+            (q @ k.mT * 0.2 + torch.arange(k.shape[-2]) // 9)
+            .masked_fill(~seen(q, k), -torch.inf)
+            .softmax(-1)
+            @ v
+        ),
+        "causal+float",
+    ),
     "either": (lambda q, k, v, pad: SDPA(q, k, v, seen(q, k) | pad[:, None, None]), "bool"),
     "a finite fill": (
         lambda q, k, v, pad: spelled(q, k, v, ~(seen(q, k) & pad[:, None, None]), -1e9),
