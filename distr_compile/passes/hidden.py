@@ -60,8 +60,8 @@ def mask_of(
     causal = Causal(0) if is_causal else None
     if offsets:
         causal = Causal(min(offsets), by_mask=True, is_sure=is_sure)
-    is_bool = all(isinstance(s, FillStep) and s.value == -math.inf for s in masks)
-    kinds = ["causal"] * (causal is not None) + ["bool" if is_bool else "float"] * bool(masks)
+    kind = "bool" if all(map(_is_hiding, masks)) else "float"
+    kinds = ["causal"] * (causal is not None) + [kind] * bool(masks)
     return "+".join(kinds) or "none", causal, tuple(left)
 
 

@@ -30,9 +30,8 @@ class _Compile:
     backend: weakref.ref[Any] | None
 
     def is_same(self, other: _Compile) -> bool:
-        """Whether both are of one object: of two equal ones either may live longer."""
-        own, others = (x.backend and x.backend() for x in (self, other))
-        return self.policy == other.policy and own is others
+        """Whether both are of one object, which has one reference: equal ones may die apart."""
+        return self.policy == other.policy and self.backend is other.backend
 
 
 @dataclass
